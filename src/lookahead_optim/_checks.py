@@ -1,0 +1,36 @@
+"""Validation of the hyperparameters that every front end has."""
+
+import math
+import numbers
+from typing import Any
+
+__all__ = ["check_slow_step_size", "check_sync_period"]
+
+
+def check_sync_period(sync_period: Any) -> int:
+    """Return `sync_period` as an `int` >= 0, or raise `TypeError` or `ValueError`."""
+    if isinstance(sync_period, bool) or not isinstance(sync_period, numbers.Integral):
+        raise TypeError(
+            "`sync_period` must be an integer, the number of fast steps per slow step (0 switches Lookahead off). "
+            f"Received: sync_period={sync_period!r} of type {type(sync_period).__name__}"
+        )
+    if sync_period < 0:
+        raise ValueError(
+            "`sync_period` must be 0 (Lookahead switched off) or a positive number of fast steps. "
+            f"Received: sync_period={sync_period!r}"
+        )
+    return int(sync_period)
+
+
+def check_slow_step_size(slow_step_size: Any) -> float:
+    """Return `slow_step_size` as a finite `float` >= 0, or raise `TypeError` or `ValueError`."""
+    if isinstance(slow_step_size, bool) or not isinstance(slow_step_size, numbers.Real):
+        raise TypeError(
+            "`slow_step_size` must be a real number, the fraction of the way that the slow weights go. "
+            f"Received: slow_step_size={slow_step_size!r} of type {type(slow_step_size).__name__}"
+        )
+    if not math.isfinite(slow_step_size) or slow_step_size < 0:
+        raise ValueError(
+            f"`slow_step_size` must be finite and >= 0, usually 0.5 to 0.8. Received: slow_step_size={slow_step_size!r}"
+        )
+    return float(slow_step_size)

@@ -1,0 +1,151 @@
+"""The inner optimizer: taken from what the user gives, and configured by the wrapper's keywords."""
+
+import copy
+import math
+import numbers
+
+import keras
+import numpy as np
+
+__all__ = ["accumulation_steps", "make_inner_optimizer"]
+
+_CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
+_KEYWORDS = ("learning_rate", "lr", "decay", *_CLIPPING)
+
+
+def make_inner_optimizer(optimizer, settings):
+    """Return the Keras optimizer that `optimizer` stands for, with the keywords `settings` applied to it.
+
+    Raises `TypeError` or `ValueError`, with the optimizer left as it was.
+    """
+    unknown = sorted(set(settings) - set(_KEYWORDS))
+    if unknown:
+        raise ValueError(
+            f"`Lookahead` does not know the keyword argument(s) {unknown}. Beside its own arguments it takes "
+            f"{list(_KEYWORDS)}; set anything else on the inner optimizer."
+        )
+    inner_optimizer = _get(optimizer)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if settings:
+        _apply_settings(_innermost(inner_optimizer), settings, replace_learning_rate=isinstance(optimizer, str))
+    return inner_optimizer
+
+
+def _get(optimizer):
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        inner_optimizer = optimizer
+    elif isinstance(optimizer, (str, dict)):
+        try:
+            inner_optimizer = keras.optimizers.get(copy.deepcopy(optimizer))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                "`optimizer` must be a Keras 3 optimizer, or a name or config that `keras.optimizers.get` takes. "
+                f"Received: optimizer={optimizer!r}"
+            ) from error
+    else:
+        raise TypeError(
+            "`optimizer` must be an instance of `keras.optimizers.Optimizer` (Keras 3), or a name or config that "
+            f"`keras.optimizers.get` takes. Received: optimizer={optimizer!r} of type {type(optimizer)}"
+        )
+    one = inner_optimizer
+    while one is not None:
+        if isinstance(one, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "A `LossScaleOptimizer` cannot be inside `Lookahead`, as skipped steps must not count. Wrap the other "
+                "way round, `LossScaleOptimizer(Lookahead(inner))`, which is also what `compile` makes under the "
+                f"'mixed_float16' policy. Received: optimizer={optimizer!r}"
+            )
+        one = getattr(one, "inner_optimizer", None)
+    return inner_optimizer
+
+
+def _innermost(optimizer):
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def _apply_settings(optimizer, settings, replace_learning_rate):
+    if hasattr(optimizer, "optimizers"):
+        raise ValueError(
+            f"The keyword argument(s) {sorted(settings)} cannot configure a `MultiOptimizer`: set them on the "
+            "optimizers in it."
+        )
+    learning_rate = _new_learning_rate(optimizer, settings, replace_learning_rate)
+    clipping = _new_clipping(optimizer, settings)
+    if learning_rate is not None:
+        optimizer.learning_rate = learning_rate
+    for name, value in clipping.items():
+        setattr(optimizer, name, value)
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _new_learning_rate(optimizer, settings, replace):
+    """Return what the optimizer's learning rate must be set to, or None if it can stay."""
+    if "lr" in settings and "learning_rate" in settings:
+        raise ValueError(
+            "`lr` is another name of `learning_rate`: give one of them. "
+            f"Received: lr={settings['lr']!r}, learning_rate={settings['learning_rate']!r}"
+        )
+    name = "lr" if "lr" in settings else "learning_rate"
+    wanted = settings.get(name)
+    current = optimizer.get_config()["learning_rate"]
+    result = None
+    if wanted is not None:
+        if not (_is_number(wanted) or callable(wanted)):
+            raise TypeError(
+                f"`{name}` must be a finite number, a `LearningRateSchedule` or a callable. "
+                f"Received: {name}={wanted!r} of type {type(wanted).__name__}"
+            )
+        if replace:
+            result = wanted
+        elif not _is_number(wanted) or not _is_number(current) or np.float32(wanted) != np.float32(current):
+            raise ValueError(
+                f"`{name}={wanted!r}` contradicts the learning rate {current!r} of the inner optimizer "
+                f"{optimizer.name!r}. Set it there, or give the inner optimizer by its name."
+            )
+    decay = settings.get("decay", 0)
+    if not _is_number(decay) or decay < 0:
+        raise ValueError(f"`decay` must be a finite number >= 0. Received: decay={decay!r}")
+    if decay:
+        initial = current if result is None else result
+        if not _is_number(initial):
+            raise ValueError(
+                f"`decay={decay!r}` contradicts the learning rate of the inner optimizer {optimizer.name!r}, which is "
+                f"already a schedule. Received: {initial!r}"
+            )
+        result = keras.optimizers.schedules.InverseTimeDecay(float(initial), decay_steps=1, decay_rate=decay)
+    return result
+
+
+def _new_clipping(optimizer, settings):
+    """Return the clipping attributes to set on the optimizer."""
+    wanted = {name: settings[name] for name in _CLIPPING if name in settings}
+    for name, value in wanted.items():
+        if not _is_number(value) or value <= 0:
+            raise ValueError(f"`{name}` must be a finite number > 0. Received: {name}={value!r}")
+    present = {name: value for name in _CLIPPING if (value := getattr(optimizer, name)) is not None}
+    if len(wanted) > 1 or (present and wanted and wanted != present):
+        raise ValueError(
+            f"The clipping {wanted} contradicts another one, of the inner optimizer {optimizer.name!r} "
+            f"({present}) or among the keyword arguments: only one of {list(_CLIPPING)} can be set."
+        )
+    return wanted
+
+
+def accumulation_steps(optimizer):
+    """Return over how many calls of `apply` the optimizer accumulates gradients for one update, 1 for none.
+
+    Raises `ValueError` for a `MultiOptimizer` whose optimizers disagree.
+    """
+    optimizer = _innermost(optimizer)
+    steps = {one.gradient_accumulation_steps or 1 for one in map(_innermost, getattr(optimizer, "optimizers", []))}
+    if len(steps) > 1:
+        raise ValueError(
+            "All optimizers in a `MultiOptimizer` inside `Lookahead` must have the same `gradient_accumulation_steps`. "
+            f"Received: {sorted(steps)}"
+        )
+    return steps.pop() if steps else optimizer.gradient_accumulation_steps or 1

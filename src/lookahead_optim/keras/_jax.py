@@ -1,0 +1,98 @@
+"""The slow weights' arithmetic on JAX: eager, and stateless under `jax.jit`."""
+
+import jax
+import jax.numpy as jnp
+import keras
+
+__all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synchronize"]
+
+
+def _when(iterations, due, pairs, update):
+    """Assign `update(slow, fast, constraint)`, a new `(slow, fast)`, to every pair if `due(iterations)`.
+
+    The barriers make all weights pass through both branches of the conditional. Without them JAX hands on the ones
+    that a branch leaves alone from outside, and XLA then copies these before the inner optimizer updates them.
+    """
+
+    def update_all(values):
+        return [update(slow, fast, variable.constraint) for (slow, fast), (_, variable) in zip(values, pairs)]
+
+    pending = due(jnp.asarray(iterations))
+    values = [(slow.value, fast.value) for slow, fast in pairs]
+    if isinstance(pending, jax.core.Tracer):
+        barrier = jax.lax.optimization_barrier
+        values = jax.lax.cond(pending, lambda values: update_all(barrier(values)), barrier, values)
+    elif pending:
+        values = update_all(values)
+    else:
+        return
+    for variables, new in zip(pairs, values):
+        for variable, value in zip(variables, new):
+            variable.assign(value)
+
+
+def capture(iterations, due, pairs):
+    """Set every slow weight to its fast one if `due(iterations)`."""
+    # Without the copy two variables would share a buffer, which cannot be donated twice.
+    _when(iterations, due, pairs, lambda slow, fast, constraint: (jnp.copy(fast), fast))
+
+
+def synchronize(iterations, due, pairs, slow_step_size):
+    """Move the slow weights towards the fast ones and restart these from there, if `due(iterations)`."""
+
+    def update(slow, fast, constraint):
+        if slow_step_size == 1:
+            new = fast
+        else:
+            dtype = jnp.promote_types(slow.dtype, jnp.float32)
+            start = slow.astype(dtype)
+            new = (start + slow_step_size * (fast.astype(dtype) - start)).astype(slow.dtype)
+        if constraint is not None:
+            new = jnp.asarray(constraint(new))
+        return jnp.copy(new), new
+
+    _when(iterations, due, pairs, update)
+
+
+def increment(iterations):
+    """Add one to the step count."""
+    iterations.assign_add(1)
+
+
+def copy_of(variable):
+    """Return the variable's value as an array of its own."""
+    return jnp.copy(variable.value)
+
+
+class _RecordingScope(keras.StatelessScope):
+    """A stateless scope that knows which variables were assigned to, batch statistics for example."""
+
+    def __init__(self, state_mapping):
+        super().__init__(state_mapping)
+        self.assigned = {}
+
+    def add_update(self, update):
+        variable, _ = update
+        self.assigned[id(variable)] = variable
+        super().add_update(update)
+
+
+def gradients(loss, variables, grad_loss):
+    """Return the gradients of the callable `loss`, weighted by `grad_loss`, for `variables`."""
+    assigned = []
+
+    def stateless_loss(values):
+        with _RecordingScope(list(zip(variables, values))) as scope:
+            value = jnp.asarray(loss())
+        assigned[:] = scope.assigned.values()
+        return value, [scope.get_current_value(variable) for variable in assigned]
+
+    value, pullback, updates = jax.vjp(stateless_loss, [variable.value for variable in variables], has_aux=True)
+    (grads,) = pullback(jnp.ones_like(value) if grad_loss is None else jnp.asarray(grad_loss, value.dtype))
+    for variable, update in zip(assigned, updates):
+        variable.assign(update)
+    return grads
+
+
+def check_scope(optimizer, inner_optimizer, variables):
+    """JAX has no scope to check: a Keras distribution gives its layout to every variable."""

@@ -1,0 +1,67 @@
+"""The slow weights' arithmetic on PyTorch, where learning the step count must not make the host wait for the device.
+
+Nothing here belongs into a graph that `torch.compile` makes: its guards on the step count would recompile every step.
+"""
+
+import torch
+
+__all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synchronize"]
+
+
+def _native(variables):
+    return [variable.value for variable in variables]
+
+
+def _host_count(iterations):
+    """Return the step count, from the device only if it was assigned to since `increment` noted it."""
+    count = iterations.value
+    version, noted = getattr(count, "_lookahead_noted", (None, None))
+    return noted if version == count._version else int(count)
+
+
+@torch.compiler.disable
+def increment(iterations):
+    """Add one to the step count and note it on the host."""
+    noted = _host_count(iterations) + 1
+    iterations.assign_add(1)
+    count = iterations.value
+    count._lookahead_noted = (count._version, noted)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def capture(iterations, due, pairs):
+    """Set every slow weight to its fast one if `due(iterations)`."""
+    if pairs and due(_host_count(iterations)):
+        slow, fast = map(_native, zip(*pairs))
+        torch._foreach_copy_(slow, fast)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def synchronize(iterations, due, pairs, slow_step_size):
+    """Move the slow weights towards the fast ones and restart these from there, if `due(iterations)`."""
+    if not (pairs and due(_host_count(iterations))):
+        return
+    slow, fast = map(_native, zip(*pairs))
+    torch._foreach_lerp_(slow, fast, slow_step_size)
+    for (slow_variable, variable) in pairs:
+        if variable.constraint is not None:
+            slow_variable.assign(variable.constraint(slow_variable.value))
+    torch._foreach_copy_(fast, slow)
+
+
+def copy_of(variable):
+    """Return the variable's value as a tensor of its own."""
+    return variable.value.detach().clone()
+
+
+def gradients(loss, variables, grad_loss):
+    """Return the gradients of the callable `loss`, weighted by `grad_loss`, for `variables`."""
+    value = loss()
+    grad_loss = torch.ones_like(value) if grad_loss is None else torch.as_tensor(grad_loss).to(value)
+    return torch.autograd.grad(value, _native(variables), grad_loss, allow_unused=True)
+
+
+def check_scope(optimizer, inner_optimizer, variables):
+    """PyTorch has no scope to check."""

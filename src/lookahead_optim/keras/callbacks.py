@@ -1,0 +1,84 @@
+"""A callback that evaluates a model on its slow weights."""
+
+import keras
+
+from lookahead_optim.keras.optimizer import Lookahead
+
+__all__ = ["SwapSlowWeights"]
+
+
+class SwapSlowWeights(keras.callbacks.Callback):
+    """Evaluates and predicts on the slow weights of a `Lookahead` optimizer.
+
+    `fit(validation_data=...)`, `evaluate` and `predict` then see the slow weights; afterwards the fast ones are back
+    bit for bit. Shaped like `keras.callbacks.SwapEMAWeights`.
+
+    While the slow weights are in the model, a copy of the fast ones takes the memory of one more set of weights.
+
+    Args:
+        swap_on_epoch: Boolean, whether the slow weights also stay in the model from the end of each epoch (after its
+            validation) to the beginning of the next, so that `ModelCheckpoint` and other callbacks find them there.
+            Give this callback before those in `callbacks`. Training that goes on from a model saved so restarts from
+            the slow weights, as after `Lookahead.sync(1)`. Defaults to `False`.
+
+    Raises:
+        ValueError: at the first swap, when the model is not compiled with a `Lookahead` optimizer.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile(Lookahead("adam"), loss="mse")
+    >>> x, y = keras.random.normal((32, 3)), keras.random.normal((32, 1))
+    >>> history = model.fit(x, y, validation_data=(x, y), callbacks=[SwapSlowWeights()], verbose=0)
+    >>> loss = model.evaluate(x, y, callbacks=[SwapSlowWeights()], verbose=0)
+    """
+
+    def __init__(self, swap_on_epoch=False):
+        super().__init__()
+        self.swap_on_epoch = swap_on_epoch
+        self._block = None
+
+    def _swap_in(self):
+        if self._block is not None:
+            return
+        optimizer = self.model.optimizer
+        while not isinstance(optimizer, Lookahead) and hasattr(optimizer, "inner_optimizer"):
+            optimizer = optimizer.inner_optimizer
+        if not isinstance(optimizer, Lookahead):
+            raise ValueError(
+                "`SwapSlowWeights` needs a model compiled with a `lookahead_optim.keras.Lookahead` optimizer. "
+                f"Received: model.optimizer={self.model.optimizer!r}"
+            )
+        block = optimizer.slow_weights()
+        block.__enter__()
+        self._block = block
+
+    def _swap_out(self):
+        block, self._block = self._block, None
+        if block is not None:
+            block.__exit__(None, None, None)
+
+    def on_train_begin(self, logs=None):
+        self._swap_out()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._swap_out()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.swap_on_epoch:
+            self._swap_in()
+
+    def on_train_end(self, logs=None):
+        self._swap_out()
+
+    def on_test_begin(self, logs=None):
+        self._swap_in()
+
+    def on_test_end(self, logs=None):
+        self._swap_out()
+
+    def on_predict_begin(self, logs=None):
+        self._swap_in()
+
+    def on_predict_end(self, logs=None):
+        self._swap_out()

@@ -1,0 +1,405 @@
+"""The `Lookahead` optimizer for Keras 3."""
+
+import contextlib
+import copy
+import warnings
+
+import keras
+import numpy as np
+
+from lookahead_optim._checks import check_slow_step_size, check_sync_period
+from lookahead_optim.keras import _backend
+from lookahead_optim.keras._configure import accumulation_steps, make_inner_optimizer
+
+__all__ = ["Lookahead"]
+
+
+@keras.saving.register_keras_serializable(package="lookahead_optim")
+class Lookahead(keras.optimizers.Optimizer):
+    r"""Lookahead: `k` steps forward, one step back.
+
+    Wraps an optimizer, which moves the model's weights, the *fast* weights $\theta$. After every `sync_period`
+    ($k$) of its updates a second copy of them, the *slow* weights $\phi$, takes a step towards the fast ones, and
+    these restart from there:
+
+    $$\phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.$$
+
+    The slow weights are captured from the model immediately before the first applied update. Updates that a loss
+    scaler skips and micro-steps of gradient accumulation do not count. Everything else is the inner optimizer's:
+    learning rate, schedules, clipping, weight decay, EMA, accumulation. State takes one copy of the weights.
+
+    Args:
+        optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, or a name or config that
+            `keras.optimizers.get` takes. A `LossScaleOptimizer` goes around `Lookahead`, not inside.
+        sync_period: Integer >= 0, inner updates per slow step ($k$). 0 switches Lookahead off: the wrapper then
+            behaves as the inner optimizer and holds no slow weights. Defaults to 6.
+        slow_step_size: Finite float >= 0, the slow step size ($\alpha$). 1 recovers the inner optimizer.
+            Defaults to 0.5.
+        name: String, the name of this optimizer. Defaults to `"Lookahead"`.
+        **kwargs: Settings for the inner optimizer, for code written for TensorFlow Addons: `learning_rate` (or
+            `lr`), `decay` (inverse-time decay of the learning rate, per step), `clipnorm`, `clipvalue`,
+            `global_clipnorm`. One that contradicts a value which the inner optimizer already has is an error.
+
+    Raises:
+        TypeError: if `optimizer`, `sync_period` or `slow_step_size` has the wrong type.
+        ValueError: if a value is out of range, a keyword is unknown or contradicts the inner optimizer.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> optimizer = Lookahead(keras.optimizers.SGD(0.1), sync_period=5, slow_step_size=0.5)
+    >>> model.compile(optimizer, loss="mse")
+    >>> x, y = keras.random.normal((160, 3)), keras.random.normal((160, 1))
+    >>> history = model.fit(x, y, verbose=0)
+    >>> int(optimizer.iterations)
+    5
+    >>> with optimizer.slow_weights():
+    ...     loss = model.evaluate(x, y, verbose=0)
+
+    References:
+        Zhang, Lucas, Hinton and Ba, [Lookahead Optimizer: k steps forward, 1 step
+        back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1.
+    """
+
+    def __init__(self, optimizer, sync_period=6, slow_step_size=0.5, name="Lookahead", **kwargs):
+        sync_period = check_sync_period(sync_period)
+        slow_step_size = check_slow_step_size(slow_step_size)
+        inner_optimizer = make_inner_optimizer(optimizer, kwargs)
+        # A callable learning rate spares Keras a variable of its own for it.
+        super().__init__(learning_rate=self._inner_learning_rate, name=name)
+        self.inner_optimizer = inner_optimizer
+        self.sync_period = sync_period
+        self.slow_step_size = slow_step_size
+        self._slow_variables = []
+        self._put_back = None
+
+    def _inner_learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @property
+    def learning_rate(self):
+        """The inner optimizer's learning rate, also when set, through any depth of wrapping."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    lr = learning_rate
+
+    @property
+    def loss_scale_factor(self):
+        """The inner optimizer's loss scale factor."""
+        return self.inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, loss_scale_factor):
+        # Keras' own constructor sets None before there is an inner optimizer.
+        if hasattr(self, "inner_optimizer"):
+            self.inner_optimizer.loss_scale_factor = loss_scale_factor
+
+    @property
+    def iterations(self):
+        """Scalar integer: the number of applied updates, $t$."""
+        steps = accumulation_steps(self.inner_optimizer)
+        return self._iterations if steps == 1 else keras.ops.floor_divide(self._iterations, steps)
+
+    @property
+    def variables(self):
+        """All state: the step count, the slow weights, then the inner optimizer's variables."""
+        return self._variables + self.inner_optimizer.variables
+
+    @property
+    def weights(self):
+        """The same as `variables`, the name that Keras 2 used."""
+        return self.variables
+
+    @property
+    def slow_variables(self):
+        """The slow weights: a list of `keras.Variable`, shaped and typed like the variables the optimizer was built
+        with, and in their order. Undefined before the first update; empty if `sync_period` is 0."""
+        return [slow for slow in self._slow_variables if slow is not None]
+
+    def build(self, variables):
+        """Create the state for `variables`, a list of the trainable `keras.Variable`s to optimize.
+
+        Raises:
+            ValueError: if the inner optimizer was built for other variables, or belongs to another
+                `tf.distribute` strategy than they.
+        """
+        if self.built:
+            return
+        variables = list(variables)
+        _backend.check_scope(self, self.inner_optimizer, variables)
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        built_for = [self._var_key(variable) for variable in self.inner_optimizer._trainable_variables]
+        if built_for != [self._var_key(variable) for variable in variables]:
+            raise ValueError(
+                f"The inner optimizer {self.inner_optimizer.name!r} was already built, for {len(built_for)} variables "
+                f"that are not the {len(variables)} given to `Lookahead`. Wrap a new inner optimizer."
+            )
+        accumulation_steps(self.inner_optimizer)
+        super().build(variables)
+        if self.sync_period:
+            self._slow_variables = self.add_optimizer_variables(variables, "slow")
+
+    def _pairs(self):
+        return [
+            (slow, fast)
+            for slow, fast in zip(self._slow_variables, self._trainable_variables)
+            if slow is not None and fast.trainable
+        ]
+
+    def _is_first_update(self, count):
+        return count < accumulation_steps(self.inner_optimizer)
+
+    def _check_ready(self, caller):
+        if not self.built:
+            raise ValueError(
+                f"`{caller}` needs an optimizer that is built. Train first, or call "
+                "`optimizer.build(model.trainable_variables)`."
+            )
+        if self._put_back is not None:
+            raise RuntimeError(
+                f"`{caller}` was called inside a `slow_weights()` block, where the model holds the slow weights. Leave "
+                "the block first (or the `SwapSlowWeights` callback's evaluation)."
+            )
+
+    def apply(self, grads, trainable_variables=None):
+        """Let the inner optimizer make one update, then synchronise if one is due.
+
+        Args:
+            grads: List of gradients, one per variable and shaped like it, or `None` where there is none.
+            trainable_variables: List of variables, in the order of `grads`. Defaults to all that the optimizer was
+                built with; needed in the first call, which builds it.
+
+        Raises:
+            ValueError: if the optimizer is unbuilt and no variables are given, if it was built with others, or if
+                no variable has a gradient.
+            RuntimeError: inside a `slow_weights()` block.
+        """
+        grads = list(grads)
+        if not grads:
+            return
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            if len(grads) != len(trainable_variables):
+                raise ValueError(
+                    "`grads` and `trainable_variables` must have the same length. "
+                    f"Received: {len(grads)} gradients and {len(trainable_variables)} variables"
+                )
+            self.build(trainable_variables)
+            self._check_variables_are_known(trainable_variables)
+        self._check_ready("apply(grads)")
+        pairs = self._pairs()
+        if pairs:
+            _backend.capture(self._iterations, self._is_first_update, pairs)
+        self.inner_optimizer.apply(grads, trainable_variables)
+        _backend.increment(self._iterations)
+        if pairs:
+            period = self.sync_period * accumulation_steps(self.inner_optimizer)
+            _backend.synchronize(self._iterations, lambda count: count % period == 0, pairs, self.slow_step_size)
+
+    def apply_gradients(self, grads_and_vars, name=None):
+        """Apply a list of `(gradient, variable)` pairs; see `apply`. `name` is not used.
+
+        Returns:
+            The number of applied updates, a scalar integer.
+        """
+        grads_and_vars = list(grads_and_vars)
+        if not grads_and_vars:
+            raise ValueError("`grads_and_vars` must have at least one pair (gradient, variable). Received none.")
+        self.apply(*zip(*grads_and_vars))
+        return self.iterations
+
+    def minimize(self, loss, var_list, grad_loss=None, name=None):
+        """Compute the gradients of `loss` and apply them.
+
+        Args:
+            loss: Callable without arguments that computes the loss from the variables, a scalar or an array. On JAX
+                this is for eager use; under `jax.jit` use `stateless_apply`.
+            var_list: List of variables to update, or a callable that returns one.
+            grad_loss: Array shaped like the loss: the gradient of what is to be minimised with respect to it.
+                Defaults to ones.
+            name: Not used.
+
+        Returns:
+            The number of applied updates, a scalar integer.
+
+        Raises:
+            TypeError: if `loss` is not callable.
+        """
+        if not callable(loss):
+            raise TypeError(
+                "`loss` must be a callable without arguments that computes the loss. "
+                f"Received: loss={loss!r} of type {type(loss)}"
+            )
+        variables = list(var_list() if callable(var_list) else var_list)
+        grads = _backend.gradients(lambda: self.scale_loss(loss()), variables, grad_loss)
+        return self.apply_gradients(zip(grads, variables))
+
+    def sync(self):
+        """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
+
+        Raises:
+            ValueError: if the optimizer is not built.
+            RuntimeError: inside a `slow_weights()` block.
+        """
+        self._check_ready("sync()")
+        pairs = self._pairs()
+        _backend.capture(self._iterations, self._is_first_update, pairs)
+        _backend.synchronize(self._iterations, lambda count: True, pairs, self.slow_step_size)
+
+    def reset_slow_weights(self):
+        """Capture the slow weights from the model again, after restoring its best weights, say.
+
+        Raises:
+            ValueError: if the optimizer is not built.
+            RuntimeError: inside a `slow_weights()` block.
+        """
+        self._check_ready("reset_slow_weights()")
+        _backend.capture(self._iterations, lambda count: True, self._pairs())
+
+    @contextlib.contextmanager
+    def slow_weights(self):
+        """Context manager that runs a block, an evaluation or an export, with the slow weights in the model.
+
+        The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
+        memory of one more set of weights. A block inside a block changes nothing. A model saved in the block has the
+        slow weights; training that goes on from such a file starts from them.
+
+        Raises:
+            ValueError: if the optimizer is not built.
+        """
+        if self._put_back is not None:
+            yield
+            return
+        self._check_ready("slow_weights()")
+        pairs = self._pairs()
+        _backend.capture(self._iterations, self._is_first_update, pairs)
+        fast_weights = [_backend.copy_of(fast) for _, fast in pairs]
+
+        def put_back():
+            self._put_back = None
+            for (_, fast), value in zip(pairs, fast_weights):
+                fast.assign(value)
+
+        self._put_back = put_back
+        try:
+            for slow, fast in pairs:
+                fast.assign(_backend.copy_of(slow))
+            yield
+        finally:
+            if self._put_back is put_back:
+                put_back()
+
+    def finalize_variable_values(self, var_list):
+        """Let the inner optimizer end the training, at the end of `fit`: with its EMA in the model, say."""
+        if self._put_back is not None:
+            self._put_back()
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def scale_loss(self, loss):
+        """Scale the loss as the inner optimizer does."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        """Exclude variables from the inner optimizer's weight decay."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
+
+    def get_slot_names(self):
+        """Return the names that `get_slot` takes: `["slow"]`."""
+        return ["slow"]
+
+    def get_slot(self, var, slot_name):
+        """Return the slow weight of a variable, a `keras.Variable` of its shape and dtype.
+
+        Args:
+            var: A trainable variable that the optimizer was built with.
+            slot_name: `"slow"`.
+
+        Raises:
+            ValueError: for another slot name, an unbuilt optimizer, or a variable without a slow weight.
+        """
+        if slot_name != "slow":
+            raise ValueError(f"`slot_name` must be one of {self.get_slot_names()}. Received: slot_name={slot_name!r}")
+        if not self.built:
+            self._check_ready("get_slot(var, slot_name)")
+        self._check_variables_are_known([var])
+        if not self.sync_period:
+            raise ValueError("There are no slow weights: Lookahead is switched off. Received: sync_period=0")
+        return self._slow_variables[self._get_variable_index(var)]
+
+    def get_weights(self):
+        """Return the values of `variables` as a list of NumPy arrays."""
+        return [keras.ops.convert_to_numpy(variable) for variable in self.variables]
+
+    def set_weights(self, weights):
+        """Set the values of `variables`.
+
+        Args:
+            weights: List of arrays, as from `get_weights`.
+
+        Raises:
+            ValueError: if the optimizer is not built, or the number or a shape of the arrays is wrong. Nothing is
+                changed then.
+        """
+        self._check_ready("set_weights(weights)")
+        _assign(self.variables, weights, "set_weights(weights)")
+
+    def save_own_variables(self, store):
+        """Save the step count and the slow weights; Keras has the inner optimizer save its own state beside them."""
+        for index, variable in enumerate(self._variables):
+            store[str(index)] = keras.ops.convert_to_numpy(variable)
+
+    def load_own_variables(self, store):
+        """Load what `save_own_variables` saved."""
+        if len(store.keys()) != len(self._variables):
+            warnings.warn(
+                f"Skipping the state of optimizer {self.name!r}, which has {len(self._variables)} variables of its own, "
+                f"whereas {len(store.keys())} were saved. The slow weights start anew, from the model's weights.",
+                stacklevel=2,
+            )
+            return
+        weights = [store[str(index)] for index in range(len(self._variables))]
+        _assign(self._variables, weights, "load_own_variables(store)")
+
+    def get_config(self):
+        """Return the config, from which `from_config` makes the same optimizer, without its state."""
+        return {
+            "name": self.name,
+            "optimizer": keras.optimizers.serialize(self.inner_optimizer),
+            "sync_period": self.sync_period,
+            "slow_step_size": self.slow_step_size,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Make an optimizer from its config, which is left as it is.
+
+        Args:
+            config: Dictionary, as from `get_config`.
+            custom_objects: Dictionary of names to classes and functions that are not registered with Keras.
+        """
+        config = copy.deepcopy(config)
+        if isinstance(config["optimizer"], dict):
+            config["optimizer"] = keras.optimizers.deserialize(config["optimizer"], custom_objects)
+        return cls(**config)
+
+
+def _assign(variables, values, caller):
+    """Assign all values, or none if one does not fit."""
+    values = list(values)
+    if len(values) != len(variables):
+        raise ValueError(
+            f"`{caller}` needs {len(variables)} arrays, one per optimizer variable. Received: {len(values)}"
+        )
+    for variable, value in zip(variables, values):
+        if tuple(np.shape(value)) != tuple(variable.shape):
+            raise ValueError(
+                f"`{caller}` needs an array of shape {tuple(variable.shape)} for the optimizer variable "
+                f"{variable.path!r}. Received: shape {tuple(np.shape(value))}"
+            )
+    for variable, value in zip(variables, values):
+        variable.assign(value)
