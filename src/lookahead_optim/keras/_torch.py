@@ -45,7 +45,7 @@ def synchronize(iterations, due, pairs, slow_step_size):
         return
     slow, fast = map(_native, zip(*pairs))
     torch._foreach_lerp_(slow, fast, slow_step_size)
-    for (slow_variable, variable) in pairs:
+    for slow_variable, variable in pairs:
         if variable.constraint is not None:
             slow_variable.assign(variable.constraint(slow_variable.value))
     torch._foreach_copy_(fast, slow)

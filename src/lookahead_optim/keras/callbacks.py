@@ -13,6 +13,8 @@ class SwapSlowWeights(keras.callbacks.Callback):
     `fit(validation_data=...)`, `evaluate` and `predict` then see the slow weights; afterwards the fast ones are back
     bit for bit. Shaped like `keras.callbacks.SwapEMAWeights`.
 
+    Before the first training the model's weights are the slow ones' start, and stay.
+
     While the slow weights are in the model, a copy of the fast ones takes the memory of one more set of weights.
 
     Args:
@@ -49,6 +51,8 @@ class SwapSlowWeights(keras.callbacks.Callback):
                 "`SwapSlowWeights` needs a model compiled with a `lookahead_optim.keras.Lookahead` optimizer. "
                 f"Received: model.optimizer={self.model.optimizer!r}"
             )
+        if not optimizer.built:
+            return
         block = optimizer.slow_weights()
         block.__enter__()
         self._block = block

@@ -145,11 +145,23 @@ class Lookahead(keras.optimizers.Optimizer):
             self._slow_variables = self.add_optimizer_variables(variables, "slow")
 
     def _pairs(self):
+        """Return the (slow, fast) variables of every weight that takes part."""
         return [
             (slow, fast)
             for slow, fast in zip(self._slow_variables, self._trainable_variables)
             if slow is not None and fast.trainable
         ]
+
+    def _inner_pairs(self):
+        """Return the same of all wrappers inside this one."""
+        return [pair for inner in _wrappers_in(self.inner_optimizer) for pair in inner._pairs()]
+
+    def _synchronize(self, due):
+        _backend.synchronize(self._iterations, due, self._pairs(), self.slow_step_size)
+        # Left as they are, an inner wrapper's slow weights would draw the fast ones back at its next sync.
+        inner_pairs = self._inner_pairs()
+        if inner_pairs:
+            _backend.capture(self._iterations, due, inner_pairs)
 
     def _is_first_update(self, count):
         return count < accumulation_steps(self.inner_optimizer)
@@ -192,14 +204,13 @@ class Lookahead(keras.optimizers.Optimizer):
             self.build(trainable_variables)
             self._check_variables_are_known(trainable_variables)
         self._check_ready("apply(grads)")
-        pairs = self._pairs()
-        if pairs:
-            _backend.capture(self._iterations, self._is_first_update, pairs)
+        if self.sync_period:
+            _backend.capture(self._iterations, self._is_first_update, self._pairs())
         self.inner_optimizer.apply(grads, trainable_variables)
         _backend.increment(self._iterations)
-        if pairs:
+        if self.sync_period:
             period = self.sync_period * accumulation_steps(self.inner_optimizer)
-            _backend.synchronize(self._iterations, lambda count: count % period == 0, pairs, self.slow_step_size)
+            self._synchronize(lambda count: count % period == 0)
 
     def apply_gradients(self, grads_and_vars, name=None):
         """Apply a list of `(gradient, variable)` pairs; see `apply`. `name` is not used.
@@ -247,9 +258,8 @@ class Lookahead(keras.optimizers.Optimizer):
             RuntimeError: inside a `slow_weights()` block.
         """
         self._check_ready("sync()")
-        pairs = self._pairs()
-        _backend.capture(self._iterations, self._is_first_update, pairs)
-        _backend.synchronize(self._iterations, lambda count: True, pairs, self.slow_step_size)
+        _backend.capture(self._iterations, self._is_first_update, self._pairs())
+        self._synchronize(lambda count: True)
 
     def reset_slow_weights(self):
         """Capture the slow weights from the model again, after restoring its best weights, say.
@@ -259,7 +269,7 @@ class Lookahead(keras.optimizers.Optimizer):
             RuntimeError: inside a `slow_weights()` block.
         """
         self._check_ready("reset_slow_weights()")
-        _backend.capture(self._iterations, lambda count: True, self._pairs())
+        _backend.capture(self._iterations, lambda count: True, self._pairs() + self._inner_pairs())
 
     @contextlib.contextmanager
     def slow_weights(self):
@@ -333,7 +343,7 @@ class Lookahead(keras.optimizers.Optimizer):
 
     def get_weights(self):
         """Return the values of `variables` as a list of NumPy arrays."""
-        return [keras.ops.convert_to_numpy(variable) for variable in self.variables]
+        return [keras.ops.convert_to_numpy(variable.value) for variable in self.variables]
 
     def set_weights(self, weights):
         """Set the values of `variables`.
@@ -348,22 +358,29 @@ class Lookahead(keras.optimizers.Optimizer):
         self._check_ready("set_weights(weights)")
         _assign(self.variables, weights, "set_weights(weights)")
 
+    def _own_variables(self):
+        # Numbers for names would let a bare optimizer's momentum, of the same count and shapes, load as slow weights.
+        slow_variables = {f"slow_{index}": slow for index, slow in enumerate(self.slow_variables)}
+        return {"iterations": self._iterations, **slow_variables}
+
     def save_own_variables(self, store):
         """Save the step count and the slow weights; Keras has the inner optimizer save its own state beside them."""
-        for index, variable in enumerate(self._variables):
-            store[str(index)] = keras.ops.convert_to_numpy(variable)
+        for name, variable in self._own_variables().items():
+            store[name] = keras.ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store):
         """Load what `save_own_variables` saved."""
-        if len(store.keys()) != len(self._variables):
+        variables = self._own_variables()
+        if set(store.keys()) != set(variables):
             warnings.warn(
-                f"Skipping the state of optimizer {self.name!r}, which has {len(self._variables)} variables of its own, "
-                f"whereas {len(store.keys())} were saved. The slow weights start anew, from the model's weights.",
+                f"Skipping the state of optimizer {self.name!r}, which has {len(variables) - 1} slow weights, as what "
+                f"was saved is another optimizer's state ({len(store.keys())} variables). The slow weights start anew, "
+                "from the model's weights.",
                 stacklevel=2,
             )
+            self._iterations.assign(0)
             return
-        weights = [store[str(index)] for index in range(len(self._variables))]
-        _assign(self._variables, weights, "load_own_variables(store)")
+        _assign(list(variables.values()), [store[name] for name in variables], "load_own_variables(store)")
 
     def get_config(self):
         """Return the config, from which `from_config` makes the same optimizer, without its state."""
@@ -386,6 +403,15 @@ class Lookahead(keras.optimizers.Optimizer):
         if isinstance(config["optimizer"], dict):
             config["optimizer"] = keras.optimizers.deserialize(config["optimizer"], custom_objects)
         return cls(**config)
+
+
+def _wrappers_in(optimizer):
+    """Yield an optimizer, and the optimizers inside it, as far as they are `Lookahead`s."""
+    if isinstance(optimizer, Lookahead):
+        yield optimizer
+    inner = [optimizer.inner_optimizer] if hasattr(optimizer, "inner_optimizer") else []
+    for one in getattr(optimizer, "optimizers", inner):
+        yield from _wrappers_in(one)
 
 
 def _assign(variables, values, caller):
