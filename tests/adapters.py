@@ -14,7 +14,6 @@ ADAPTERS = []
 
 if "KERAS_BACKEND" in os.environ:
     import keras
-
     import lookahead_optim.keras
 
     def _inner(name, settings):

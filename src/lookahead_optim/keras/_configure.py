@@ -4,8 +4,9 @@ import copy
 import math
 import numbers
 
-import keras
 import numpy as np
+
+import keras
 
 __all__ = ["accumulation_steps", "make_inner_optimizer"]
 
@@ -47,15 +48,12 @@ def _get(optimizer):
             "`optimizer` must be an instance of `keras.optimizers.Optimizer` (Keras 3), or a name or config that "
             f"`keras.optimizers.get` takes. Received: optimizer={optimizer!r} of type {type(optimizer)}"
         )
-    one = inner_optimizer
-    while one is not None:
-        if isinstance(one, keras.optimizers.LossScaleOptimizer):
-            raise ValueError(
-                "A `LossScaleOptimizer` cannot be inside `Lookahead`, as skipped steps must not count. Wrap the other "
-                "way round, `LossScaleOptimizer(Lookahead(inner))`, which is also what `compile` makes under the "
-                f"'mixed_float16' policy. Received: optimizer={optimizer!r}"
-            )
-        one = getattr(one, "inner_optimizer", None)
+    if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "A `LossScaleOptimizer` cannot be inside `Lookahead`, as the steps that it skips must not count. Wrap the "
+            "other way round, `LossScaleOptimizer(Lookahead(inner))`, which is also what `compile` makes under the "
+            f"'mixed_float16' policy. Received: optimizer={optimizer!r}"
+        )
     return inner_optimizer
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 import keras
 
 __all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synchronize"]

@@ -35,7 +35,13 @@ def _when(iterations, due, pairs, update):
 
         tf.while_loop(lambda pending: pending, body, (pending,))
 
-    tf.__internal__.distribute.interim.maybe_merge_call(in_cross_replica_context, tf.distribute.get_strategy())
+    if not pairs:
+        return
+    strategy = getattr(_native(pairs[0][0]), "distribute_strategy", tf.distribute.get_strategy())
+    if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():
+        tf.__internal__.distribute.interim.maybe_merge_call(in_cross_replica_context, strategy)
+    else:
+        in_cross_replica_context(strategy)
 
 
 def capture(iterations, due, pairs):
@@ -60,7 +66,7 @@ def synchronize(iterations, due, pairs, slow_step_size):
         else:
             dtype = tf.float32 if slow.dtype.size < 4 else slow.dtype
             start = tf.cast(slow, dtype)
-            new = tf.cast(start + tf.cast(slow_step_size, dtype) * (tf.cast(fast, dtype) - start), slow.dtype)
+            new = tf.cast(start + tf.constant(slow_step_size, dtype) * (tf.cast(fast, dtype) - start), slow.dtype)
         if constraint is not None:
             new = constraint(new)
         slow.assign(new)
@@ -86,14 +92,27 @@ def gradients(loss, variables, grad_loss):
     return tape.gradient(value, [_native(variable) for variable in variables], grad_loss)
 
 
+def _strategy(variable):
+    return getattr(_native(variable), "_distribute_strategy", None)
+
+
+def _chain(optimizer):
+    """Return the optimizer and all that it wraps."""
+    wrapped = [optimizer.inner_optimizer] if hasattr(optimizer, "inner_optimizer") else []
+    wrapped += getattr(optimizer, "optimizers", [])
+    return [optimizer, *(inner for one in wrapped for inner in _chain(one))]
+
+
 def check_scope(optimizer, inner_optimizer, variables):
     """Raise `ValueError` if an optimizer and its variables belong to different distribution strategies."""
     for variable in variables:
-        strategy = getattr(_native(variable), "distribute_strategy", None)
-        for one in (optimizer, inner_optimizer):
-            if strategy is not None and one._distribution_strategy is not strategy:
+        for one in (optimizer, *_chain(inner_optimizer)):
+            # The strategy in whose scope a variable was created, None outside of any.
+            theirs, own = _strategy(variable), _strategy(one._iterations)
+            if theirs is not own:
+                places = [f"in the scope of {strategy}" if strategy else "outside of any" for strategy in (theirs, own)]
                 raise ValueError(
-                    f"The variable {variable.name!r} was created in the scope of {strategy}, but the optimizer "
-                    f"{one.name!r} outside of it. Create the model, the inner optimizer and `Lookahead` inside the "
-                    "same `with strategy.scope():` block."
+                    "The model, the inner optimizer and `Lookahead` must be created inside the same "
+                    f"`with strategy.scope():` block. Received: the variable {variable.path!r}, created {places[0]}, "
+                    f"and the optimizer {one.name!r}, created {places[1]}"
                 )

@@ -1,7 +1,6 @@
 """A callback that evaluates a model on its slow weights."""
 
 import keras
-
 from lookahead_optim.keras.optimizer import Lookahead
 
 __all__ = ["SwapSlowWeights"]

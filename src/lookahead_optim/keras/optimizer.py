@@ -4,9 +4,9 @@ import contextlib
 import copy
 import warnings
 
-import keras
 import numpy as np
 
+import keras
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
 from lookahead_optim.keras import _backend
 from lookahead_optim.keras._configure import accumulation_steps, make_inner_optimizer
@@ -321,6 +321,10 @@ class Lookahead(keras.optimizers.Optimizer):
     def get_slot_names(self):
         """Return the names that `get_slot` takes: `["slow"]`."""
         return ["slow"]
+
+    def __dir__(self):
+        # TensorFlow's checkpoints take an object that lists `get_slot_names` for an optimizer of TensorFlow 1.
+        return [name for name in super().__dir__() if name != "get_slot_names"]
 
     def get_slot(self, var, slot_name):
         """Return the slow weight of a variable, a `keras.Variable` of its shape and dtype.

@@ -1,0 +1,273 @@
+"""The distributed training runs of test_distribution.py that need processes of their own.
+
+    python distribution_worker.py RUN RESULT [RANK PORT]
+
+A run checks what holds within its process, and writes the history of its weights to the file RESULT.
+"""
+
+import os
+import sys
+
+import keras
+import numpy as np
+from helpers import assert_same_bits, data, mlp, values
+
+from lookahead_optim.keras import Lookahead
+
+BATCH = 16
+BATCHES = 17
+STOPPED_AT = 8
+SYNC_PERIOD = 5
+
+
+def momentum(**kwargs):
+    return Lookahead(keras.optimizers.SGD(0.05, momentum=0.9, **kwargs), SYNC_PERIOD)
+
+
+def adam(**kwargs):
+    return Lookahead(keras.optimizers.Adam(0.02, **kwargs), SYNC_PERIOD, slow_step_size=0.8)
+
+
+OPTIMIZERS = {"momentum": momentum, "adam": adam}
+
+
+def batches():
+    """Return the data of all steps, an array of inputs and one of targets."""
+    return data(rows=BATCH * BATCHES)
+
+
+class History(keras.callbacks.Callback):
+    """Records the fast and the slow weights of every step, and checks that they are the same bits after a sync.
+
+    Args:
+        copies: Function from a list of variables to a list of lists of arrays, one for each of the devices on which
+            all these variables are held in full. They must be the same bits everywhere.
+    """
+
+    def __init__(self, copies=lambda variables: [values(variables)]):
+        super().__init__()
+        self.copies = copies
+        self.fast, self.slow = [], []
+
+    def record(self, model, optimizer):
+        first, *others = self.copies(model.trainable_variables + optimizer.slow_variables)
+        for other in others:
+            assert_same_bits(other, first)
+        half = len(first) // 2
+        self.fast.append(first[:half])
+        self.slow.append(first[half:])
+        if len(self.fast) % SYNC_PERIOD == 0:
+            assert_same_bits(first[:half], first[half:])
+
+    def on_train_batch_end(self, batch, logs=None):
+        optimizer = self.model.optimizer
+        self.record(self.model, optimizer if isinstance(optimizer, Lookahead) else optimizer.inner_optimizer)
+
+    def until(self, step):
+        """Return a history that starts with the steps before this one."""
+        beginning = History(self.copies)
+        beginning.fast, beginning.slow = self.fast[:step], self.slow[:step]
+        return beginning
+
+    def assert_same_bits(self, other):
+        assert len(self.fast) == len(other.fast) == BATCHES
+        for one, expected in zip(self.fast + self.slow, other.fast + other.slow):
+            assert_same_bits(one, expected)
+
+    def arrays(self):
+        """Return all weights of all steps by name."""
+        histories = {"fast": self.fast, "slow": self.slow}
+        return {
+            f"{name}/{step}/{index}": array
+            for name, history in histories.items()
+            for step, weights in enumerate(history)
+            for index, array in enumerate(weights)
+        }
+
+
+def fit(model, history, start=0, stop=BATCHES, callbacks=()):
+    """Fit the compiled model on the batches from `start` to `stop`, in their order."""
+    x, y = (array[start * BATCH : stop * BATCH] for array in batches())
+    model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[history, *callbacks])
+
+
+def plain_numpy(variables):
+    return [[np.asarray(variable.value) for variable in variables]]
+
+
+def jax_fit(distribution, result):
+    import jax
+
+    devices = keras.distribution.list_devices()
+    assert len(devices) == 4
+    if distribution == "data_parallel":
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+        parts = 1
+    else:
+        mesh = keras.distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
+        layouts = keras.distribution.LayoutMap(mesh)
+        layouts[".*kernel"] = ("model", None)
+        keras.distribution.set_distribution(
+            keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+        )
+        parts = 2
+
+    def check_layouts(model):
+        for fast, slow in zip(model.trainable_variables, model.optimizer.slow_variables):
+            kernel = fast.path.endswith("kernel")
+            for array in (fast.value, slow.value):
+                assert len(array.sharding.device_set) == 4, (fast.path, array.sharding)
+                rows = array.shape[0] // (parts if kernel else 1)
+                assert {shard.data.shape[0] for shard in array.addressable_shards} == {rows}, (
+                    fast.path,
+                    array.sharding,
+                )
+            assert slow.value.sharding.is_equivalent_to(fast.value.sharding, fast.value.ndim), fast.path
+            pairs = zip(fast.value.addressable_shards, slow.value.addressable_shards)
+            assert all(one.index == other.index and one.device == other.device for one, other in pairs)
+
+    class Layouts(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            check_layouts(self.model)
+
+    arrays = {}
+    for name, make in OPTIMIZERS.items():
+        model = mlp()
+        model.compile(make(), loss="mse")
+        optimizer = model.optimizer
+        optimizer.build(model.trainable_variables)
+        check_layouts(model)
+        history = History(plain_numpy)
+        fit(model, history, 0, STOPPED_AT, [Layouts()])
+        model.save(f"{result}.keras")
+        fit(model, history, STOPPED_AT, BATCHES, [Layouts()])
+        resumed = keras.saving.load_model(f"{result}.keras")
+        check_layouts(resumed)
+        resumed_history = history.until(STOPPED_AT)
+        fit(resumed, resumed_history, STOPPED_AT, BATCHES, [Layouts()])
+        resumed_history.assert_same_bits(history)
+        arrays.update({f"{name}/{key}": array for key, array in history.arrays().items()})
+
+        (fast,), (slow,) = plain_numpy(model.trainable_variables), plain_numpy(optimizer.slow_variables)
+        with optimizer.slow_weights():
+            check_layouts(model)
+            assert_same_bits(*plain_numpy(model.trainable_variables), slow)
+        check_layouts(model)
+        assert_same_bits(*plain_numpy(model.trainable_variables), fast)
+        optimizer.sync()
+        check_layouts(model)
+        assert_same_bits(*plain_numpy(model.trainable_variables), *plain_numpy(optimizer.slow_variables))
+        assert any(np.any(one != other) for one, other in zip(plain_numpy(model.trainable_variables)[0], fast))
+        model.trainable_variables[0].assign(jax.numpy.zeros_like(model.trainable_variables[0].value))
+        optimizer.reset_slow_weights()
+        check_layouts(model)
+        assert not np.any(np.asarray(optimizer.slow_variables[0].value))
+    np.savez(result, **arrays)
+
+
+def torch_loop(result, rank, port):
+    import torch
+
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    arrays = {}
+    for name, make in OPTIMIZERS.items():
+        model, optimizer = mlp(), make()
+        optimizer.build(model.trainable_variables)
+        history = History()
+        torch_steps(model, optimizer, history, 0, STOPPED_AT, rank)
+        model.compile(optimizer)
+        model.save(f"{result}.{rank}.keras")
+        resumed = keras.saving.load_model(f"{result}.{rank}.keras")
+        torch_steps(model, optimizer, history, STOPPED_AT, BATCHES, rank)
+        resumed_history = history.until(STOPPED_AT)
+        torch_steps(resumed, resumed.optimizer, resumed_history, STOPPED_AT, BATCHES, rank)
+        resumed_history.assert_same_bits(history)
+        arrays.update({f"{name}/{key}": array for key, array in history.arrays().items()})
+        with optimizer.slow_weights():
+            arrays[f"{name}/inside"] = values(model.trainable_variables)[0]
+        optimizer.sync()
+        arrays[f"{name}/synced"] = values(model.trainable_variables)[0]
+        assert_same_bits(model.trainable_variables, optimizer.slow_variables)
+    np.savez(result, **arrays)
+    torch.distributed.destroy_process_group()
+
+
+def torch_steps(model, optimizer, history, start, stop, rank):
+    """Train on this process' half of every batch from `start` to `stop`, or, with rank None, on all of it."""
+    import torch
+
+    parallel = model if rank is None else torch.nn.parallel.DistributedDataParallel(model)
+    x, y = (torch.from_numpy(array) for array in batches())
+    for step in range(start, stop):
+        rows = slice(step * BATCH, (step + 1) * BATCH)
+        if rank is not None:
+            rows = slice(rows.start + rank * BATCH // 2, rows.start + (rank + 1) * BATCH // 2)
+        model.zero_grad()
+        torch.mean((parallel(x[rows]) - y[rows]) ** 2).backward()
+        variables = model.trainable_variables
+        optimizer.apply([variable.value.grad for variable in variables], variables)
+        history.record(model, optimizer)
+
+
+def tensorflow_loop(strategy, model, optimizer, history, start=0, stop=BATCHES, graph=True):
+    """Train on the batches from `start` to `stop` with a custom loop, each replica on its part of every batch."""
+    import tensorflow as tf
+
+    def replica_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = optimizer.scale_loss(tf.reduce_sum((model(x) - y) ** 2) / BATCH)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+    def step(x, y):
+        strategy.run(replica_step, args=(x, y))
+
+    lookahead = optimizer if isinstance(optimizer, Lookahead) else optimizer.inner_optimizer
+    if graph:
+        step = tf.function(step)
+    size = BATCH // strategy.num_replicas_in_sync
+    x, y = batches()
+    for number in range(start, stop):
+
+        def part(array, number=number):
+            def of(context):
+                first = number * BATCH + context.replica_id_in_sync_group * size
+                return tf.constant(array[first : first + size])
+
+            return strategy.experimental_distribute_values_from_function(of)
+
+        step(part(x), part(y))
+        history.record(model, lookahead)
+
+
+def tensorflow_multi_worker(result):
+    import tensorflow as tf
+
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    assert strategy.num_replicas_in_sync == 2
+    arrays = {}
+    for name, make in OPTIMIZERS.items():
+        with strategy.scope():
+            model, optimizer = mlp(), make()
+            optimizer.build(model.trainable_variables)
+        history = History()
+        tensorflow_loop(strategy, model, optimizer, history)
+        arrays.update({f"{name}/{key}": array for key, array in history.arrays().items()})
+        with optimizer.slow_weights():
+            assert_same_bits(model.trainable_variables, history.slow[-1])
+        assert_same_bits(model.trainable_variables, history.fast[-1])
+        optimizer.sync()
+        assert_same_bits(model.trainable_variables, optimizer.slow_variables)
+    np.savez(result, **arrays)
+
+
+if __name__ == "__main__":
+    run, result, *where = sys.argv[1:]
+    if run == "torch":
+        torch_loop(result, *map(int, where))
+    elif run == "multi_worker":
+        tensorflow_multi_worker(result)
+    else:
+        jax_fit(run, result)
+    # The frameworks' threads may wait for a peer that has ended already.
+    sys.stdout.flush()
+    os._exit(0)

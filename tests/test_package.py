@@ -1,0 +1,71 @@
+"""The package as it is installed: its imports, its version, its wheel."""
+
+import importlib.metadata
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lookahead_optim
+
+ROOT = Path(__file__).parent.parent
+FRAMEWORKS = {"keras", "tensorflow", "jax", "torch", "optax", "tf_keras"}
+
+
+def imported(statement, **environment):
+    """Return which frameworks a fresh process has imported after a statement."""
+    code = f"import sys; {statement}; print(*[name for name in {sorted(FRAMEWORKS)} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_the_package_imports_no_framework():
+    assert imported("import lookahead_optim, lookahead_optim._checks") == set()
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_the_keras_front_end_imports_what_keras_does_and_nothing_more(backend):
+    environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    with_front_end = imported("import lookahead_optim.keras", **environment)
+    assert with_front_end == imported("import keras", **environment)
+    assert {"keras", backend} <= with_front_end
+
+
+def test_other_backends_are_refused_by_name():
+    code = "import lookahead_optim.keras"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={"KERAS_BACKEND": "numpy"}
+    )
+    assert done.returncode == 1
+    assert "trains on the tensorflow, jax and torch backends of Keras. Received: KERAS_BACKEND=numpy" in done.stderr
+
+
+def test_version_is_that_of_the_distribution():
+    assert lookahead_optim.__version__ == importlib.metadata.version("lookahead-optim")
+
+
+def test_changelog_has_the_version():
+    assert f"## {lookahead_optim.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_no_runtime_dependency_beyond_the_extras():
+    requires = importlib.metadata.requires("lookahead-optim")
+    assert all("extra ==" in requirement for requirement in requires)
+    extras = importlib.metadata.metadata("lookahead-optim").get_all("Provides-Extra")
+    assert set(extras) == {"keras", "tf-keras", "torch", "optax", "demo"}
+
+
+def test_wheel_holds_every_module_the_type_marker_and_the_license(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
+    subprocess.run(build, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    source = ROOT / "src"
+    modules = {str(path.relative_to(source)) for path in source.rglob("*") if path.suffix == ".py" or path.name == "py.typed"}
+    assert modules <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith("tests") for name in names)
