@@ -35,9 +35,9 @@ def limit(inner, period):
 
 def make_step(mode, inner, period):
     """Return a function that makes one optimizer step and one that waits for it; period None is the bare optimizer."""
+    import keras
     import numpy as np
 
-    import keras
     from lookahead_optim.keras import Lookahead
 
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 import lookahead_optim
 
 project = "lookahead-optim"
-copyright = "the lookahead-optim authors"
+project_copyright = "the lookahead-optim authors"
 version = release = lookahead_optim.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]

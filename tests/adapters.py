@@ -14,6 +14,7 @@ ADAPTERS = []
 
 if "KERAS_BACKEND" in os.environ:
     import keras
+
     import lookahead_optim.keras
 
     def _inner(name, settings):

@@ -65,7 +65,7 @@ def test_wheel_holds_every_module_the_type_marker_and_the_license(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     source = ROOT / "src"
-    modules = {str(path.relative_to(source)) for path in source.rglob("*") if path.suffix == ".py" or path.name == "py.typed"}
+    modules = {str(path.relative_to(source)) for path in [*source.rglob("*.py"), *source.rglob("py.typed")]}
     assert modules <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith("tests") for name in names)

@@ -1,8 +1,8 @@
 """What the Keras tests share: small models and data, and comparison bit for bit."""
 
+import keras
 import numpy as np
 
-import keras
 from lookahead_optim.keras import Lookahead
 
 BACKEND = keras.config.backend()
@@ -74,7 +74,12 @@ def find_lookahead(optimizer):
 def train(
     model, optimizer, x, y, resets=None, callbacks=list, batch_size=8, epochs=1, loss="mse", fit=None, **compile_args
 ):
-    """Compile, fit on batches in their order with the callbacks that `callbacks()` makes, and return the `Recorder`."""
+    """Compile, fit on batches in their order with the callbacks that `callbacks()` makes, and return the `Recorder`.
+
+    On TensorFlow, XLA compiles only if `compile_args` say so: it takes seconds for each model.
+    """
+    if BACKEND == "tensorflow":
+        compile_args.setdefault("jit_compile", False)
     model.compile(optimizer, loss=loss, **compile_args)
     recorder = Recorder(resets)
     callbacks = [recorder, *callbacks()]

@@ -65,9 +65,7 @@ class TestJAX:
         text = self.compile(optimizer, variables, gradients).as_text()
         entry = text[text.index("\nENTRY ") :]
         assert re.findall(r"f32\[64,64\]\S* copy\(", entry) == []
-        slow_parameters = set(
-            re.findall(r"(%\S+) = f32\[64,64\]\S* parameter\((?:4|5|6)\)", entry)
-        )
+        slow_parameters = set(re.findall(r"(%\S+) = f32\[64,64\]\S* parameter\((?:4|5|6)\)", entry))
         assert len(slow_parameters) == len(variables)
         for name in slow_parameters:
             users = re.findall(rf" (\S+)\([^)]*{re.escape(name)}[,)]", entry)
@@ -161,9 +159,7 @@ class TestTorch:
         monkeypatch.setattr(torch.Tensor, "__int__", lambda self: reads.append(self is count) or original(self))
         for method in ("__bool__", "item", "tolist", "__index__"):
             read = getattr(torch.Tensor, method)
-            monkeypatch.setattr(
-                torch.Tensor, method, lambda self, read=read: reads.append(self is count) or read(self)
-            )
+            monkeypatch.setattr(torch.Tensor, method, lambda self, read=read: reads.append(self is count) or read(self))
         optimizer.apply(gradients, variables)
         first = sum(reads)
         for _ in range(5):

@@ -3,10 +3,10 @@
 import copy
 import math
 import numbers
-
-import numpy as np
+from typing import Any
 
 import keras
+import numpy as np
 
 __all__ = ["accumulation_steps", "make_inner_optimizer"]
 
@@ -14,7 +14,7 @@ _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 _KEYWORDS = ("learning_rate", "lr", "decay", *_CLIPPING)
 
 
-def make_inner_optimizer(optimizer, settings):
+def make_inner_optimizer(optimizer: Any, settings: dict[str, Any]) -> Any:
     """Return the Keras optimizer that `optimizer` stands for, with the keywords `settings` applied to it.
 
     Raises `TypeError` or `ValueError`, with the optimizer left as it was.
@@ -32,7 +32,7 @@ def make_inner_optimizer(optimizer, settings):
     return inner_optimizer
 
 
-def _get(optimizer):
+def _get(optimizer: Any) -> Any:
     if isinstance(optimizer, keras.optimizers.Optimizer):
         inner_optimizer = optimizer
     elif isinstance(optimizer, (str, dict)):
@@ -57,13 +57,13 @@ def _get(optimizer):
     return inner_optimizer
 
 
-def _innermost(optimizer):
+def _innermost(optimizer: Any) -> Any:
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer
 
 
-def _apply_settings(optimizer, settings, replace_learning_rate):
+def _apply_settings(optimizer: Any, settings: dict[str, Any], replace_learning_rate: bool) -> None:
     if hasattr(optimizer, "optimizers"):
         raise ValueError(
             f"The keyword argument(s) {sorted(settings)} cannot configure a `MultiOptimizer`: set them on the "
@@ -77,11 +77,11 @@ def _apply_settings(optimizer, settings, replace_learning_rate):
         setattr(optimizer, name, value)
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _new_learning_rate(optimizer, settings, replace):
+def _new_learning_rate(optimizer: Any, settings: dict[str, Any], replace: bool) -> Any:
     """Return what the optimizer's learning rate must be set to, or None if it can stay."""
     if "lr" in settings and "learning_rate" in settings:
         raise ValueError(
@@ -119,7 +119,7 @@ def _new_learning_rate(optimizer, settings, replace):
     return result
 
 
-def _new_clipping(optimizer, settings):
+def _new_clipping(optimizer: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the clipping attributes to set on the optimizer."""
     wanted = {name: settings[name] for name in _CLIPPING if name in settings}
     for name, value in wanted.items():
@@ -134,7 +134,7 @@ def _new_clipping(optimizer, settings):
     return wanted
 
 
-def accumulation_steps(optimizer):
+def accumulation_steps(optimizer: Any) -> int:
     """Return over how many calls of `apply` the optimizer accumulates gradients for one update, 1 for none.
 
     Raises `ValueError` for a `MultiOptimizer` whose optimizers disagree.

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-
 import keras
 
 __all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synchronize"]
@@ -80,7 +79,7 @@ class _RecordingScope(keras.StatelessScope):
 
 def gradients(loss, variables, grad_loss):
     """Return the gradients of the callable `loss`, weighted by `grad_loss`, for `variables`."""
-    assigned = []
+    assigned: list[keras.Variable] = []
 
     def stateless_loss(values):
         with _RecordingScope(list(zip(variables, values))) as scope:

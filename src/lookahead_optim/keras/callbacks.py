@@ -1,6 +1,10 @@
 """A callback that evaluates a model on its slow weights."""
 
+import contextlib
+from typing import Any
+
 import keras
+
 from lookahead_optim.keras.optimizer import Lookahead
 
 __all__ = ["SwapSlowWeights"]
@@ -34,12 +38,12 @@ class SwapSlowWeights(keras.callbacks.Callback):
     >>> loss = model.evaluate(x, y, callbacks=[SwapSlowWeights()], verbose=0)
     """
 
-    def __init__(self, swap_on_epoch=False):
+    def __init__(self, swap_on_epoch: bool = False) -> None:
         super().__init__()
         self.swap_on_epoch = swap_on_epoch
-        self._block = None
+        self._block: contextlib.AbstractContextManager | None = None
 
-    def _swap_in(self):
+    def _swap_in(self) -> None:
         if self._block is not None:
             return
         optimizer = self.model.optimizer
@@ -56,32 +60,32 @@ class SwapSlowWeights(keras.callbacks.Callback):
         block.__enter__()
         self._block = block
 
-    def _swap_out(self):
+    def _swap_out(self) -> None:
         block, self._block = self._block, None
         if block is not None:
             block.__exit__(None, None, None)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         self._swap_out()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._swap_out()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.swap_on_epoch:
             self._swap_in()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Any = None) -> None:
         self._swap_out()
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Any = None) -> None:
         self._swap_in()
 
-    def on_test_end(self, logs=None):
+    def on_test_end(self, logs: Any = None) -> None:
         self._swap_out()
 
-    def on_predict_begin(self, logs=None):
+    def on_predict_begin(self, logs: Any = None) -> None:
         self._swap_in()
 
-    def on_predict_end(self, logs=None):
+    def on_predict_end(self, logs: Any = None) -> None:
         self._swap_out()

@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import warnings
-
-import numpy as np
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import keras
+import numpy as np
+
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
 from lookahead_optim.keras import _backend
 from lookahead_optim.keras._configure import accumulation_steps, make_inner_optimizer
@@ -61,7 +63,14 @@ class Lookahead(keras.optimizers.Optimizer):
         back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1.
     """
 
-    def __init__(self, optimizer, sync_period=6, slow_step_size=0.5, name="Lookahead", **kwargs):
+    def __init__(
+        self,
+        optimizer: Any,
+        sync_period: int = 6,
+        slow_step_size: float = 0.5,
+        name: str = "Lookahead",
+        **kwargs: Any,
+    ) -> None:
         sync_period = check_sync_period(sync_period)
         slow_step_size = check_slow_step_size(slow_step_size)
         inner_optimizer = make_inner_optimizer(optimizer, kwargs)
@@ -70,58 +79,58 @@ class Lookahead(keras.optimizers.Optimizer):
         self.inner_optimizer = inner_optimizer
         self.sync_period = sync_period
         self.slow_step_size = slow_step_size
-        self._slow_variables = []
-        self._put_back = None
+        self._slow_variables: list[Any] = []
+        self._put_back: Callable[[], None] | None = None
 
-    def _inner_learning_rate(self):
+    def _inner_learning_rate(self) -> Any:
         return self.inner_optimizer.learning_rate
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> Any:
         """The inner optimizer's learning rate, also when set, through any depth of wrapping."""
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate):
+    def learning_rate(self, learning_rate: Any) -> None:
         self.inner_optimizer.learning_rate = learning_rate
 
     lr = learning_rate
 
     @property
-    def loss_scale_factor(self):
+    def loss_scale_factor(self) -> float | None:
         """The inner optimizer's loss scale factor."""
         return self.inner_optimizer.loss_scale_factor
 
     @loss_scale_factor.setter
-    def loss_scale_factor(self, loss_scale_factor):
+    def loss_scale_factor(self, loss_scale_factor: float | None) -> None:
         # Keras' own constructor sets None before there is an inner optimizer.
         if hasattr(self, "inner_optimizer"):
             self.inner_optimizer.loss_scale_factor = loss_scale_factor
 
     @property
-    def iterations(self):
+    def iterations(self) -> Any:
         """Scalar integer: the number of applied updates, $t$."""
         steps = accumulation_steps(self.inner_optimizer)
         return self._iterations if steps == 1 else keras.ops.floor_divide(self._iterations, steps)
 
     @property
-    def variables(self):
+    def variables(self) -> list[Any]:
         """All state: the step count, the slow weights, then the inner optimizer's variables."""
         return self._variables + self.inner_optimizer.variables
 
     @property
-    def weights(self):
+    def weights(self) -> list[Any]:
         """The same as `variables`, the name that Keras 2 used."""
         return self.variables
 
     @property
-    def slow_variables(self):
+    def slow_variables(self) -> list[Any]:
         """The slow weights: a list of `keras.Variable`, shaped and typed like the variables the optimizer was built
         with, and in their order. Undefined before the first update; empty if `sync_period` is 0."""
         return [slow for slow in self._slow_variables if slow is not None]
 
-    def build(self, variables):
-        """Create the state for `variables`, a list of the trainable `keras.Variable`s to optimize.
+    def build(self, variables: Iterable[Any]) -> None:
+        """Create the state for `variables`, a list of the trainable variables to optimize.
 
         Raises:
             ValueError: if the inner optimizer was built for other variables, or belongs to another
@@ -144,7 +153,7 @@ class Lookahead(keras.optimizers.Optimizer):
         if self.sync_period:
             self._slow_variables = self.add_optimizer_variables(variables, "slow")
 
-    def _pairs(self):
+    def _pairs(self) -> list[tuple[Any, Any]]:
         """Return the (slow, fast) variables of every weight that takes part."""
         return [
             (slow, fast)
@@ -152,21 +161,21 @@ class Lookahead(keras.optimizers.Optimizer):
             if slow is not None and fast.trainable
         ]
 
-    def _inner_pairs(self):
+    def _inner_pairs(self) -> list[tuple[Any, Any]]:
         """Return the same of all wrappers inside this one."""
         return [pair for inner in _wrappers_in(self.inner_optimizer) for pair in inner._pairs()]
 
-    def _synchronize(self, due):
+    def _synchronize(self, due: Callable[[Any], Any]) -> None:
         _backend.synchronize(self._iterations, due, self._pairs(), self.slow_step_size)
         # Left as they are, an inner wrapper's slow weights would draw the fast ones back at its next sync.
         inner_pairs = self._inner_pairs()
         if inner_pairs:
             _backend.capture(self._iterations, due, inner_pairs)
 
-    def _is_first_update(self, count):
+    def _is_first_update(self, count: Any) -> Any:
         return count < accumulation_steps(self.inner_optimizer)
 
-    def _check_ready(self, caller):
+    def _check_ready(self, caller: str) -> None:
         if not self.built:
             raise ValueError(
                 f"`{caller}` needs an optimizer that is built. Train first, or call "
@@ -178,7 +187,7 @@ class Lookahead(keras.optimizers.Optimizer):
                 "the block first (or the `SwapSlowWeights` callback's evaluation)."
             )
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
         """Let the inner optimizer make one update, then synchronise if one is due.
 
         Args:
@@ -212,7 +221,7 @@ class Lookahead(keras.optimizers.Optimizer):
             period = self.sync_period * accumulation_steps(self.inner_optimizer)
             self._synchronize(lambda count: count % period == 0)
 
-    def apply_gradients(self, grads_and_vars, name=None):
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], name: str | None = None) -> Any:
         """Apply a list of `(gradient, variable)` pairs; see `apply`. `name` is not used.
 
         Returns:
@@ -224,7 +233,7 @@ class Lookahead(keras.optimizers.Optimizer):
         self.apply(*zip(*grads_and_vars))
         return self.iterations
 
-    def minimize(self, loss, var_list, grad_loss=None, name=None):
+    def minimize(self, loss: Callable[[], Any], var_list: Any, grad_loss: Any = None, name: str | None = None) -> Any:
         """Compute the gradients of `loss` and apply them.
 
         Args:
@@ -250,7 +259,7 @@ class Lookahead(keras.optimizers.Optimizer):
         grads = _backend.gradients(lambda: self.scale_loss(loss()), variables, grad_loss)
         return self.apply_gradients(zip(grads, variables))
 
-    def sync(self):
+    def sync(self) -> None:
         """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
 
         Raises:
@@ -261,7 +270,7 @@ class Lookahead(keras.optimizers.Optimizer):
         _backend.capture(self._iterations, self._is_first_update, self._pairs())
         self._synchronize(lambda count: True)
 
-    def reset_slow_weights(self):
+    def reset_slow_weights(self) -> None:
         """Capture the slow weights from the model again, after restoring its best weights, say.
 
         Raises:
@@ -272,7 +281,7 @@ class Lookahead(keras.optimizers.Optimizer):
         _backend.capture(self._iterations, lambda count: True, self._pairs() + self._inner_pairs())
 
     @contextlib.contextmanager
-    def slow_weights(self):
+    def slow_weights(self) -> Iterator[None]:
         """Context manager that runs a block, an evaluation or an export, with the slow weights in the model.
 
         The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
@@ -290,7 +299,7 @@ class Lookahead(keras.optimizers.Optimizer):
         _backend.capture(self._iterations, self._is_first_update, pairs)
         fast_weights = [_backend.copy_of(fast) for _, fast in pairs]
 
-        def put_back():
+        def put_back() -> None:
             self._put_back = None
             for (_, fast), value in zip(pairs, fast_weights):
                 fast.assign(value)
@@ -304,29 +313,31 @@ class Lookahead(keras.optimizers.Optimizer):
             if self._put_back is put_back:
                 put_back()
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Let the inner optimizer end the training, at the end of `fit`: with its EMA in the model, say."""
         if self._put_back is not None:
             self._put_back()
         self.inner_optimizer.finalize_variable_values(var_list)
 
-    def scale_loss(self, loss):
+    def scale_loss(self, loss: Any) -> Any:
         """Scale the loss as the inner optimizer does."""
         return self.inner_optimizer.scale_loss(loss)
 
-    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+    def exclude_from_weight_decay(
+        self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
+    ) -> None:
         """Exclude variables from the inner optimizer's weight decay."""
         self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
-    def get_slot_names(self):
+    def get_slot_names(self) -> list[str]:
         """Return the names that `get_slot` takes: `["slow"]`."""
         return ["slow"]
 
-    def __dir__(self):
+    def __dir__(self) -> list[str]:
         # TensorFlow's checkpoints take an object that lists `get_slot_names` for an optimizer of TensorFlow 1.
         return [name for name in super().__dir__() if name != "get_slot_names"]
 
-    def get_slot(self, var, slot_name):
+    def get_slot(self, var: Any, slot_name: str) -> Any:
         """Return the slow weight of a variable, a `keras.Variable` of its shape and dtype.
 
         Args:
@@ -345,11 +356,11 @@ class Lookahead(keras.optimizers.Optimizer):
             raise ValueError("There are no slow weights: Lookahead is switched off. Received: sync_period=0")
         return self._slow_variables[self._get_variable_index(var)]
 
-    def get_weights(self):
+    def get_weights(self) -> list[np.ndarray]:
         """Return the values of `variables` as a list of NumPy arrays."""
         return [keras.ops.convert_to_numpy(variable.value) for variable in self.variables]
 
-    def set_weights(self, weights):
+    def set_weights(self, weights: Iterable[Any]) -> None:
         """Set the values of `variables`.
 
         Args:
@@ -367,12 +378,12 @@ class Lookahead(keras.optimizers.Optimizer):
         slow_variables = {f"slow_{index}": slow for index, slow in enumerate(self.slow_variables)}
         return {"iterations": self._iterations, **slow_variables}
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """Save the step count and the slow weights; Keras has the inner optimizer save its own state beside them."""
         for name, variable in self._own_variables().items():
             store[name] = keras.ops.convert_to_numpy(variable)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Load what `save_own_variables` saved."""
         variables = self._own_variables()
         if set(store.keys()) != set(variables):
@@ -386,7 +397,7 @@ class Lookahead(keras.optimizers.Optimizer):
             return
         _assign(list(variables.values()), [store[name] for name in variables], "load_own_variables(store)")
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Return the config, from which `from_config` makes the same optimizer, without its state."""
         return {
             "name": self.name,
@@ -396,7 +407,7 @@ class Lookahead(keras.optimizers.Optimizer):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "Lookahead":
         """Make an optimizer from its config, which is left as it is.
 
         Args:
@@ -409,7 +420,7 @@ class Lookahead(keras.optimizers.Optimizer):
         return cls(**config)
 
 
-def _wrappers_in(optimizer):
+def _wrappers_in(optimizer: Any) -> "Iterator[Lookahead]":
     """Yield an optimizer, and the optimizers inside it, as far as they are `Lookahead`s."""
     if isinstance(optimizer, Lookahead):
         yield optimizer
@@ -418,7 +429,7 @@ def _wrappers_in(optimizer):
         yield from _wrappers_in(one)
 
 
-def _assign(variables, values, caller):
+def _assign(variables: list[Any], values: Iterable[Any], caller: str) -> None:
     """Assign all values, or none if one does not fit."""
     values = list(values)
     if len(values) != len(variables):
