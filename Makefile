@@ -11,13 +11,13 @@ help:  ## List the targets.
 setup: .venv/.installed  ## Make the full development environment, in .venv.
 
 .venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv .venv
 	$(DEV)python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(DEV)python -m pip install --quiet --constraint constraints.txt --editable '.[keras]' --group dev
 	touch $@
 
 .venv-demo/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear .venv-demo
+	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
 	touch $@
 

@@ -373,7 +373,7 @@ class Lookahead(keras.optimizers.Optimizer):
         self._check_ready("set_weights(weights)")
         _assign(self.variables, weights, "set_weights(weights)")
 
-    def _own_variables(self):
+    def _own_variables(self) -> dict[str, Any]:
         # Numbers for names would let a bare optimizer's momentum, of the same count and shapes, load as slow weights.
         slow_variables = {f"slow_{index}": slow for index, slow in enumerate(self.slow_variables)}
         return {"iterations": self._iterations, **slow_variables}
@@ -381,7 +381,7 @@ class Lookahead(keras.optimizers.Optimizer):
     def save_own_variables(self, store: Any) -> None:
         """Save the step count and the slow weights; Keras has the inner optimizer save its own state beside them."""
         for name, variable in self._own_variables().items():
-            store[name] = keras.ops.convert_to_numpy(variable)
+            store[name] = keras.ops.convert_to_numpy(variable.value)
 
     def load_own_variables(self, store: Any) -> None:
         """Load what `save_own_variables` saved."""
