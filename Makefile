@@ -1,8 +1,9 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types docs bench clean
+.PHONY: help setup demo test test-lowest lint types docs bench clean
 PYTHON ?= python3
 BACKENDS := tensorflow jax torch
 DEV := .venv/bin/
+PYTEST_ARGS ?= --quiet --numprocesses 2 --dist loadfile
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 help:  ## List the targets.
@@ -25,14 +26,30 @@ demo: .venv-demo/.installed  ## Train a small model with and without Lookahead; 
 	.venv-demo/bin/python -m lookahead_optim.demo $(ARGS)
 
 # Keras fixes its backend per process, so each backend has a run of its own; all run even if one fails.
-test: .venv/.installed  ## Run all tests.
-	@failed=; \
-	KERAS_BACKEND=jax $(DEV)python -m pytest tests README.md docs --ignore tests/keras --ignore tests/test_conformance.py || failed="$$failed package"; \
+define run-keras-tests
 	for backend in $(BACKENDS); do \
 	    echo "== Keras on $$backend"; \
-	    KERAS_BACKEND=$$backend $(DEV)python -m pytest tests/test_conformance.py tests/keras src/lookahead_optim/keras || failed="$$failed $$backend"; \
+	    KERAS_BACKEND=$$backend $(1) -m pytest $(PYTEST_ARGS) $(2) tests/test_conformance.py tests/test_keras \
+	        || failed="$$failed $$backend"; \
 	done; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+endef
+
+test: .venv/.installed  ## Run all tests.
+	@failed=; \
+	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) tests README.md docs --ignore tests/test_keras \
+	    --ignore tests/test_conformance.py || failed="package"; \
+	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras)
+
+.venv-lowest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
+	sed -n 's/^demo = //p' pyproject.toml | grep -o '[a-z-]*>=[0-9.]*' | sed 's/>=/==/' > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --editable . --requirement .venv-lowest/lowest.txt --group lowest
+	touch $@
+
+test-lowest: .venv-lowest/.installed  ## Run the Keras tests with the oldest supported versions, in .venv-lowest.
+	@failed=; $(call run-keras-tests,.venv-lowest/bin/python,-W default)
 
 lint: .venv/.installed  ## Check style and formatting.
 	$(DEV)ruff check .
@@ -48,5 +65,5 @@ bench: .venv/.installed  ## Measure what Lookahead adds to an optimizer step.
 	$(DEV)python benchmarks/step.py $(ARGS)
 
 clean:  ## Remove the environments and everything built.
-	rm -rf .venv .venv-demo docs/_build build dist demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-demo .venv-lowest docs/_build build dist demo-output .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -108,6 +108,11 @@ class Lookahead(keras.optimizers.Optimizer):
             self.inner_optimizer.loss_scale_factor = loss_scale_factor
 
     @property
+    def _model_variables_moving_average(self) -> list[Any]:
+        # `SwapEMAWeights` looks for the EMA one wrapper deep, and a `LossScaleOptimizer` around this one is that.
+        return self.inner_optimizer._model_variables_moving_average
+
+    @property
     def iterations(self) -> Any:
         """Scalar integer: the number of applied updates, $t$."""
         steps = accumulation_steps(self.inner_optimizer)

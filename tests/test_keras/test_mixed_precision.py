@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from helpers import BACKEND, assert_lookahead_in_fit, assert_same_bits, data, find_lookahead, mlp
 
+from lookahead_optim.keras import Lookahead
+
 MODES = {"compiled": {"jit_compile": True}, "eager": {"run_eagerly": True}}
 if BACKEND == "torch":
     del MODES["compiled"]
@@ -93,3 +95,18 @@ def test_float64_slow_weights_have_full_precision(mode):
     assert [keras.backend.standardize_dtype(one.dtype) for one in model.optimizer.slow_variables] == ["float64"] * 4
     kernel = record.slow[-1][0]
     assert np.any(kernel != kernel.astype("float32"))
+
+
+def test_swap_ema_weights_finds_the_ema_inside_the_loss_scaler():
+    models = []
+    for wrap in (lambda inner: inner, lambda inner: Lookahead(inner, sync_period=1_000)):
+        model = mlp()
+        optimizer = wrap(keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5))
+        model.compile(keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=4.0), loss="mse")
+        x, y = data()
+        swap = keras.callbacks.SwapEMAWeights()
+        history = model.fit(x, y, validation_data=(x, y), epochs=2, shuffle=False, callbacks=[swap], verbose=0)
+        models.append((model, history.history["val_loss"]))
+    (bare, bare_losses), (wrapped, wrapped_losses) = models
+    assert wrapped_losses == bare_losses
+    assert_same_bits(wrapped.trainable_variables, bare.trainable_variables)
