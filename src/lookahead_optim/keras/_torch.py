@@ -43,12 +43,15 @@ def synchronize(iterations, due, pairs, slow_step_size):
     """Move the slow weights towards the fast ones and restart these from there, if `due(iterations)`."""
     if not (pairs and due(_host_count(iterations))):
         return
-    slow, fast = map(_native, zip(*pairs))
-    torch._foreach_lerp_(slow, fast, slow_step_size)
-    for slow_variable, variable in pairs:
-        if variable.constraint is not None:
-            slow_variable.assign(variable.constraint(slow_variable.value))
-    torch._foreach_copy_(fast, slow)
+    # On the CPU a `foreach` operation is a loop: there, one weight after the other stays in the cache.
+    fused = pairs[0][0].value.device.type != "cpu"
+    for group in [pairs] if fused else [[pair] for pair in pairs]:
+        slow, fast = map(_native, zip(*group))
+        torch._foreach_lerp_(slow, fast, slow_step_size)
+        for slow_variable, variable in group:
+            if variable.constraint is not None:
+                slow_variable.assign(variable.constraint(slow_variable.value))
+        torch._foreach_copy_(fast, slow)
 
 
 def copy_of(variable):
