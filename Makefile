@@ -37,9 +37,9 @@ endef
 
 test: .venv/.installed  ## Run all tests.
 	@failed=; \
-	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) tests README.md docs --ignore tests/test_keras \
+	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) tests docs --ignore tests/test_keras \
 	    --ignore tests/test_conformance.py || failed="package"; \
-	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras)
+	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md)
 
 .venv-lowest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest

@@ -98,7 +98,9 @@ def in_own_process(mode, inner, period, cycles):
     call = f"import json, step; print(json.dumps(step.measure({mode!r}, {inner!r}, {period}, {cycles})))"
     environment = {**os.environ, "KERAS_BACKEND": MODES[mode], "TF_CPP_MIN_LOG_LEVEL": "3"}
     folder = os.path.dirname(os.path.abspath(__file__))
-    done = subprocess.run([sys.executable, "-c", call], cwd=folder, env=environment, capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", call], cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     return json.loads(done.stdout)
 
 

@@ -29,7 +29,7 @@ def check_slow_step_size(slow_step_size: Any) -> float:
             "`slow_step_size` must be a real number, the fraction of the way that the slow weights go. "
             f"Received: slow_step_size={slow_step_size!r} of type {type(slow_step_size).__name__}"
         )
-    if not math.isfinite(slow_step_size) or slow_step_size < 0:
+    if not 0 <= slow_step_size < math.inf:  # type: ignore[operator]
         raise ValueError(
             f"`slow_step_size` must be finite and >= 0, usually 0.5 to 0.8. Received: slow_step_size={slow_step_size!r}"
         )

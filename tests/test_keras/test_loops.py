@@ -368,3 +368,28 @@ def test_weights_loaded_between_the_first_micro_steps_are_captured():
     assert fast == [2.875, 2.875, 2.875, 2.875]
     assert slow == [3.0, 3.0, 2.875, 2.875]
     assert int(optimizer.iterations) == 2
+
+
+def test_layer_frozen_at_the_first_update_and_trained_later_starts_from_its_own_weights():
+    kernel, bias = (keras.Variable(np.full(3, value, "float32")) for value in (1.0, 2.0))
+    optimizer = Lookahead(keras.optimizers.SGD(0.1), sync_period=3, slow_step_size=0.5)
+    optimizer.build([kernel, bias])
+    kernel.trainable = False
+    for _ in range(2):
+        optimizer.apply([keras.ops.ones(3)], [bias])
+    kernel.trainable = True
+    optimizer.apply([keras.ops.zeros(3), keras.ops.zeros(3)], [kernel, bias])
+    np.testing.assert_array_equal(values([kernel])[0], np.ones(3))
+    np.testing.assert_allclose(values([bias])[0], np.full(3, 1.9), rtol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras has no stateless_apply on TensorFlow")
+def test_stateless_apply_holds_a_constraint_in_both_copies():
+    weight = keras.Variable(np.full(3, 0.5, "float32"))
+    weight.constraint = lambda value: keras.ops.clip(value, -0.3, 0.3)
+    optimizer = Lookahead(keras.optimizers.SGD(0.1), sync_period=1, slow_step_size=0.5)
+    optimizer.build([weight])
+    state = [keras.ops.copy(variable.value) for variable in optimizer.variables]
+    weights, state = optimizer.stateless_apply(state, [keras.ops.ones(3)], [keras.ops.copy(weight.value)])
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(weights[0]), np.full(3, 0.3), rtol=1e-6)
+    assert_same_bits([weights[0]], [state[1]])

@@ -421,3 +421,44 @@ def test_the_callback_refuses_a_model_without_lookahead():
         model.evaluate(*VALIDATION, verbose=0, callbacks=[SwapSlowWeights()])
     with pytest.raises(ValueError, match=message):
         model.fit(X, Y, verbose=0, callbacks=[SwapSlowWeights(swap_on_epoch=True)])
+
+
+class _Interrupt(keras.callbacks.Callback):
+    def on_test_batch_begin(self, batch, logs=None):
+        raise KeyboardInterrupt
+
+
+def _interrupted_in_validation():
+    x, y = data()
+    model = mlp()
+    model.compile(Lookahead(keras.optimizers.SGD(0.05), sync_period=4), loss="mse")
+    model.fit(x, y, shuffle=False, verbose=0)
+    fast = values(model.trainable_variables)
+    callbacks = [SwapSlowWeights(), _Interrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        model.evaluate(x, y, callbacks=callbacks, verbose=0)
+    assert_same_bits(model.optimizer.slow_variables, model.trainable_variables)
+    assert any((one != other).any() for one, other in zip(values(model.trainable_variables), fast))
+    return model, callbacks
+
+
+def test_after_an_interrupted_evaluation_the_next_fit_goes_on_from_the_fast_weights():
+    x, y = data()
+    straight = mlp()
+    straight.compile(Lookahead(keras.optimizers.SGD(0.05), sync_period=4), loss="mse")
+    straight.fit(x, y, epochs=3, shuffle=False, verbose=0)
+    model, callbacks = _interrupted_in_validation()
+    model.fit(x, y, epochs=2, shuffle=False, callbacks=[SwapSlowWeights()], verbose=0)
+    assert callbacks
+    assert_same_bits(model.trainable_variables, straight.trainable_variables)
+
+
+def test_ending_a_block_after_training_in_it_keeps_the_trained_weights_and_warns():
+    model, callbacks = _interrupted_in_validation()
+    optimizer = model.optimizer
+    optimizer._iterations.assign_add(1)
+    trained = values(model.trainable_variables)
+    with pytest.warns(UserWarning, match=r"It keeps the weights that this training gave it"):
+        optimizer.finalize_variable_values(model.trainable_variables)
+    del callbacks
+    assert_same_bits(model.trainable_variables, trained)

@@ -3,12 +3,13 @@
 import copy
 import math
 import numbers
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-__all__ = ["accumulation_steps", "make_inner_optimizer"]
+__all__ = ["accumulation_steps", "make_inner_optimizer", "optimizers_in"]
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 _KEYWORDS = ("learning_rate", "lr", "decay", *_CLIPPING)
@@ -55,6 +56,14 @@ def _get(optimizer: Any) -> Any:
             f"'mixed_float16' policy. Received: optimizer={optimizer!r}"
         )
     return inner_optimizer
+
+
+def optimizers_in(optimizer: Any) -> Iterator[Any]:
+    """Yield an optimizer and all that it wraps, from the outside in."""
+    yield optimizer
+    inner = [optimizer.inner_optimizer] if hasattr(optimizer, "inner_optimizer") else []
+    for one in getattr(optimizer, "optimizers", inner):
+        yield from optimizers_in(one)
 
 
 def _innermost(optimizer: Any) -> Any:

@@ -94,5 +94,5 @@ def gradients(loss, variables, grad_loss):
     return grads
 
 
-def check_scope(optimizer, inner_optimizer, variables):
+def check_scope(optimizers, variables):
     """JAX has no scope to check: a Keras distribution gives its layout to every variable."""

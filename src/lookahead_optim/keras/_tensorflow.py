@@ -96,17 +96,10 @@ def _strategy(variable):
     return getattr(_native(variable), "_distribute_strategy", None)
 
 
-def _chain(optimizer):
-    """Return the optimizer and all that it wraps."""
-    wrapped = [optimizer.inner_optimizer] if hasattr(optimizer, "inner_optimizer") else []
-    wrapped += getattr(optimizer, "optimizers", [])
-    return [optimizer, *(inner for one in wrapped for inner in _chain(one))]
-
-
-def check_scope(optimizer, inner_optimizer, variables):
-    """Raise `ValueError` if an optimizer and its variables belong to different distribution strategies."""
+def check_scope(optimizers, variables):
+    """Raise `ValueError` if optimizers and their variables belong to different distribution strategies."""
     for variable in variables:
-        for one in (optimizer, *_chain(inner_optimizer)):
+        for one in optimizers:
             # The strategy in whose scope a variable was created, None outside of any.
             theirs, own = _strategy(variable), _strategy(one._iterations)
             if theirs is not own:

@@ -51,7 +51,8 @@ def synchronize(iterations, due, pairs, slow_step_size):
         for slow_variable, variable in group:
             if variable.constraint is not None:
                 slow_variable.assign(variable.constraint(slow_variable.value))
-        torch._foreach_copy_(fast, slow)
+        # In a stateless scope the assignment has made new values.
+        torch._foreach_copy_(fast, _native(slow_variable for slow_variable, _ in group))
 
 
 def copy_of(variable):
@@ -66,5 +67,5 @@ def gradients(loss, variables, grad_loss):
     return torch.autograd.grad(value, _native(variables), grad_loss, allow_unused=True)
 
 
-def check_scope(optimizer, inner_optimizer, variables):
+def check_scope(optimizers, variables):
     """PyTorch has no scope to check."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from lookahead_optim.keras._configure import optimizers_in
 from lookahead_optim.keras.optimizer import Lookahead
 
 __all__ = ["SwapSlowWeights"]
@@ -23,8 +24,8 @@ class SwapSlowWeights(keras.callbacks.Callback):
     Args:
         swap_on_epoch: Boolean, whether the slow weights also stay in the model from the end of each epoch (after its
             validation) to the beginning of the next, so that `ModelCheckpoint` and other callbacks find them there.
-            Give this callback before those in `callbacks`. Training that goes on from a model saved so restarts from
-            the slow weights, as after `Lookahead.sync(1)`. Defaults to `False`.
+            Give this callback before those in `callbacks`. A model saved so has no fast weights in its file: training
+            that goes on from it restarts from the slow ones. Defaults to `False`.
 
     Raises:
         ValueError: at the first swap, when the model is not compiled with a `Lookahead` optimizer.
@@ -43,18 +44,18 @@ class SwapSlowWeights(keras.callbacks.Callback):
         self.swap_on_epoch = swap_on_epoch
         self._block: contextlib.AbstractContextManager | None = None
 
+    def _lookahead(self) -> Lookahead:
+        for optimizer in optimizers_in(self.model.optimizer):
+            if isinstance(optimizer, Lookahead):
+                return optimizer
+        raise ValueError(
+            "`SwapSlowWeights` needs a model compiled with a `lookahead_optim.keras.Lookahead` optimizer. "
+            f"Received: model.optimizer={self.model.optimizer!r}"
+        )
+
     def _swap_in(self) -> None:
-        if self._block is not None:
-            return
-        optimizer = self.model.optimizer
-        while not isinstance(optimizer, Lookahead) and hasattr(optimizer, "inner_optimizer"):
-            optimizer = optimizer.inner_optimizer
-        if not isinstance(optimizer, Lookahead):
-            raise ValueError(
-                "`SwapSlowWeights` needs a model compiled with a `lookahead_optim.keras.Lookahead` optimizer. "
-                f"Received: model.optimizer={self.model.optimizer!r}"
-            )
-        if not optimizer.built:
+        optimizer = self._lookahead()
+        if self._block is not None or not optimizer.built:
             return
         block = optimizer.slow_weights()
         block.__enter__()
@@ -67,6 +68,8 @@ class SwapSlowWeights(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._swap_out()
+        # An interrupted evaluation does not reach `on_test_end`.
+        self._lookahead()._leave_slow_weights()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._swap_out()

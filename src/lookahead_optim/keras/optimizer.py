@@ -11,7 +11,7 @@ import numpy as np
 
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
 from lookahead_optim.keras import _backend
-from lookahead_optim.keras._configure import accumulation_steps, make_inner_optimizer
+from lookahead_optim.keras._configure import accumulation_steps, make_inner_optimizer, optimizers_in
 
 __all__ = ["Lookahead"]
 
@@ -29,6 +29,9 @@ class Lookahead(keras.optimizers.Optimizer):
     The slow weights are captured from the model immediately before the first applied update. Updates that a loss
     scaler skips and micro-steps of gradient accumulation do not count. Everything else is the inner optimizer's:
     learning rate, schedules, clipping, weight decay, EMA, accumulation. State takes one copy of the weights.
+
+    A `Lookahead` may be inside another. Both count the updates of the innermost optimizer, and all weights restart
+    from those that the outer one has synchronised, the inner one's slow weights too.
 
     Args:
         optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, or a name or config that
@@ -81,6 +84,7 @@ class Lookahead(keras.optimizers.Optimizer):
         self.slow_step_size = slow_step_size
         self._slow_variables: list[Any] = []
         self._put_back: Callable[[], None] | None = None
+        self._count_in_block = 0
 
     def _inner_learning_rate(self) -> Any:
         return self.inner_optimizer.learning_rate
@@ -144,7 +148,7 @@ class Lookahead(keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
-        _backend.check_scope(self, self.inner_optimizer, variables)
+        _backend.check_scope(list(optimizers_in(self)), variables)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         built_for = [self._var_key(variable) for variable in self.inner_optimizer._trainable_variables]
@@ -159,19 +163,20 @@ class Lookahead(keras.optimizers.Optimizer):
             self._slow_variables = self.add_optimizer_variables(variables, "slow")
 
     def _pairs(self) -> list[tuple[Any, Any]]:
-        """Return the (slow, fast) variables of every weight that takes part."""
-        return [
-            (slow, fast)
-            for slow, fast in zip(self._slow_variables, self._trainable_variables)
-            if slow is not None and fast.trainable
-        ]
+        """Return the (slow, fast) variables of every weight, frozen ones too."""
+        return [(slow, fast) for slow, fast in zip(self._slow_variables, self._trainable_variables) if slow is not None]
+
+    def _trainable_pairs(self) -> list[tuple[Any, Any]]:
+        """Return the pairs that take part in a sync: those of weights that are not frozen now."""
+        return [(slow, fast) for slow, fast in self._pairs() if fast.trainable]
 
     def _inner_pairs(self) -> list[tuple[Any, Any]]:
         """Return the same of all wrappers inside this one."""
-        return [pair for inner in _wrappers_in(self.inner_optimizer) for pair in inner._pairs()]
+        wrappers = (one for one in optimizers_in(self.inner_optimizer) if isinstance(one, Lookahead))
+        return [pair for wrapper in wrappers for pair in wrapper._trainable_pairs()]
 
     def _synchronize(self, due: Callable[[Any], Any]) -> None:
-        _backend.synchronize(self._iterations, due, self._pairs(), self.slow_step_size)
+        _backend.synchronize(self._iterations, due, self._trainable_pairs(), self.slow_step_size)
         # Left as they are, an inner wrapper's slow weights would draw the fast ones back at its next sync.
         inner_pairs = self._inner_pairs()
         if inner_pairs:
@@ -179,6 +184,9 @@ class Lookahead(keras.optimizers.Optimizer):
 
     def _is_first_update(self, count: Any) -> Any:
         return count < accumulation_steps(self.inner_optimizer)
+
+    def _count(self) -> int:
+        return int(keras.ops.convert_to_numpy(self._iterations.value))
 
     def _check_ready(self, caller: str) -> None:
         if not self.built:
@@ -203,7 +211,8 @@ class Lookahead(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the optimizer is unbuilt and no variables are given, if it was built with others, or if
                 no variable has a gradient.
-            RuntimeError: inside a `slow_weights()` block.
+            RuntimeError: inside a `slow_weights()` block. A step that was compiled before the block cannot notice it:
+                what it does to the weights is lost when the block ends.
         """
         grads = list(grads)
         if not grads:
@@ -290,8 +299,8 @@ class Lookahead(keras.optimizers.Optimizer):
         """Context manager that runs a block, an evaluation or an export, with the slow weights in the model.
 
         The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
-        memory of one more set of weights. A block inside a block changes nothing. A model saved in the block has the
-        slow weights; training that goes on from such a file starts from them.
+        memory of one more set of weights. A block inside a block changes nothing; do not train in one. A model saved
+        in the block has the slow weights; training that goes on from such a file starts from them.
 
         Raises:
             ValueError: if the optimizer is not built.
@@ -300,8 +309,8 @@ class Lookahead(keras.optimizers.Optimizer):
             yield
             return
         self._check_ready("slow_weights()")
-        pairs = self._pairs()
-        _backend.capture(self._iterations, self._is_first_update, pairs)
+        _backend.capture(self._iterations, self._is_first_update, self._pairs())
+        pairs = self._trainable_pairs()
         fast_weights = [_backend.copy_of(fast) for _, fast in pairs]
 
         def put_back() -> None:
@@ -309,7 +318,7 @@ class Lookahead(keras.optimizers.Optimizer):
             for (_, fast), value in zip(pairs, fast_weights):
                 fast.assign(value)
 
-        self._put_back = put_back
+        self._put_back, self._count_in_block = put_back, self._count()
         try:
             for slow, fast in pairs:
                 fast.assign(_backend.copy_of(slow))
@@ -318,10 +327,26 @@ class Lookahead(keras.optimizers.Optimizer):
             if self._put_back is put_back:
                 put_back()
 
+    def _leave_slow_weights(self) -> None:
+        """End a block from outside, such as that of an evaluation that was interrupted.
+
+        The fast weights come back, unless the model was trained meanwhile: then these would be lost.
+        """
+        if self._put_back is None:
+            return
+        if self._count() == self._count_in_block:
+            self._put_back()
+        else:
+            self._put_back = None
+            warnings.warn(
+                "The model was trained with the slow weights in it, as a `slow_weights()` block or an evaluation with "
+                "`SwapSlowWeights` had not ended. It keeps the weights that this training gave it.",
+                stacklevel=3,
+            )
+
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Let the inner optimizer end the training, at the end of `fit`: with its EMA in the model, say."""
-        if self._put_back is not None:
-            self._put_back()
+        self._leave_slow_weights()
         self.inner_optimizer.finalize_variable_values(var_list)
 
     def scale_loss(self, loss: Any) -> Any:
@@ -391,6 +416,13 @@ class Lookahead(keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Load what `save_own_variables` saved."""
         variables = self._own_variables()
+        if set(store.keys()) != set(variables) and not self.built:
+            warnings.warn(
+                f"Skipping the state of optimizer {self.name!r}, which is not built yet. To load it, call "
+                "`optimizer.build(model.trainable_variables)` before.",
+                stacklevel=2,
+            )
+            return
         if set(store.keys()) != set(variables):
             warnings.warn(
                 f"Skipping the state of optimizer {self.name!r}, which has {len(variables) - 1} slow weights, as what "
@@ -423,15 +455,6 @@ class Lookahead(keras.optimizers.Optimizer):
         if isinstance(config["optimizer"], dict):
             config["optimizer"] = keras.optimizers.deserialize(config["optimizer"], custom_objects)
         return cls(**config)
-
-
-def _wrappers_in(optimizer: Any) -> "Iterator[Lookahead]":
-    """Yield an optimizer, and the optimizers inside it, as far as they are `Lookahead`s."""
-    if isinstance(optimizer, Lookahead):
-        yield optimizer
-    inner = [optimizer.inner_optimizer] if hasattr(optimizer, "inner_optimizer") else []
-    for one in getattr(optimizer, "optimizers", inner):
-        yield from _wrappers_in(one)
 
 
 def _assign(variables: list[Any], values: Iterable[Any], caller: str) -> None:
