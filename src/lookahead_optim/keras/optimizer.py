@@ -186,7 +186,7 @@ class Lookahead(keras.optimizers.Optimizer):
         return count < accumulation_steps(self.inner_optimizer)
 
     def _count(self) -> int:
-        return int(keras.ops.convert_to_numpy(self._iterations.value))
+        return int(_to_numpy(self._iterations))
 
     def _check_ready(self, caller: str) -> None:
         if not self.built:
@@ -388,7 +388,7 @@ class Lookahead(keras.optimizers.Optimizer):
 
     def get_weights(self) -> list[np.ndarray]:
         """Return the values of `variables` as a list of NumPy arrays."""
-        return [keras.ops.convert_to_numpy(variable.value) for variable in self.variables]
+        return [_to_numpy(variable) for variable in self.variables]
 
     def set_weights(self, weights: Iterable[Any]) -> None:
         """Set the values of `variables`.
@@ -411,7 +411,7 @@ class Lookahead(keras.optimizers.Optimizer):
     def save_own_variables(self, store: Any) -> None:
         """Save the step count and the slow weights; Keras has the inner optimizer save its own state beside them."""
         for name, variable in self._own_variables().items():
-            store[name] = keras.ops.convert_to_numpy(variable.value)
+            store[name] = _to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:
         """Load what `save_own_variables` saved."""
@@ -455,6 +455,11 @@ class Lookahead(keras.optimizers.Optimizer):
         if isinstance(config["optimizer"], dict):
             config["optimizer"] = keras.optimizers.deserialize(config["optimizer"], custom_objects)
         return cls(**config)
+
+
+def _to_numpy(variable: Any) -> np.ndarray:
+    # Only as a tensor can a variable of several replicas be converted in the scope of its strategy.
+    return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
 
 
 def _assign(variables: list[Any], values: Iterable[Any], caller: str) -> None:
