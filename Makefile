@@ -25,6 +25,13 @@ setup: .venv/.installed  ## Make the full development environment, in .venv.
 demo: .venv-demo/.installed  ## Train a small model with and without Lookahead; needs nothing else installed.
 	.venv-demo/bin/python -m lookahead_optim.demo $(ARGS)
 
+# The front ends that need no Keras.
+define run-native-tests
+	echo "== PyTorch"; \
+	env -u KERAS_BACKEND $(1) -m pytest $(PYTEST_ARGS) $(2) tests/test_conformance.py tests/test_torch \
+	    || failed="$$failed native"
+endef
+
 # Keras fixes its backend per process, so each backend has a run of its own; all run even if one fails.
 define run-keras-tests
 	for backend in $(BACKENDS); do \
@@ -37,8 +44,8 @@ endef
 
 test: .venv/.installed  ## Run all tests.
 	@failed=; \
-	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) tests docs --ignore tests/test_keras \
-	    --ignore tests/test_conformance.py || failed="package"; \
+	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) tests/test_demo.py tests/test_package.py docs || failed="package"; \
+	$(call run-native-tests,$(DEV)python,--doctest-modules src/lookahead_optim/torch); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md)
 
 .venv-lowest/.installed: pyproject.toml
@@ -48,8 +55,10 @@ test: .venv/.installed  ## Run all tests.
 	.venv-lowest/bin/python -m pip install --quiet --editable . --requirement .venv-lowest/lowest.txt --group lowest
 	touch $@
 
-test-lowest: .venv-lowest/.installed  ## Run the Keras tests with the oldest supported versions, in .venv-lowest.
-	@failed=; $(call run-keras-tests,.venv-lowest/bin/python,-W default)
+test-lowest: .venv-lowest/.installed  ## Run the tests with the oldest supported versions, in .venv-lowest.
+	@failed=; \
+	$(call run-native-tests,.venv-lowest/bin/python,-W default); \
+	$(call run-keras-tests,.venv-lowest/bin/python,-W default)
 
 lint: .venv/.installed  ## Check style and formatting.
 	$(DEV)ruff check .
@@ -61,9 +70,17 @@ types: .venv/.installed  ## Check types.
 docs: .venv/.installed  ## Build the documentation into docs/_build.
 	KERAS_BACKEND=jax $(DEV)sphinx-build --fail-on-warning --quiet docs docs/_build
 
-bench: .venv/.installed  ## Measure what Lookahead adds to an optimizer step.
-	$(DEV)python benchmarks/step.py $(ARGS)
+# timm without its dependencies: its Lookahead needs none, and not every PyTorch has a torchvision.
+.venv-peers/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[torch]' --group peers
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --no-deps timm
+	touch $@
+
+bench: .venv/.installed .venv-peers/.installed  ## Measure what Lookahead adds to an optimizer step.
+	$(DEV)python benchmarks/step.py
+	.venv-peers/bin/python benchmarks/torch_step.py
 
 clean:  ## Remove the environments and everything built.
-	rm -rf .venv .venv-demo .venv-lowest docs/_build build dist demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-demo .venv-lowest .venv-peers docs/_build build dist demo-output .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What Lookahead adds to an optimizer step: the ratio of wrapped to bare, on every Keras backend.
+"""What Lookahead adds to an optimizer step in Keras: the ratio of wrapped to bare, on every backend.
 
 Ten float32 weights of 1024 x 1024, bare and wrapped measured in turn within one process, one whole cycle at a time.
 Keras fixes its backend per process, so each mode runs in a process of its own.
@@ -10,13 +10,13 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from timing import in_turn, limit, ratios, summary
 
 MODES = {
     "TensorFlow graph": "tensorflow",
@@ -26,11 +26,6 @@ MODES = {
 }
 INNER = {"SGD": ("SGD", 3), "Adam": ("Adam", 7)}  # name: (class, arrays that a bare step reads and writes)
 WEIGHTS, SIDE = 10, 1024
-
-
-def limit(inner, period):
-    """Return the ratio if a sync did nothing but read two arrays and write two."""
-    return 1 + 4 / (INNER[inner][1] * period)
 
 
 def make_step(mode, inner, period):
@@ -77,20 +72,8 @@ def make_step(mode, inner, period):
 
 def measure(mode, inner, period, cycles):
     """Return seconds per step of the bare optimizer, and the ratio of wrapped to bare in each cycle."""
-    runs = [make_step(mode, inner, None), make_step(mode, inner, period)]
-
-    def time_cycle(step, wait):
-        start = time.perf_counter()
-        for _ in range(period):
-            step()
-        wait()
-        return time.perf_counter() - start
-
-    for step, wait in runs:
-        for _ in range(3):
-            time_cycle(step, wait)
-    times = [[time_cycle(step, wait) for step, wait in runs] for _ in range(cycles)]
-    return {"bare": [bare / period for bare, _ in times], "ratio": [wrapped / bare for bare, wrapped in times]}
+    bare, wrapped = in_turn([make_step(mode, inner, None), make_step(mode, inner, period)], period, cycles)
+    return {"bare": [time / period for time in bare], "ratio": ratios(wrapped, bare)}
 
 
 def in_own_process(mode, inner, period, cycles):
@@ -119,10 +102,8 @@ def main(
     cases = [(mode, inner) for mode in MODES for inner in INNER]
     for mode, inner in track(cases, description="Measuring", console=Console(stderr=True)):
         result = in_own_process(mode, inner, period, cycles)
-        low, median, high = statistics.quantiles(result["ratio"], n=4)
         bare = statistics.median(result["bare"]) * 1e3
-        row = mode, inner, f"{bare:.2f}", f"{median:.2f} ({low:.2f} - {high:.2f})", f"{limit(inner, period):.2f}"
-        table.add_row(*row)
+        table.add_row(mode, inner, f"{bare:.2f}", summary(result["ratio"]), f"{limit(INNER[inner][1], period):.2f}")
     console.print(table)
 
 

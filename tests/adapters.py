@@ -2,11 +2,16 @@
 
 An adapter is a class with the constructor `(weights, inner, settings, sync_period, slow_step_size)`, the class methods
 `bare(weights, inner, settings)` and `nested(weights, inner, settings, periods, slow_step_sizes)`, innermost first, and
-the methods used below. Arrays are NumPy's, copied in and out.
+the methods used below. Arrays are NumPy's, copied in and out. `oracle_settings` make the oracle's inner optimizers
+like the framework's.
+
+With `KERAS_BACKEND` set, that of Keras joins, as Keras has one backend per process; otherwise all others do.
 """
 
+import copy
 import os
 import warnings
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +26,8 @@ if "KERAS_BACKEND" in os.environ:
         return (keras.optimizers.Adam if name == "adam" else keras.optimizers.SGD)(**settings)
 
     class Keras:
+        oracle_settings: ClassVar = {}
+
         def __init__(self, weights, inner, settings, sync_period, slow_step_size):
             self._start(weights, lookahead_optim.keras.Lookahead(_inner(inner, settings), sync_period, slow_step_size))
 
@@ -74,3 +81,73 @@ if "KERAS_BACKEND" in os.environ:
             self.optimizer.reset_slow_weights()
 
     ADAPTERS.append(Keras)
+
+else:
+    import torch
+
+    import lookahead_optim.torch
+
+    def _inner(parameters, name, settings):
+        names = {"learning_rate": "lr", "epsilon": "eps"}
+        settings = {names.get(key, key): value for key, value in settings.items()}
+        return (torch.optim.Adam if name == "adam" else torch.optim.SGD)(parameters, **settings)
+
+    class Torch:
+        oracle_settings: ClassVar = {"adam": {"pytorch": True}}
+
+        def __init__(self, weights, inner, settings, sync_period, slow_step_size):
+            self._start(weights)
+            self.optimizer = lookahead_optim.torch.Lookahead(
+                _inner(self.parameters, inner, settings), sync_period, slow_step_size
+            )
+
+        def _start(self, weights):
+            self.parameters = [torch.nn.Parameter(torch.tensor(weight)) for weight in weights]
+
+        @classmethod
+        def bare(cls, weights, inner, settings):
+            run = cls.__new__(cls)
+            run._start(weights)
+            run.optimizer = _inner(run.parameters, inner, settings)
+            return run
+
+        @classmethod
+        def nested(cls, weights, inner, settings, periods, slow_step_sizes):
+            run = cls.bare(weights, inner, settings)
+            for period, step_size in zip(periods, slow_step_sizes):
+                run.optimizer = lookahead_optim.torch.Lookahead(run.optimizer, period, step_size)
+            return run
+
+        def apply(self, gradients):
+            for parameter, gradient in zip(self.parameters, gradients):
+                parameter.grad = None if gradient is None else torch.tensor(gradient)
+            self.optimizer.step()
+
+        def fast(self):
+            return [parameter.detach().numpy().copy() for parameter in self.parameters]
+
+        def slow(self):
+            states = [self.optimizer.state[parameter] for parameter in self.parameters]
+            # That of the outermost wrapper.
+            name = max(key for key in states[0] if key.startswith("slow"))
+            return [state[name].numpy().copy() for state in states]
+
+        @torch.no_grad()
+        def load_fast(self, weights):
+            for parameter, weight in zip(self.parameters, weights):
+                parameter.copy_(torch.tensor(weight))
+
+        def save(self):
+            return self.fast(), copy.deepcopy(self.optimizer.state_dict())
+
+        def load(self, saved):
+            self.load_fast(saved[0])
+            self.optimizer.load_state_dict(saved[1])
+
+        def sync(self):
+            self.optimizer.sync()
+
+        def reset_slow_weights(self):
+            self.optimizer.reset_slow_weights()
+
+    ADAPTERS.append(Torch)

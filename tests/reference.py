@@ -46,19 +46,26 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """Kingma and Ba (arXiv 1412.6980), with the efficient order of computation given before its Section 2.1."""
+    """Kingma and Ba (arXiv 1412.6980), with the efficient order of computation given before its Section 2.1.
 
-    def __init__(self, learning_rate, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
+    With `pytorch`, as there: a weight's `t` counts its own updates, and epsilon is added as in Algorithm 1.
+    """
+
+    def __init__(self, learning_rate, beta_1=0.9, beta_2=0.999, epsilon=1e-7, pytorch=False):
         self.learning_rate, self.beta_1, self.beta_2, self.epsilon = learning_rate, beta_1, beta_2, epsilon
+        self.pytorch = pytorch
 
     def initial_state(self, weight):
-        return {"m": np.zeros_like(weight), "v": np.zeros_like(weight)}
+        return {"m": np.zeros_like(weight), "v": np.zeros_like(weight), "t": 0}
 
     def update(self, state, gradient):
+        state["t"] = state["t"] + 1 if self.pytorch else self.t
         state["m"] = self.beta_1 * state["m"] + (1 - self.beta_1) * gradient
         state["v"] = self.beta_2 * state["v"] + (1 - self.beta_2) * gradient**2
-        step_size = self.learning_rate * np.sqrt(1 - self.beta_2**self.t) / (1 - self.beta_1**self.t)
-        return -step_size * state["m"] / (np.sqrt(state["v"]) + self.epsilon)
+        correction = np.sqrt(1 - self.beta_2 ** state["t"])
+        step_size = self.learning_rate * correction / (1 - self.beta_1 ** state["t"])
+        epsilon = self.epsilon * correction if self.pytorch else self.epsilon
+        return -step_size * state["m"] / (np.sqrt(state["v"]) + epsilon)
 
 
 class Lookahead:

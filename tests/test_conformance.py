@@ -34,7 +34,8 @@ def make_gradients(steps, seed=1):
 def both(adapter, inner, sync_period, slow_step_size, weights):
     """Return the adapter's run and the oracle's, ready for their first step."""
     optimizer, settings = INNER[inner]
-    oracle = reference.Lookahead(optimizer(**settings), sync_period, slow_step_size).start(weights)
+    inner_oracle = optimizer(**settings, **adapter.oracle_settings.get(inner, {}))
+    oracle = reference.Lookahead(inner_oracle, sync_period, slow_step_size).start(weights)
     return adapter(weights, inner, settings, sync_period, slow_step_size), oracle
 
 

@@ -35,6 +35,10 @@ def test_the_keras_front_end_imports_what_keras_does_and_nothing_more(backend):
     assert {"keras", backend} <= with_front_end
 
 
+def test_the_pytorch_front_end_imports_pytorch_alone():
+    assert imported("import lookahead_optim.torch") == {"torch"}
+
+
 def test_other_backends_are_refused_by_name():
     code = "import lookahead_optim.keras"
     done = subprocess.run(

@@ -1,0 +1,85 @@
+"""Lists of fast and slow weights, as `foreach` operations take them."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["Plan", "alike", "copy", "local", "make_plan", "share_memory"]
+
+# On the CPU a `foreach` operation is a loop. In batches of this size, what one wrote is still in the
+# cache when the next one reads it.
+_CPU_BATCH_BYTES = 2**20
+
+Batch: TypeAlias = tuple[list[Tensor], list[Tensor]]
+
+
+class Plan(NamedTuple):
+    """The pairs of a group as a sync found them, which takes longer than to see that they still hold."""
+
+    fast: list[Tensor]
+    slow: list[Tensor]
+    entries: list[dict[str, Tensor]]
+    """Where the slow weights are kept; none if not all parameters took part, or they have shards."""
+    places: tuple[list[int], list[torch.Size], list[torch.dtype]]
+    storages: set[int]
+    batches: list[Batch]
+
+    def holds(self, parameters: list[Tensor], name: str) -> bool:
+        """Return whether all parameters take part, and they and their slow weights are where and what they were."""
+        return (
+            self.places == places(parameters)
+            and all(self.places[0])
+            and all(one.requires_grad for one in parameters)
+            and all(entry.get(name) is one for entry, one in zip(self.entries, self.slow))
+        )
+
+
+def make_plan(fast: list[Tensor], slow: list[Tensor], entries: list[dict[str, Tensor]]) -> Plan:
+    storages = {one.untyped_storage().data_ptr() for one in fast}
+    return Plan(fast, slow, entries, places(fast), storages, list(cut(fast, slow)))
+
+
+def places(tensors: list[Tensor]) -> tuple[list[int], list[torch.Size], list[torch.dtype]]:
+    """Return where the tensors are, and what they are there."""
+    return [one.data_ptr() for one in tensors], [one.shape for one in tensors], [one.dtype for one in tensors]
+
+
+def share_memory(plans: list[Plan]) -> bool:
+    """Return whether any fast weights share memory."""
+    return len(set().union(*(plan.storages for plan in plans))) < sum(len(plan.fast) for plan in plans)
+
+
+def local(tensors: list[Tensor]) -> list[Tensor]:
+    """Return this process' shards of weights, as not all `foreach` operations take a `DTensor`."""
+    return [one.tolocal() if hasattr(one, "tolocal") else one for one in tensors]
+
+
+@torch.no_grad()
+def copy(destinations: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy `sources` into `destinations`, whatever their devices and dtypes."""
+    if destinations:
+        torch._foreach_copy_(destinations, sources)
+
+
+def alike(fast: list[Tensor], slow: list[Tensor]) -> bool:
+    """Return whether weights and slow weights have the same shapes, dtypes and devices."""
+    return all(
+        (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device) for one, other in zip(fast, slow)
+    )
+
+
+def cut(fast: list[Tensor], slow: list[Tensor]) -> Iterator[Batch]:
+    """Cut lists of weights into pieces for `foreach` operations."""
+    if not all(one.is_cpu for one in fast):
+        groups = Optimizer._group_tensors_by_device_and_dtype([fast, slow])  # type: ignore[list-item]
+        yield from (tuple(tensors) for tensors, _ in groups.values())  # type: ignore[misc]
+        return
+    start = size = 0
+    for end, one in enumerate(slow, 1):
+        size += one.nbytes
+        if size >= _CPU_BATCH_BYTES or end == len(slow):
+            yield fast[start:end], slow[start:end]
+            start, size = end, 0

@@ -1,0 +1,352 @@
+"""Parameter groups: settings of their own, groups that come later, and parameters that do not always take part."""
+
+import pytest
+import torch
+from by_hand import ByHand, assert_same_bits, parameters, set_gradients
+
+import reference
+from lookahead_optim.torch import Lookahead
+
+STEPS = 13
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 0.1, momentum=0.9)
+
+
+def slow_weights(optimizer, parameters):
+    return [optimizer.state[one]["slow"] for one in parameters]
+
+
+def train(optimizer, parameters, steps):
+    for step in steps:
+        set_gradients(parameters, step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_each_group_has_its_own_settings(foreach):
+    settings = [(2, 0.25), (3, 0.125), (5, 0.0), (4, 0.25)]
+    fast, expected = (parameters(*[(4,), (2, 3)] * 4) for _ in range(2))
+    groups = [{"params": fast[2 * i : 2 * i + 2]} for i in range(4)]
+    for group, (sync_period, slow_step_size) in zip(groups[:3], settings):
+        group.update(sync_period=sync_period, slow_step_size=slow_step_size)
+    optimizer = Lookahead(torch.optim.Adam(groups, 0.05, foreach=foreach), *settings[3])
+    hands = [
+        ByHand(torch.optim.Adam(expected[2 * i : 2 * i + 2], 0.05, foreach=foreach), *settings[i]) for i in range(4)
+    ]
+    for step in range(1, STEPS):
+        set_gradients(expected, step)
+        for hand in hands:
+            hand.step()
+        train(optimizer, fast, [step])
+        assert_same_bits(fast, expected)
+        assert_same_bits(slow_weights(optimizer, fast), [one for hand in hands for one in hand.slow])
+    assert [(group["sync_period"], group["slow_step_size"]) for group in optimizer.param_groups] == settings
+
+
+def test_group_may_have_one_setting_and_take_the_other_from_the_constructor():
+    first, second = parameters((2,), (2,))
+    optimizer = Lookahead(
+        sgd([{"params": [first], "sync_period": 2}, {"params": [second], "slow_step_size": 0.25}]), 3, 0.125
+    )
+    assert [group["sync_period"] for group in optimizer.param_groups] == [2, 3]
+    assert [group["slow_step_size"] for group in optimizer.param_groups] == [0.125, 0.25]
+
+
+def test_group_with_sync_period_zero_is_left_to_the_inner_optimizer_and_has_no_slow_weights():
+    fast, expected = (parameters((4,), (3,)) for _ in range(2))
+    optimizer = Lookahead(sgd([{"params": fast[:1]}, {"params": fast[1:], "sync_period": 0}]), 2, 0.25)
+    hand, bare = ByHand(sgd(expected[:1]), 2, 0.25), sgd(expected[1:])
+    for step in range(1, STEPS):
+        set_gradients(expected, step)
+        hand.step()
+        bare.step()
+        train(optimizer, fast, [step])
+        assert_same_bits(fast, expected)
+        assert "slow" in optimizer.state[fast[0]]
+        assert "slow" not in optimizer.state[fast[1]]
+
+
+def test_slow_step_size_zero_brings_a_group_back_to_its_first_weights():
+    (weight,) = parameters((4,))
+    start = weight.detach().clone()
+    optimizer = Lookahead(sgd([{"params": [weight], "slow_step_size": 0.0}]), 2, 0.5)
+    for step in range(1, 7):
+        train(optimizer, [weight], [step])
+        assert torch.equal(weight, start) == (step % 2 == 0)
+
+
+@pytest.mark.parametrize("by_inner_optimizer", [False, True], ids=["by_lookahead", "by_inner_optimizer"])
+@pytest.mark.parametrize("settings", [{}, {"sync_period": 2, "slow_step_size": 0.125}], ids=["default", "own"])
+def test_group_added_in_mid_run_counts_from_zero_and_is_captured_at_its_first_step(by_inner_optimizer, settings):
+    fast, expected = (parameters((4,), (3,), (2, 2)) for _ in range(2))
+    optimizer, hand = Lookahead(sgd(fast[:1]), 3, 0.25), ByHand(sgd(expected[:1]), 3, 0.25)
+    for step in range(1, 5):
+        set_gradients(expected, step)
+        hand.step()
+        train(optimizer, fast, [step])
+    (optimizer.inner_optimizer if by_inner_optimizer else optimizer).add_param_group({"params": fast[1:], **settings})
+    with torch.no_grad():
+        for one in (fast, expected):
+            one[1].fill_(2.0)
+            one[2].add_(1.0)
+    added = ByHand(sgd(expected[1:]), settings.get("sync_period", 3), settings.get("slow_step_size", 0.25))
+    for step in range(5, STEPS):
+        set_gradients(expected, step)
+        hand.step()
+        added.step()
+        train(optimizer, fast, [step])
+        assert_same_bits(fast, expected)
+        assert_same_bits(slow_weights(optimizer, fast), hand.slow + added.slow)
+        assert [int(group["lookahead_step"]) for group in optimizer.param_groups] == [step, step - 4]
+
+
+def test_group_added_in_mid_run_has_no_slow_weights_before_its_first_step():
+    first, second = parameters((4,), (3,))
+    optimizer = Lookahead(sgd([first]), 2)
+    train(optimizer, [first], [1])
+    optimizer.add_param_group({"params": [second]})
+    optimizer.reset_slow_weights()
+    optimizer.sync()
+    assert "slow" in optimizer.state[first]
+    assert "slow" not in optimizer.state[second]
+
+
+@pytest.mark.parametrize("steps_with_gradient", [{1, 2}, {1, 4, 5}, {2, 3}, set()])
+def test_parameter_without_gradient_takes_part_in_the_sync(steps_with_gradient):
+    fast, expected = (parameters((4,), (3,)) for _ in range(2))
+    optimizer, hand = Lookahead(sgd(fast), 3, 0.25), ByHand(sgd(expected), 3, 0.25)
+    for step in range(1, STEPS):
+        for one in (fast, expected):
+            set_gradients(one, step)
+            if step not in steps_with_gradient:
+                one[1].grad = None
+        hand.step()
+        optimizer.step()
+        assert_same_bits(fast, expected)
+        assert_same_bits(slow_weights(optimizer, fast), hand.slow)
+
+
+def test_frozen_parameter_has_no_slow_weight_until_before_its_first_step():
+    fast, expected = (parameters((4,), (3,)) for _ in range(2))
+    fast[1].requires_grad_(False)
+    optimizer, hand = Lookahead(sgd(fast), 3, 0.25), ByHand(sgd(expected[:1]), 3, 0.25)
+    for step in range(1, 6):
+        set_gradients(expected, step)
+        hand.step()
+        train(optimizer, fast[:1], [step])
+        assert "slow" not in optimizer.state[fast[1]]
+        assert_same_bits(fast, expected)
+    with torch.no_grad():
+        fast[1].fill_(2.0)
+        expected[1].fill_(2.0)
+    fast[1].requires_grad_(True)
+    unfrozen = ByHand(sgd(expected[1:]), 3, 0.25)
+    unfrozen.steps = 5
+    for step in range(6, STEPS):
+        set_gradients(expected, step)
+        hand.step()
+        unfrozen.step()
+        train(optimizer, fast, [step])
+        assert_same_bits(fast, expected)
+        assert_same_bits(slow_weights(optimizer, fast), hand.slow + unfrozen.slow)
+
+
+def test_parameter_frozen_after_training_skips_the_syncs_while_it_is_frozen():
+    fast, expected = (parameters((4,), (3,)) for _ in range(2))
+    optimizer = Lookahead(sgd(fast), 3, 0.25)
+    hands = [ByHand(sgd([one]), 3, 0.25) for one in expected]
+    for step in range(1, STEPS):
+        frozen = 4 < step <= 7
+        set_gradients(fast, step)
+        set_gradients(expected, step)
+        fast[1].requires_grad_(not frozen)
+        if frozen:
+            fast[1].grad = None
+            hands[1].steps += 1
+        else:
+            hands[1].step()
+        hands[0].step()
+        optimizer.step()
+        assert_same_bits(fast, expected)
+        assert_same_bits(slow_weights(optimizer, fast), hands[0].slow + hands[1].slow)
+
+
+def test_parameter_frozen_after_training_keeps_its_weights_through_sync_and_slow_weights():
+    fast = parameters((4,), (3,))
+    optimizer = Lookahead(sgd(fast), 3, 0.25)
+    train(optimizer, fast, [1, 2])
+    fast[1].requires_grad_(False)
+    fast[1].grad = None
+    kept = fast[1].detach().clone()
+    with optimizer.slow_weights():
+        assert torch.equal(fast[1], kept)
+    optimizer.sync()
+    assert torch.equal(fast[1], kept)
+
+
+def test_frozen_parameter_with_a_gradient_left_takes_part_as_the_bare_optimizer_moves_it():
+    fast, expected = (parameters((4,), (3,)) for _ in range(2))
+    optimizer, hand = Lookahead(sgd(fast), 3, 0.25), ByHand(sgd(expected), 3, 0.25)
+    for one in (fast, expected):
+        set_gradients(one, 0)
+        one[1].requires_grad_(False)
+    for _ in range(1, STEPS):
+        hand.step()
+        optimizer.step()
+        assert_same_bits(fast, expected)
+        assert_same_bits(slow_weights(optimizer, fast), hand.slow)
+
+
+@pytest.mark.parametrize("before", [0, 2, 5])
+@pytest.mark.parametrize("after", [3, 4])
+def test_sync_period_changed_in_mid_run_takes_effect(before, after):
+    fast, expected = (parameters((4,), (3,)) for _ in range(2))
+    optimizer, bare = Lookahead(sgd(fast), before, 0.25), sgd(expected)
+    hand = ByHand(bare, before or STEPS, 0.25)
+    for step in range(1, STEPS):
+        if step == 6:
+            optimizer.param_groups[0]["sync_period"] = after
+            slow = hand.slow if before else [one.detach().clone() for one in expected]
+            hand.sync_period, hand.slow = after, slow
+        set_gradients(expected, step)
+        hand.step()
+        train(optimizer, fast, [step])
+        assert_same_bits(fast, expected)
+        if before or step >= 6:
+            assert_same_bits(slow_weights(optimizer, fast), hand.slow)
+
+
+def test_slow_step_size_changed_in_mid_run_takes_effect_in_that_group_alone():
+    fast, expected = (parameters((4,), (3,)) for _ in range(2))
+    optimizer = Lookahead(sgd([{"params": [one]} for one in fast]), 2, 0.25)
+    hands = [ByHand(sgd([one]), 2, 0.25) for one in expected]
+    for step in range(1, STEPS):
+        if step == 6:
+            optimizer.param_groups[1]["slow_step_size"] = hands[1].slow_step_size = 0.125
+        set_gradients(expected, step)
+        for hand in hands:
+            hand.step()
+        train(optimizer, fast, [step])
+        assert_same_bits(fast, expected)
+
+
+def test_group_switched_off_has_no_slow_weights_and_on_again_starts_from_new_ones():
+    fast, expected = (parameters((4,), (3,)) for _ in range(2))
+    optimizer, hand = Lookahead(sgd(fast), 2, 0.25), ByHand(sgd(expected), 2, 0.25)
+    for step in range(1, STEPS):
+        if step == 4:
+            optimizer.param_groups[0]["sync_period"], hand.sync_period = 0, STEPS
+        if step == 8:
+            optimizer.param_groups[0]["sync_period"] = hand.sync_period = 3
+            hand.slow = [one.detach().clone() for one in expected]
+        set_gradients(expected, step)
+        hand.step()
+        train(optimizer, fast, [step])
+        assert_same_bits(fast, expected)
+        assert ["slow" in optimizer.state[one] for one in fast] == [not 4 <= step < 8] * 2
+
+
+def test_param_groups_are_the_inner_optimizers_own_list_always():
+    fast = parameters((4,), (3,))
+    inner = sgd(fast[:1])
+    groups = inner.param_groups
+    optimizer = Lookahead(inner, 2)
+    assert optimizer.param_groups is inner.param_groups is groups
+    optimizer.add_param_group({"params": fast[1:]})
+    assert optimizer.param_groups is inner.param_groups is groups
+    train(optimizer, fast, [1])
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups is inner.param_groups
+    inner.load_state_dict(inner.state_dict())
+    assert optimizer.param_groups is inner.param_groups
+    optimizer.param_groups = groups
+    assert optimizer.param_groups is inner.param_groups is groups
+    optimizer.param_groups[0]["lr"] = 0.25
+    assert inner.param_groups[0]["lr"] == 0.25
+
+
+def test_inner_optimizers_own_load_state_dict_leaves_settings_and_count_as_loaded():
+    fast, expected = (parameters((4,)) for _ in range(2))
+    optimizer, hand = Lookahead(sgd(fast), 3, 0.25), ByHand(sgd(expected), 3, 0.25)
+    for step in range(1, STEPS):
+        if step == 5:
+            optimizer.inner_optimizer.load_state_dict(optimizer.inner_optimizer.state_dict())
+        set_gradients(expected, step)
+        hand.step()
+        train(optimizer, fast, [step])
+        assert_same_bits(fast, expected)
+
+
+def nested(inner, *settings):
+    for setting in settings:
+        inner = Lookahead(inner, *setting)
+    return inner
+
+
+def test_names_of_nested_wrappers_do_not_collide():
+    fast = parameters((4,), (3,))
+    optimizer = nested(sgd(fast), (2, 0.25), (3, 0.5), (4, 0.75))
+    (group,) = optimizer.param_groups
+    settings = {name: group[name] for name in group if name.startswith(("sync_period", "slow_step_size"))}
+    assert settings == {
+        "sync_period": 2,
+        "slow_step_size": 0.25,
+        "sync_period_2": 3,
+        "slow_step_size_2": 0.5,
+        "sync_period_3": 4,
+        "slow_step_size_3": 0.75,
+    }
+    train(optimizer, fast, [1])
+    names = {"momentum_buffer", "slow", "slow_2", "slow_3"}
+    assert set(optimizer.state[fast[0]]) == names
+    assert [set(entries) for entries in optimizer.state_dict()["state"].values()] == [names] * 2
+    assert [group[f"lookahead_step{suffix}"] for suffix in ("", "_2", "_3")] == [1, 1, 1]
+    memory = {one.data_ptr() for one in optimizer.state[fast[0]].values()}
+    assert len(memory | {fast[0].data_ptr()}) == 5
+
+
+def test_nested_wrappers_groups_have_their_own_settings_of_both():
+    settings = [((2, 0.25), (4, 0.5)), ((3, 0.3), (2, 0.7)), ((3, 0.25), (0, 0.5)), ((0, 0.5), (3, 0.4))]
+    fast = parameters(*[(5,)] * 4, dtype=torch.float64)
+    oracles = [
+        reference.Lookahead(reference.Lookahead(reference.SGD(0.1, 0.5), *inner), *outer).start([one.detach()])
+        for one, (inner, outer) in zip(fast, settings)
+    ]
+    groups = [
+        {
+            "params": [one],
+            "sync_period": inner[0],
+            "slow_step_size": inner[1],
+            "sync_period_2": outer[0],
+            "slow_step_size_2": outer[1],
+        }
+        for one, (inner, outer) in zip(fast, settings)
+    ]
+    optimizer = nested(torch.optim.SGD(groups, 0.1, momentum=0.5), (6, 0.5), (6, 0.5))
+    for step in range(1, STEPS):
+        train(optimizer, fast, [step])
+        for one, oracle, (inner, outer) in zip(fast, oracles, settings):
+            oracle.apply([one.grad])
+            torch.testing.assert_close(one.detach(), torch.from_numpy(oracle.weights[0]), rtol=0, atol=1e-12)
+            slow = {name: value for name, value in optimizer.state[one].items() if name.startswith("slow")}
+            expected = {"slow": oracle.inner.slow[0]} if inner[0] else {}
+            expected.update({"slow_2": oracle.slow[0]} if outer[0] else {})
+            assert set(slow) == set(expected)
+            for name, value in expected.items():
+                torch.testing.assert_close(slow[name], torch.from_numpy(value), rtol=0, atol=1e-12)
+
+
+def test_group_added_to_a_nested_wrapper_counts_from_zero_in_both():
+    fast = parameters((5,), (5,), dtype=torch.float64)
+    optimizer = nested(sgd(fast[:1]), (2, 0.25), (3, 0.5))
+    train(optimizer, fast[:1], range(1, 4))
+    optimizer.add_param_group({"params": fast[1:], "sync_period_2": 4})
+    oracle = reference.Lookahead(reference.Lookahead(reference.SGD(0.1, 0.9), 2, 0.25), 4, 0.5)
+    oracle.start([fast[1].detach()])
+    for step in range(4, STEPS):
+        train(optimizer, fast, [step])
+        oracle.apply([fast[1].grad])
+        torch.testing.assert_close(fast[1].detach(), torch.from_numpy(oracle.weights[0]), rtol=0, atol=1e-12)
+    assert [int(group["lookahead_step_2"]) for group in optimizer.param_groups] == [12, 9]
