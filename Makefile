@@ -51,7 +51,7 @@ test: .venv/.installed  ## Run all tests.
 .venv-lowest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
-	sed -n 's/^demo = //p' pyproject.toml | grep -o '[a-z-]*>=[0-9.]*' | sed 's/>=/==/' > .venv-lowest/lowest.txt
+	sed -n 's/^demo = //p; s/^torch = //p' pyproject.toml | grep -o '[a-z-]*>=[0-9.]*' | sed 's/>=/==/' > .venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet --editable . --requirement .venv-lowest/lowest.txt --group lowest
 	touch $@
 

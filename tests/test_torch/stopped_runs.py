@@ -94,21 +94,25 @@ def lbfgs(model):
     return Lookahead(torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=3, history_size=4), 4), None
 
 
-def groups(model):
+def three_groups(model, *settings):
     first, _, last = model
-    optimizer = torch.optim.SGD(
-        [
-            {"params": first.parameters(), "sync_period": 3, "slow_step_size": 0.8},
-            {"params": [last.weight], "sync_period": 0},
-            {"params": [last.bias]},
-        ],
-        lr=0.05,
-        momentum=0.9,
-    )
+    parameters = [list(first.parameters()), [last.weight], [last.bias]]
+    groups = [{"params": one, **setting} for one, setting in zip(parameters, settings)]
+    return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+
+def groups(model):
+    optimizer = three_groups(model, {"sync_period": 3, "slow_step_size": 0.8}, {"sync_period": 0}, {})
     return Lookahead(optimizer, 4), None
 
 
+def groups_without_settings(model):
+    return Lookahead(three_groups(model, {}, {}, {}), 2, slow_step_size=0.1), None
+
+
 RUNS = {make.__name__: make for make in (momentum, adam_fused, adam_foreach, nested, lbfgs, groups)}
+# The settings, too, come from the checkpoint.
+RESUMED_BY = {**RUNS, "groups": groups_without_settings}
 
 
 def bare_adam(model):
@@ -136,7 +140,7 @@ def killed(directory):
 def resumed(directory):
     for path in sorted(directory.glob("*-*.pt")):
         name, _ = path.stem.split("-")
-        Run(RUNS[name]).load(path).train().save(path.with_suffix(".result"))
+        Run(RESUMED_BY[name]).load(path).train().save(path.with_suffix(".result"))
 
     run = Run(momentum).load(directory / "checkpoint.pt")
     torch.save(run.steps, directory / "resumed_from.result")

@@ -347,3 +347,13 @@ def test_capture_in_a_cuda_graph_is_refused_and_changes_nothing(monkeypatch):
         with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph.*Capture forward and backward"):
             trained.optimizer.step()
     trained.assert_unchanged_and_able_to_train()
+
+
+def test_lookahead_inside_a_wrapper_of_another_kind_is_refused():
+    class Wrapper(torch.optim.SGD):
+        pass
+
+    wrapper = Wrapper(parameters((3,)), lr=0.1)
+    wrapper.optimizer = Lookahead(torch.optim.SGD(wrapper.param_groups, lr=0.1))
+    with pytest.raises(ValueError, match=r"must not have a `Lookahead` inside.*Received: optimizer=Wrapper\(\.\.\.\)"):
+        Lookahead(wrapper)

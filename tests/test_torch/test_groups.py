@@ -350,3 +350,18 @@ def test_group_added_to_a_nested_wrapper_counts_from_zero_in_both():
         oracle.apply([fast[1].grad])
         torch.testing.assert_close(fast[1].detach(), torch.from_numpy(oracle.weights[0]), rtol=0, atol=1e-12)
     assert [int(group["lookahead_step_2"]) for group in optimizer.param_groups] == [12, 9]
+
+
+def test_an_optimizer_that_is_wrapped_again_takes_the_new_settings_and_starts_anew():
+    fast, expected = (parameters((4,), (3,)) for _ in range(2))
+    inner = sgd(fast)
+    train(Lookahead(inner, 2, 0.5), fast, range(1, 6))
+    bare = sgd(expected)
+    train(Lookahead(bare, 2, 0.5), expected, range(1, 6))
+    optimizer, hand = Lookahead(inner, 3, 0.25), ByHand(bare, 3, 0.25)
+    assert (optimizer.param_groups[0]["sync_period"], optimizer.param_groups[0]["slow_step_size"]) == (3, 0.25)
+    for step in range(6, 15):
+        set_gradients(expected, step)
+        hand.step()
+        train(optimizer, fast, [step])
+        assert_same_bits(fast, expected)

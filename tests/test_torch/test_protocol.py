@@ -138,6 +138,7 @@ def test_state_of_a_parameter_without_a_gradient_has_the_slow_weight_alone():
     first, second = weights(optimizer)
     first.grad = torch.ones_like(first)
     optimizer.step()
+    assert (len(optimizer.state), second in optimizer.state) == (2, True)
     assert list(optimizer.state) == [first, second]
     assert list(optimizer.state[second]) == ["slow"]
 
@@ -227,6 +228,26 @@ def test_an_empty_state_assigned_resets_it(empty, at):
     reference.optimizer.state.clear()
     reference.slow = [one.detach().clone() for one in reference.parameters]
     assert_same_bits(weights(train(optimizer, 11, at)), train(reference, 11, at).parameters)
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_an_entry_moves_with_its_slow_weight_to_a_parameter_that_replaces_another(at):
+    optimizer, other = train(wrapped(), at), train(wrapped(), at)
+    (group,) = optimizer.param_groups
+    entry = optimizer.state.get(group["params"][0])
+    del optimizer.state[group["params"][0]]
+    group["params"][0] = torch.nn.Parameter(group["params"][0].detach().clone())
+    optimizer.state[group["params"][0]] = entry
+    assert_same(train(optimizer, 11, at), train(other, 11, at))
+
+
+def test_get_and_pop_of_a_parameter_without_an_entry_return_the_default_and_make_none():
+    optimizer = wrapped()
+    first = weights(optimizer)[0]
+    assert optimizer.state.get(first) is None
+    assert optimizer.state.get(first, 1) == 1
+    assert optimizer.state.pop(first, None) is None
+    assert len(optimizer.state) == len(optimizer.inner_optimizer.state) == 0
 
 
 @pytest.mark.parametrize("at", [2, 4])
@@ -528,6 +549,32 @@ def test_resuming_from_a_saved_state_dict_is_bit_for_bit(inner, level, at):
     assert_same(optimizer, train(make(), 15))
 
 
+@pytest.mark.parametrize("make", [wrapped, nested])
+def test_a_loaded_slow_weight_is_no_state_of_the_inner_optimizer(make):
+    def step(optimizer, index):
+        first, second = weights(optimizer)
+        set_gradients([first, second], index)
+        # The second parameter gets its first gradient after the load.
+        second.grad = second.grad if index >= 2 else None
+        optimizer.step()
+
+    optimizer, resumed = make(adam), make(adam)
+    for index in range(2):
+        step(optimizer, index)
+    resumed.load_state_dict(saved(optimizer))
+    with torch.no_grad():
+        for one, other in zip(weights(resumed), weights(optimizer)):
+            one.copy_(other)
+    innermost = resumed.inner_optimizer if make is wrapped else resumed.inner_optimizer.inner_optimizer
+    assert [sorted(entry) for entry in innermost.state.values()] == [
+        ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"]
+    ]
+    for index in range(2, 8):
+        step(optimizer, index)
+        step(resumed, index)
+    assert_same(resumed, optimizer)
+
+
 def test_loading_a_state_dict_copies_its_slow_weights_and_leaves_it_as_it_was():
     optimizer, source = wrapped(), train(wrapped(), 2)
     state_dict, kept = source.state_dict(), saved(source)
@@ -543,7 +590,8 @@ def test_loading_a_state_dict_copies_its_slow_weights_and_leaves_it_as_it_was():
 def test_a_checkpoint_of_the_bare_inner_optimizer_loads_and_slow_weights_start_from_the_parameters(inner, at):
     bare = inner(parameters(*SHAPES))
     train(bare, 4)
-    optimizer = train(wrapped(inner), at)
+    optimizer = train(wrapped(inner, 7), at)
+    optimizer.param_groups[0]["sync_period"] = 3
     optimizer.load_state_dict(saved(bare))
     assert all("slow" not in entry for entry in optimizer.state.values())
     (group,) = optimizer.param_groups
@@ -622,6 +670,16 @@ def shared(optimizer):
         one.share_memory_()
     optimizer.share_memory()
     return optimizer
+
+
+@pytest.mark.parametrize("inner", [sgd, adagrad])
+def test_share_memory_captures_the_slow_weights_and_shares_all_that_can_be(inner):
+    optimizer = wrapped(inner)
+    optimizer.share_memory()
+    names = ["slow"] if inner is sgd else ["slow", "sum"]
+    for one in weights(optimizer):
+        assert_same_bits([optimizer.state[one]["slow"]], [one])
+        assert [optimizer.state[one][name].is_shared() for name in names] == [True] * len(names)
 
 
 def train_shared(rank, alone, together, counts):

@@ -119,7 +119,9 @@ def test_optimizer_and_scheduler_resume_together_in_mid_cycle(name):
     file = io.BytesIO()
     torch.save((optimizer.state_dict(), scheduler.state_dict(), weights(optimizer)), file)
     file.seek(0)
-    optimizer_state, scheduler_state, saved = torch.load(file, weights_only=True)
+    # In PyTorch 2.6 the state of `SWALR` has a function.
+    only = name != "SWALR" or not callable(scheduler.state_dict().get("anneal_func"))
+    optimizer_state, scheduler_state, saved = torch.load(file, weights_only=only)
 
     resumed = pair()[0]
     scheduler = SCHEDULERS[name](resumed)

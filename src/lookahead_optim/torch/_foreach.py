@@ -17,29 +17,25 @@ Batch: TypeAlias = tuple[list[Tensor], list[Tensor]]
 
 
 class Plan(NamedTuple):
-    """The pairs of a group as a sync found them, which takes longer than to see that they still hold."""
+    """The pairs of a group as a sync found them, which takes longer than to see that they still hold.
 
-    fast: list[Tensor]
-    slow: list[Tensor]
-    entries: list[dict[str, Tensor]]
-    """Where the slow weights are kept; none if not all parameters took part, or they have shards."""
-    places: tuple[list[int], list[torch.Size], list[torch.dtype]]
-    storages: set[int]
+    As long as the slow weights are the same, that is.
+    """
+
     batches: list[Batch]
+    storages: list[int]
+    places: tuple[list[int], list[torch.Size], list[torch.dtype]]
 
-    def holds(self, parameters: list[Tensor], name: str) -> bool:
-        """Return whether all parameters take part, and they and their slow weights are where and what they were."""
+    def holds(self, parameters: list[Tensor]) -> bool:
+        """Return whether all parameters take part, and are where and what they were."""
         return (
-            self.places == places(parameters)
-            and all(self.places[0])
-            and all(one.requires_grad for one in parameters)
-            and all(entry.get(name) is one for entry, one in zip(self.entries, self.slow))
+            self.places == places(parameters) and all(self.places[0]) and all(one.requires_grad for one in parameters)
         )
 
 
-def make_plan(fast: list[Tensor], slow: list[Tensor], entries: list[dict[str, Tensor]]) -> Plan:
-    storages = {one.untyped_storage().data_ptr() for one in fast}
-    return Plan(fast, slow, entries, places(fast), storages, list(cut(fast, slow)))
+def make_plan(fast: list[Tensor], slow: list[Tensor]) -> Plan:
+    """Return the plan to synchronise lists of weights."""
+    return Plan(list(cut(fast, slow)), [one.untyped_storage().data_ptr() for one in fast], places(fast))
 
 
 def places(tensors: list[Tensor]) -> tuple[list[int], list[torch.Size], list[torch.dtype]]:
@@ -49,12 +45,13 @@ def places(tensors: list[Tensor]) -> tuple[list[int], list[torch.Size], list[tor
 
 def share_memory(plans: list[Plan]) -> bool:
     """Return whether any fast weights share memory."""
-    return len(set().union(*(plan.storages for plan in plans))) < sum(len(plan.fast) for plan in plans)
+    storages = [storage for plan in plans for storage in plan.storages]
+    return len(set(storages)) < len(storages)
 
 
 def local(tensors: list[Tensor]) -> list[Tensor]:
     """Return this process' shards of weights, as not all `foreach` operations take a `DTensor`."""
-    return [one.tolocal() if hasattr(one, "tolocal") else one for one in tensors]
+    return [one.to_local() if hasattr(one, "to_local") else one for one in tensors]
 
 
 @torch.no_grad()

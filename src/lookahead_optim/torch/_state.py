@@ -1,7 +1,7 @@
 """`Lookahead.state`: the inner optimizer's state and the slow weights, as one."""
 
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -10,15 +10,28 @@ __all__ = ["State"]
 
 
 class State(MutableMapping[Tensor, Any]):
-    """The inner optimizer's state with one more entry per parameter, its slow weight."""
+    """The inner optimizer's state with one more entry per parameter, its slow weight.
 
-    def __init__(self, inner: MutableMapping[Tensor, Any], slow: dict[Tensor, dict[str, Tensor]], name: str) -> None:
-        self.inner, self.slow, self.name = inner, slow, name
+    `on_change` is called whenever a slow weight comes, goes or is replaced.
+    """
+
+    def __init__(
+        self,
+        inner: MutableMapping[Tensor, Any],
+        slow: dict[Tensor, dict[str, Tensor]],
+        name: str,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.inner, self.slow, self.name, self.on_change = inner, slow, name, on_change
 
     def __getitem__(self, parameter: Tensor) -> "ParameterState":
         entries = ParameterState(self.inner[parameter], self.slow.get(parameter, {}))
         entries.owner = self, parameter
         return entries
+
+    def get(self, parameter: Tensor, default: Any = None) -> Any:
+        # `__getitem__` would make an entry, as that of PyTorch's own state does.
+        return self[parameter] if parameter in self else default  # noqa: SIM401
 
     def __setitem__(self, parameter: Tensor, entries: Mapping[str, Any]) -> None:
         entries = dict(entries)
@@ -28,13 +41,22 @@ class State(MutableMapping[Tensor, Any]):
         self.inner[parameter] = entries
 
     def __delitem__(self, parameter: Tensor) -> None:
+        if parameter not in self:
+            raise KeyError(parameter)
         self.forget(parameter)
         self.inner.pop(parameter, None)
 
+    def pop(self, parameter: Tensor, *default: Any) -> Any:
+        if default and parameter not in self:
+            return default[0]
+        entries = self[parameter]
+        del self[parameter]
+        return entries
+
     def forget(self, parameter: Tensor) -> None:
         """Drop the slow weight of a parameter, if there is one."""
-        # From its entry too, which the plan of a sync may have.
-        self.slow.pop(parameter, {}).clear()
+        self.slow.pop(parameter, None)
+        self.on_change()
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter([*self.inner, *(parameter for parameter in self.slow if parameter not in self.inner)])
@@ -56,6 +78,7 @@ class ParameterState(ChainMap[str, Any]):
             state, parameter = self.owner
             self.maps[-1] = state.slow.setdefault(parameter, {})
             self.maps[-1][name] = value
+            state.on_change()
         else:
             self.maps[0][name] = value
 

@@ -87,6 +87,12 @@ class Lookahead(Optimizer):
                 "`optimizer` must not be differentiable, as the slow step is not. Pass `differentiable=False` to it. "
                 f"Received: optimizer={type(optimizer).__name__}(..., differentiable=True)"
             )
+        if not isinstance(optimizer, Lookahead) and any(isinstance(one, Lookahead) for one in vars(optimizer).values()):
+            raise ValueError(
+                "`optimizer` must not have a `Lookahead` inside a wrapper of another kind, which it could not restart. "
+                "Put one directly around the other. "
+                f"Received: optimizer={type(optimizer).__name__}(...) around a Lookahead"
+            )
         level = 1 + sum(1 for _ in _chain(optimizer))
         suffix = f"_{level}" if level > 1 else ""
         settings = {
@@ -139,7 +145,7 @@ class Lookahead(Optimizer):
     @property  # type: ignore[override]
     def state(self) -> State:
         """A live view: for each parameter the inner optimizer's entries and `"slow"`, the slow weight."""
-        return State(self.inner_optimizer.state, self._slow, f"slow{self._suffix}")
+        return State(self.inner_optimizer.state, self._slow, f"slow{self._suffix}", self._plans.clear)
 
     @state.setter
     def state(self, state: Mapping[Tensor, Any]) -> None:
@@ -202,11 +208,13 @@ class Lookahead(Optimizer):
         """Return the pairs of a group for `foreach` operations: those of its last sync, if they still hold."""
         parameters = group["params"]
         plan = self._plans.pop(index, None)
-        if plan is None or not plan.holds(parameters, f"slow{self._suffix}"):
-            fast, slow = self._pairs([group])
-            whole = len(fast) == len(parameters) and all(one is other for one, other in zip(fast, parameters))
-            plan = _foreach.make_plan(fast, slow, [self._slow[one] for one in fast] if whole else [])
-        if plan.entries:
+        if plan is not None and plan.holds(parameters):
+            self._plans[index] = plan
+            return plan
+        fast, slow = self._pairs([group])
+        plan = _foreach.make_plan(fast, slow)
+        # Not if some do not take part, or have shards.
+        if len(fast) == len(parameters) and all(one is other for one, other in zip(fast, parameters)):
             self._plans[index] = plan
         return plan
 
@@ -247,7 +255,8 @@ class Lookahead(Optimizer):
     @torch.compiler.disable
     def _end_step(self) -> None:
         for group in self.param_groups:
-            group[f"lookahead_step{self._suffix}"] += 1
+            # Not in place: `ZeroRedundancyOptimizer` and users copy groups.
+            group[f"lookahead_step{self._suffix}"] = group[f"lookahead_step{self._suffix}"] + 1
         self._synchronize(self._is_due)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -281,6 +290,7 @@ class Lookahead(Optimizer):
         """
         if isinstance(param_group, dict):
             _check_groups([param_group], self._suffix)
+            param_group.pop(f"lookahead_step{self._suffix}", None)
         self.inner_optimizer.add_param_group(param_group)
         self._adopt_groups()
 
