@@ -202,6 +202,10 @@ def with_a_smaller_last_slow_weight(state_dict):
     state_dict["state"][2]["slow"] = torch.zeros(2)
 
 
+def with_no_tensor(state_dict):
+    state_dict["state"][1]["slow"] = "slow"
+
+
 def with_a_bad_setting(name, value):
     def change(state_dict):
         state_dict["param_groups"][1][name] = value
@@ -227,9 +231,19 @@ BAD_STATE_DICTS = [
         r"must have a slow weight of shape \(3,\) for parameter 2\. Received: shape \(2,\)",
         id="smaller_slow_weight",
     ),
+    pytest.param(with_no_tensor, ValueError, r"for parameter 1\. Received: 'slow'", id="no_tensor"),
     *(
         pytest.param(with_a_bad_setting(name, value), error, message, id=f"{name}={value}")
         for name, value, error, message in BAD_SETTINGS
+    ),
+    *(
+        pytest.param(
+            with_a_bad_setting("lookahead_step", value),
+            ValueError,
+            rf"`lookahead_step` must be an integer >= 0, .*Received: {value!r}",
+            id=f"lookahead_step={value}",
+        )
+        for value in ("x", None, NAN, -4, 2.5)
     ),
 ]
 

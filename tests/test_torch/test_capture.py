@@ -359,3 +359,38 @@ def test_reset_of_a_nested_wrapper_captures_the_slow_weights_of_all():
         oracle.apply([weight.grad])
         optimizer.step()
         torch.testing.assert_close(weight.detach(), torch.from_numpy(oracle.weights[0]), rtol=0, atol=1e-12)
+
+
+def train(optimizer, weights, steps):
+    for step in range(steps):
+        set_gradients(weights, step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("moved", ["parameter", "slow weight"])
+def test_a_sync_after_a_move_writes_the_slow_weights_of_the_state(moved):
+    (one,) = parameters((4,))
+    optimizer = Lookahead(torch.optim.SGD([one], 0.1), 2, 0.25)
+    train(optimizer, [one], 2)
+    if moved == "parameter":
+        kept = one.data
+        one.data = kept.bfloat16()
+        with optimizer.slow_weights():
+            pass
+        one.data = kept
+    else:
+        for entries in optimizer.state.values():
+            entries["slow"].data = entries["slow"].data.double()
+    train(optimizer, [one], 2)
+    assert_same_bits([optimizer.state[one]["slow"]], [one])
+
+
+def test_a_move_noticed_in_inference_mode_does_not_end_the_training():
+    (one,) = parameters((4,))
+    optimizer = Lookahead(torch.optim.SGD([one], 0.1), 2, 0.25)
+    train(optimizer, [one], 1)
+    one.data, one.grad = one.data.double(), None
+    with torch.inference_mode(), optimizer.slow_weights():
+        pass
+    train(optimizer, [one], 1)
+    assert_same_bits([optimizer.state[one]["slow"]], [one])

@@ -1,5 +1,6 @@
 """Parameter groups: settings of their own, groups that come later, and parameters that do not always take part."""
 
+import numpy as np
 import pytest
 import torch
 from by_hand import ByHand, assert_same_bits, parameters, set_gradients
@@ -153,7 +154,7 @@ def test_frozen_parameter_has_no_slow_weight_until_before_its_first_step():
         assert_same_bits(slow_weights(optimizer, fast), hand.slow + unfrozen.slow)
 
 
-def test_parameter_frozen_after_training_skips_the_syncs_while_it_is_frozen():
+def test_parameter_frozen_at_a_sync_gives_its_slow_weight_up_and_is_captured_again():
     fast, expected = (parameters((4,), (3,)) for _ in range(2))
     optimizer = Lookahead(sgd(fast), 3, 0.25)
     hands = [ByHand(sgd([one]), 3, 0.25) for one in expected]
@@ -162,6 +163,8 @@ def test_parameter_frozen_after_training_skips_the_syncs_while_it_is_frozen():
         set_gradients(fast, step)
         set_gradients(expected, step)
         fast[1].requires_grad_(not frozen)
+        if step == 8:
+            hands[1].slow = [expected[1].detach().clone()]
         if frozen:
             fast[1].grad = None
             hands[1].steps += 1
@@ -170,20 +173,70 @@ def test_parameter_frozen_after_training_skips_the_syncs_while_it_is_frozen():
         hands[0].step()
         optimizer.step()
         assert_same_bits(fast, expected)
-        assert_same_bits(slow_weights(optimizer, fast), hands[0].slow + hands[1].slow)
+        held = [one for one in fast if "slow" in optimizer.state[one]]
+        assert len(held) == (1 if step in (6, 7) else 2)
+        assert_same_bits(slow_weights(optimizer, held), (hands[0].slow + hands[1].slow)[: len(held)])
 
 
-def test_parameter_frozen_after_training_keeps_its_weights_through_sync_and_slow_weights():
+def test_parameter_frozen_in_mid_cycle_takes_part_in_slow_weights_and_sync():
     fast = parameters((4,), (3,))
     optimizer = Lookahead(sgd(fast), 3, 0.25)
+    start = [one.detach().clone() for one in fast]
     train(optimizer, fast, [1, 2])
-    fast[1].requires_grad_(False)
-    fast[1].grad = None
-    kept = fast[1].detach().clone()
+    for one in fast:
+        one.requires_grad_(False)
+        one.grad = None
+    moved = [one.lerp(other.detach(), 0.25) for one, other in zip(start, fast)]
     with optimizer.slow_weights():
-        assert torch.equal(fast[1], kept)
+        assert_same_bits(fast, start)
     optimizer.sync()
-    assert torch.equal(fast[1], kept)
+    assert_same_bits(fast, moved)
+
+
+@pytest.mark.parametrize("replace", ["in_place", "list"])
+def test_replaced_parameter_is_captured_and_the_old_one_forgotten(replace):
+    fast, (new,) = parameters((4,), (3,)), parameters((3,), seed=5)
+    optimizer = Lookahead(torch.optim.SGD(fast, 0.1), 3, 0.25)
+    train(optimizer, fast, [1])
+    old, group = fast[1], optimizer.param_groups[0]
+    start = new.detach().clone()
+    if replace == "in_place":
+        group["params"][1] = new
+    else:
+        group["params"] = [fast[0], new]
+    train(optimizer, [fast[0], new], [2, 3])
+    assert old not in optimizer.state
+    by_hand = start.clone()
+    for step in (2, 3):
+        by_hand -= 0.1 * _gradient_of_second(step)
+    assert_same_bits([new], [start.lerp(by_hand, 0.25)])
+    assert_same_bits(slow_weights(optimizer, [new]), [new])
+
+
+def _gradient_of_second(step):
+    shapes = parameters((4,), (3,))
+    set_gradients(shapes, step)
+    return shapes[1].grad
+
+
+def test_group_switched_off_while_one_as_large_is_added():
+    fast, (new,) = parameters((4,)), parameters((3,), seed=5)
+    optimizer = Lookahead(sgd(fast), 3, 0.25)
+    train(optimizer, fast, [1])
+    optimizer.param_groups[0]["sync_period"] = 0
+    optimizer.add_param_group({"params": [new]})
+    train(optimizer, [*fast, new], [2])
+    assert ["slow" in optimizer.state[one] for one in (*fast, new)] == [False, True]
+
+
+def test_lazy_parameter_is_captured_when_it_has_a_value():
+    model = torch.nn.LazyLinear(2)
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), 0.1), 4)
+    optimizer.step()
+    model(torch.ones(1, 3)).sum().backward()
+    start = model.weight.detach().clone()
+    optimizer.step()
+    assert_same_bits([optimizer.state[model.weight]["slow"]], [start])
 
 
 def test_frozen_parameter_with_a_gradient_left_takes_part_as_the_bare_optimizer_moves_it():
@@ -365,3 +418,41 @@ def test_an_optimizer_that_is_wrapped_again_takes_the_new_settings_and_starts_an
         hand.step()
         train(optimizer, fast, [step])
         assert_same_bits(fast, expected)
+
+
+def test_whole_slow_step_does_not_overflow():
+    one = torch.nn.Parameter(torch.tensor([3e38]))
+    optimizer = Lookahead(torch.optim.SGD([one], 1.0), 1, 1.0)
+    one.grad = torch.tensor([3e38])
+    optimizer.step()
+    optimizer.step()
+    assert one.item() == pytest.approx(-3e38)
+
+
+def test_settings_of_a_group_in_other_number_types_are_saved_as_plain_numbers():
+    (one,) = parameters((4,))
+    groups = [{"params": [one], "sync_period": np.int64(2), "slow_step_size": np.float32(0.25)}]
+    optimizer = Lookahead(torch.optim.SGD(groups, 0.1))
+    optimizer.param_groups[0]["slow_step_size"] = 1
+    group = optimizer.state_dict()["param_groups"][0]
+    assert (type(group["sync_period"]), type(group["slow_step_size"])) == (int, float)
+
+
+@pytest.mark.parametrize(("name", "value"), [("sync_period", -3), ("sync_period", 2.5), ("slow_step_size", -1.0)])
+def test_invalid_setting_put_into_a_group_is_refused_at_the_next_step(name, value):
+    fast = parameters((4,))
+    optimizer = Lookahead(sgd(fast), 2)
+    train(optimizer, fast, [1])
+    before = fast[0].detach().clone()
+    optimizer.param_groups[0][name] = value
+    with pytest.raises((TypeError, ValueError), match=f"`{name}` must be"):
+        train(optimizer, fast, [2])
+    assert_same_bits(fast, [before])
+
+
+def test_default_changed_in_mid_run_is_that_of_groups_added_later():
+    fast = parameters((4,), (3,))
+    optimizer = Lookahead(sgd(fast[:1]), 2)
+    optimizer.defaults.update(lr=0.5, sync_period=7)
+    optimizer.add_param_group({"params": fast[1:]})
+    assert (optimizer.param_groups[1]["lr"], optimizer.param_groups[1]["sync_period"]) == (0.5, 7)

@@ -721,3 +721,38 @@ def test_processes_that_train_a_shared_model_count_their_own_steps(trained_in_pr
     alone, together, _, counts = trained_in_processes
     assert counts.tolist() == [[7, 7], [7, 7]]
     assert [int(one.param_groups[0]["lookahead_step"]) for one in (*alone, together)] == [0, 0, 0]
+
+
+def test_a_nested_checkpoint_loads_into_one_wrapper():
+    first, second = parameters((4,), (3,))
+    saved = Lookahead(Lookahead(torch.optim.Adam([first, second], 0.1), 2), 3)
+    first.grad = torch.ones(4)
+    saved.step()
+    optimizer = Lookahead(torch.optim.Adam([first, second], 0.1), 2)
+    optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert "slow_2" not in optimizer.state[first]
+    second.grad = torch.ones(3)
+    optimizer.step()
+
+
+def test_slow_weights_that_another_wrapper_left_are_not_taken_for_those_of_the_new_one():
+    (one,) = parameters((4,))
+    bare, saved = torch.optim.SGD([one], 0.1), Lookahead(torch.optim.SGD([one], 0.1), 2)
+    one.grad = torch.ones(4)
+    saved.step()
+    bare.load_state_dict(saved.state_dict())
+    optimizer = Lookahead(bare, 2)
+    start = one.detach().clone()
+    optimizer.step()
+    assert_same_bits([optimizer.state[one]["slow"], optimizer.state_dict()["state"][0]["slow"]], [start, start])
+
+
+def test_an_entry_of_the_state_can_be_popped_and_cleared():
+    optimizer = train(wrapped(), 2)
+    first, second = weights(optimizer)
+    kept = optimizer.state[first]["slow"]
+    assert optimizer.state[first].pop("slow") is kept
+    assert optimizer.state[first].pop("slow", None) is None
+    optimizer.state[second].clear()
+    assert dict(optimizer.state[second]) == {}
+    assert list(optimizer.state[first]) == ["momentum_buffer"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Plan", "alike", "copy", "local", "make_plan", "share_memory"]
+__all__ = ["Plan", "copy", "local", "make_plan", "share_memory"]
 
 # On the CPU a `foreach` operation is a loop. In batches of this size, what one wrote is still in the
 # cache when the next one reads it.
@@ -17,25 +17,28 @@ Batch: TypeAlias = tuple[list[Tensor], list[Tensor]]
 
 
 class Plan(NamedTuple):
-    """The pairs of a group as a sync found them, which takes longer than to see that they still hold.
-
-    As long as the slow weights are the same, that is.
-    """
+    """The pairs of a group as a sync found them, which takes longer than to see that they still hold."""
 
     batches: list[Batch]
     storages: list[int]
     places: tuple[list[int], list[torch.Size], list[torch.dtype]]
+    slow: list[Tensor]
+    pointers: list[int]
 
     def holds(self, parameters: list[Tensor]) -> bool:
-        """Return whether all parameters take part, and are where and what they were."""
-        return (
-            self.places == places(parameters) and all(self.places[0]) and all(one.requires_grad for one in parameters)
-        )
+        """Return whether all parameters, and their slow weights, are where and what they were."""
+        return self.places == places(parameters) and self.pointers == [one.data_ptr() for one in self.slow]
 
 
 def make_plan(fast: list[Tensor], slow: list[Tensor]) -> Plan:
     """Return the plan to synchronise lists of weights."""
-    return Plan(list(cut(fast, slow)), [one.untyped_storage().data_ptr() for one in fast], places(fast))
+    return Plan(
+        batches=list(cut(fast, slow)),
+        storages=[one.untyped_storage().data_ptr() for one in fast],
+        places=places(fast),
+        slow=slow,
+        pointers=[one.data_ptr() for one in slow],
+    )
 
 
 def places(tensors: list[Tensor]) -> tuple[list[int], list[torch.Size], list[torch.dtype]]:
@@ -59,13 +62,6 @@ def copy(destinations: list[Tensor], sources: list[Tensor]) -> None:
     """Copy `sources` into `destinations`, whatever their devices and dtypes."""
     if destinations:
         torch._foreach_copy_(destinations, sources)
-
-
-def alike(fast: list[Tensor], slow: list[Tensor]) -> bool:
-    """Return whether weights and slow weights have the same shapes, dtypes and devices."""
-    return all(
-        (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device) for one, other in zip(fast, slow)
-    )
 
 
 def cut(fast: list[Tensor], slow: list[Tensor]) -> Iterator[Batch]:

@@ -53,6 +53,11 @@ class State(MutableMapping[Tensor, Any]):
         del self[parameter]
         return entries
 
+    def clear(self) -> None:
+        self.slow.clear()
+        self.inner.clear()
+        self.on_change()
+
     def forget(self, parameter: Tensor) -> None:
         """Drop the slow weight of a parameter, if there is one."""
         self.slow.pop(parameter, None)
@@ -85,5 +90,11 @@ class ParameterState(ChainMap[str, Any]):
     def __delitem__(self, name: str) -> None:
         if self.owner and self.owner[0].name == name and name in self:
             self.owner[0].forget(self.owner[1])
+            self.maps[-1] = {}
         else:
             del self.maps[0][name]
+
+    # Those of `ChainMap` see the first of its dictionaries alone.
+    pop = MutableMapping.pop  # type: ignore[assignment]
+    popitem = MutableMapping.popitem
+    clear = MutableMapping.clear

@@ -1,11 +1,15 @@
 """The `Lookahead` optimizer."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+import itertools
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
@@ -14,6 +18,15 @@ from lookahead_optim.torch._fsdp import gathered_anew
 from lookahead_optim.torch._state import State
 
 __all__ = ["Lookahead"]
+
+
+class _Names(NamedTuple):
+    """What a wrapper calls its entries in groups and state."""
+
+    sync_period: str
+    slow_step_size: str
+    lookahead_step: str
+    slow: str
 
 
 class Lookahead(Optimizer):
@@ -25,9 +38,10 @@ class Lookahead(Optimizer):
 
     $$\phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.$$
 
-    The slow weights are captured from the parameters immediately before their first step, those of a frozen parameter
-    before the first one after it is unfrozen. Steps that a `torch.amp.GradScaler` skips do not count. At a sync every
-    parameter takes part that is not frozen then, with or without a gradient. State takes one copy of the parameters.
+    The slow weights are captured from the parameters immediately before their first step. Steps that a
+    `torch.amp.GradScaler` skips do not count. At a sync every parameter takes part, with or without a gradient, but
+    one that is frozen then (`requires_grad` is `False`) gives its slow weight up: it is captured again before its
+    first step after it is unfrozen. State takes one copy of the parameters that are not frozen.
 
     `param_groups` is the inner optimizer's own list. `sync_period` and `slow_step_size` are in the groups, so that they
     can differ between them, and a group's step count, `lookahead_step`, too. `state[parameter]` has the inner
@@ -37,7 +51,7 @@ class Lookahead(Optimizer):
 
     A `Lookahead` may be inside another. Both count the steps of the innermost optimizer, and all weights restart from
     those that the outer one has synchronised, the inner one's slow weights too. The outer one's names in groups and
-    state end in `_2`.
+    state end in `_2`. An optimizer that was wrapped before can be wrapped again, and takes the new settings.
 
     Args:
         optimizer: The inner optimizer, any `torch.optim.Optimizer` that is not `differentiable`. Its groups may have
@@ -49,7 +63,8 @@ class Lookahead(Optimizer):
 
     Raises:
         TypeError: if `optimizer`, `sync_period` or `slow_step_size` has the wrong type.
-        ValueError: if a value is out of range, or the inner optimizer is `differentiable`.
+        ValueError: if a value is out of range, or the inner optimizer is `differentiable` or has a `Lookahead` inside a
+            wrapper of another kind.
 
     Example:
 
@@ -71,10 +86,13 @@ class Lookahead(Optimizer):
     """
 
     inner_optimizer: Optimizer
+    _names: _Names
     _slow: dict[Tensor, dict[str, Tensor]]
-    _suffix: str
+    # What follows is only ever changed in place, as tools copy an optimizer's attributes into an object of theirs.
+    _members: list[Tensor]
+    _waiting: list[Tensor]
     _plans: dict[int, _foreach.Plan]
-    _blocks: list[None]
+    _blocks: list[str]
 
     def __init__(self, optimizer: Optimizer, sync_period: int = 6, slow_step_size: float = 0.5) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -82,7 +100,7 @@ class Lookahead(Optimizer):
                 "`optimizer` must be an instance of `torch.optim.Optimizer`, made with the parameters to optimize. "
                 f"Received: optimizer={optimizer!r} of type {type(optimizer).__name__}"
             )
-        if optimizer.defaults.get("differentiable"):
+        if any(settings.get("differentiable") for settings in (optimizer.defaults, *optimizer.param_groups)):
             raise ValueError(
                 "`optimizer` must not be differentiable, as the slow step is not. Pass `differentiable=False` to it. "
                 f"Received: optimizer={type(optimizer).__name__}(..., differentiable=True)"
@@ -94,44 +112,50 @@ class Lookahead(Optimizer):
                 f"Received: optimizer={type(optimizer).__name__}(...) around a Lookahead"
             )
         level = 1 + sum(1 for _ in _chain(optimizer))
-        suffix = f"_{level}" if level > 1 else ""
+        names = _Names(*(name if level == 1 else f"{name}_{level}" for name in _Names._fields))
         settings = {
-            f"sync_period{suffix}": check_sync_period(sync_period),
-            f"slow_step_size{suffix}": check_slow_step_size(slow_step_size),
+            names.sync_period: check_sync_period(sync_period),
+            names.slow_step_size: check_slow_step_size(slow_step_size),
         }
         for group in optimizer.param_groups:
+            if names.lookahead_step not in group:
+                _check_group(group, names)
+        for group in optimizer.param_groups:
             # Left by another wrapper of the same optimizer.
-            if group.pop(f"lookahead_step{suffix}", None) is not None:
-                for name in settings:
+            if names.lookahead_step in group:
+                for name in names:
                     group.pop(name, None)
-        _check_groups(optimizer.param_groups, suffix)
+        for entries in optimizer.state.values():
+            entries.pop(names.slow, None)
+        optimizer.defaults.update(settings)
         # The base class' constructor would make groups of its own. This is how it restores an optimizer without it.
-        self.__setstate__(
-            {
-                "inner_optimizer": optimizer,
-                "defaults": {**optimizer.defaults, **settings},
-                "_slow": {},
-                "_suffix": suffix,
-            }
-        )
+        self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow": {}})
         self._adopt_groups()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
-        # A list, as tools that copy an optimizer's attributes into an object of theirs then share it.
-        self._blocks = []
-        name = f"lookahead_step{self._suffix}"
+        inner = self.inner_optimizer
+        self._members, self._waiting, self._plans = [], [], {}
+        self._blocks = inner._blocks if isinstance(inner, Lookahead) else []
         for group in self.param_groups:
-            if name in group:
+            if self._names.lookahead_step in group:
                 # PyTorch sends tensors to other processes in shared memory.
-                group[name] = group[name].clone()
+                group[self._names.lookahead_step] = group[self._names.lookahead_step].clone()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("inner_optimizer", "defaults", "_slow", "_suffix")}
+        return {name: self.__dict__[name] for name in ("inner_optimizer", "_names", "_slow")}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} ({self.inner_optimizer!r})"
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The inner optimizer's own defaults for parameter groups, with `sync_period` and `slow_step_size`."""
+        return self.inner_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.inner_optimizer.defaults = defaults
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -145,7 +169,7 @@ class Lookahead(Optimizer):
     @property  # type: ignore[override]
     def state(self) -> State:
         """A live view: for each parameter the inner optimizer's entries and `"slow"`, the slow weight."""
-        return State(self.inner_optimizer.state, self._slow, f"slow{self._suffix}", self._plans.clear)
+        return State(self.inner_optimizer.state, self._slow, self._names.slow, self._changed)
 
     @state.setter
     def state(self, state: Mapping[Tensor, Any]) -> None:
@@ -153,83 +177,101 @@ class Lookahead(Optimizer):
         self.state.clear()
         self.state.update(entries)
 
+    def _changed(self) -> None:
+        """Forget what was derived from the slow weights."""
+        self._members.clear()
+        self._plans.clear()
+
     def _adopt_groups(self) -> None:
-        """Complete groups that the inner optimizer has got by itself, or from a checkpoint."""
+        """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint."""
+        names = self._names
         for group in self.param_groups:
-            for name in (f"sync_period{self._suffix}", f"slow_step_size{self._suffix}"):
-                group.setdefault(name, self.defaults[name])
+            period = group.setdefault(names.sync_period, self.defaults[names.sync_period])
+            step_size = group.setdefault(names.slow_step_size, self.defaults[names.slow_step_size])
+            if type(period) is not int or period < 0:
+                group[names.sync_period] = check_sync_period(period)
+            if type(step_size) is not float or not 0 <= step_size < float("inf"):
+                group[names.slow_step_size] = check_slow_step_size(step_size)
             # A tensor, as `torch.compile` would compile a step anew for every value of a number.
-            name = f"lookahead_step{self._suffix}"
-            group[name] = torch.as_tensor(group.get(name, 0), dtype=torch.int64, device="cpu")
-
-    def _is_active(self, group: dict[str, Any]) -> bool:
-        return bool(group[f"sync_period{self._suffix}"])
-
-    def _is_due(self, group: dict[str, Any]) -> bool:
-        period = group[f"sync_period{self._suffix}"]
-        return bool(period) and int(group[f"lookahead_step{self._suffix}"]) % period == 0
+            count = group.get(names.lookahead_step, 0)
+            if type(count) is not Tensor or not count.is_cpu:
+                group[names.lookahead_step] = torch.as_tensor(count, dtype=torch.int64, device="cpu")
 
     def _active_groups(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if self._is_active(group)]
+        return [group for group in self.param_groups if group[self._names.sync_period]]
 
-    def _capture(self, groups: list[dict[str, Any]]) -> None:
-        for group in groups:
-            for parameter in group["params"]:
-                if parameter not in self._slow and _takes_part(parameter):
-                    self._slow[parameter] = {f"slow{self._suffix}": parameter.detach().clone()}
+    def _capture_new(self) -> None:
+        """Capture the slow weights of parameters that are new, or not frozen any more."""
+        members = list(itertools.chain.from_iterable(group["params"] for group in self._active_groups()))
+        if (
+            len(members) != len(self._members)
+            or not all(map(operator.is_, members, self._members))
+            or any(map(_takes_part, self._waiting))
+        ):
+            self._capture(members)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _capture(self, members: list[Tensor]) -> None:
+        known = set(members)
+        for parameter in [one for one in self._slow if one not in known]:
+            self.state.forget(parameter)
+        for parameter in members:
+            if parameter not in self._slow and _takes_part(parameter):
+                self._slow[parameter] = {self._names.slow: parameter.detach().clone()}
+        self._changed()
+        self._members.extend(members)
+        self._waiting[:] = [one for one in members if one not in self._slow]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _pairs(self, groups: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the fast and slow weights that take part in a sync, of a `DTensor` this process' shard.
+        """Return the fast weights that have slow ones, and these, of a `DTensor` this process' shard.
 
         The slow weights follow the fast ones in device and dtype.
         """
-        name = f"slow{self._suffix}"
-        pairs = [
-            (one, entry[name])
-            for group in groups
-            for one in dict.fromkeys(group["params"])
-            if (entry := self._slow.get(one)) is not None and (one.requires_grad or one.grad is not None)
-        ]
-        fast, slow = [one for one, _ in pairs], [one for _, one in pairs]
-        if not _foreach.alike(fast, slow):
-            for one, other in pairs:
-                if one.shape != other.shape:
-                    raise RuntimeError(
-                        f"A parameter of shape {tuple(one.shape)} has a slow weight of shape {tuple(other.shape)}, as "
-                        "its data was replaced. Call `optimizer.reset_slow_weights()` after that."
-                    )
-            slow = [other.to(one.device, one.dtype) for one, other in pairs]
-            for one, other in zip(fast, slow):
-                self._slow[one][name] = other
-        with torch.no_grad():
-            return _foreach.local(fast), _foreach.local(slow)
+        name = self._names.slow
+        parameters = dict.fromkeys(one for group in groups for one in group["params"] if one in self._slow)
+        pairs = [(one, self._slow[one][name]) for one in parameters]
+        for fast, slow in pairs:
+            if fast.shape != slow.shape:
+                raise RuntimeError(
+                    f"A parameter of shape {tuple(fast.shape)} has a slow weight of shape {tuple(slow.shape)}, as its "
+                    "data was replaced. Call `optimizer.reset_slow_weights()` after that."
+                )
+        for fast, slow in pairs:
+            if (fast.dtype, fast.device) != (slow.dtype, slow.device):
+                self._slow[fast][name] = slow.to(fast.device, fast.dtype)
+                self._changed()
+        return _foreach.local(list(parameters)), _foreach.local([self._slow[one][name] for one in parameters])
 
     def _plan(self, index: int, group: dict[str, Any]) -> _foreach.Plan:
         """Return the pairs of a group for `foreach` operations: those of its last sync, if they still hold."""
         parameters = group["params"]
-        plan = self._plans.pop(index, None)
-        if plan is not None and plan.holds(parameters):
-            self._plans[index] = plan
-            return plan
-        fast, slow = self._pairs([group])
-        plan = _foreach.make_plan(fast, slow)
-        # Not if some do not take part, or have shards.
-        if len(fast) == len(parameters) and all(one is other for one, other in zip(fast, parameters)):
-            self._plans[index] = plan
+        plan = self._plans.get(index)
+        if plan is None or not plan.holds(parameters):
+            fast, slow = self._pairs([group])
+            plan = _foreach.make_plan(fast, slow)
+            # Not if some have no slow weight, or have shards.
+            if len(fast) == len(parameters) and all(map(operator.is_, fast, parameters)):
+                self._plans[index] = plan
         return plan
 
     @torch.no_grad()
-    def _synchronize(self, is_due: Callable[[dict[str, Any]], bool]) -> None:
-        due = [(index, group) for index, group in enumerate(self.param_groups) if is_due(group)]
+    def _synchronize(self, due: list[tuple[int, dict[str, Any]]]) -> None:
         # What can fail comes first.
         plans = [self._plan(index, group) for index, group in due]
         restarts = [inner._pairs([group for _, group in due]) for inner in _chain(self.inner_optimizer)]
-        step_sizes = [group[f"slow_step_size{self._suffix}"] for _, group in due]
+        step_sizes = [group[self._names.slow_step_size] for _, group in due]
         batches = [(step_size, *batch) for step_size, plan in zip(step_sizes, plans) for batch in plan.batches]
         # Weights that share memory must all have been read before one of them is written.
         for together in [batches] if _foreach.share_memory(plans) else [[one] for one in batches]:
             for step_size, fast, slow in together:
-                torch._foreach_lerp_(slow, fast, step_size)
+                if step_size == 1:
+                    # That of two large weights of opposite sign can overflow.
+                    torch._foreach_copy_(slow, fast)
+                else:
+                    torch._foreach_lerp_(slow, fast, step_size)
             for _, fast, slow in together:
                 torch._foreach_copy_(fast, slow)
         for fast, slow in restarts:
@@ -244,20 +286,23 @@ class Lookahead(Optimizer):
                 "would never synchronise, or always. Capture forward and backward pass, and step outside."
             )
         self._adopt_groups()
-        groups = self._active_groups()
-        if len(self._slow) != sum(len(group["params"]) for group in groups):
-            for group in self.param_groups:
-                if not self._is_active(group):
-                    for parameter in group["params"]:
-                        self.state.forget(parameter)
-            self._capture(groups)
+        self._capture_new()
 
     @torch.compiler.disable
     def _end_step(self) -> None:
-        for group in self.param_groups:
+        names, due = self._names, []
+        for index, group in enumerate(self.param_groups):
             # Not in place: `ZeroRedundancyOptimizer` and users copy groups.
-            group[f"lookahead_step{self._suffix}"] = group[f"lookahead_step{self._suffix}"] + 1
-        self._synchronize(self._is_due)
+            count = group[names.lookahead_step] = group[names.lookahead_step] + 1
+            period = group[names.sync_period]
+            if period and int(count) % period == 0:
+                due.append((index, group))
+                if not all(one.requires_grad for one in group["params"]):
+                    for parameter in group["params"]:
+                        if parameter in self._slow and not _takes_part(parameter):
+                            self.state.forget(parameter)
+        if due:
+            self._synchronize(due)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the inner optimizer make one step and, after every `sync_period` of them, synchronise.
@@ -289,8 +334,8 @@ class Lookahead(Optimizer):
             TypeError, ValueError: if these are invalid, or the inner optimizer does not accept the group.
         """
         if isinstance(param_group, dict):
-            _check_groups([param_group], self._suffix)
-            param_group.pop(f"lookahead_step{self._suffix}", None)
+            param_group.pop(self._names.lookahead_step, None)
+            _check_group(param_group, self._names)
         self.inner_optimizer.add_param_group(param_group)
         self._adopt_groups()
 
@@ -301,11 +346,12 @@ class Lookahead(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self._adopt_groups()
         state_dict = self.inner_optimizer.state_dict()
-        state, groups = dict(state_dict["state"]), []
-        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            name = f"lookahead_step{self._suffix}"
-            groups.append({**saved, name: int(saved.get(name, 0))})
+        name = self._names.lookahead_step
+        groups = [{**saved, name: int(saved[name])} for saved in state_dict["param_groups"]]
+        state = dict(state_dict["state"])
+        for group, saved in zip(self.param_groups, groups):
             for parameter, index in zip(group["params"], saved["params"]):
                 if parameter in self._slow:
                     state[index] = {**state.get(index, {}), **self._slow[parameter]}
@@ -315,6 +361,8 @@ class Lookahead(Optimizer):
             state_dict = state_dict if result is None else result
         return state_dict
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the bare inner one: slow weights it lacks are captured again.
 
@@ -322,8 +370,8 @@ class Lookahead(Optimizer):
             state_dict: Dictionary, as from `state_dict`. Its slow weights are copied.
 
         Raises:
-            ValueError: if it does not fit: in the number of groups, of their parameters, the shape of a slow weight, or
-                with an invalid setting. The optimizer is as before then.
+            TypeError, ValueError: if it does not fit: in the number of groups, of their parameters, the shape of a slow
+                weight, or with an invalid setting. The optimizer is as before then.
             RuntimeError: inside a `slow_weights()` block.
         """
         self._check_not_in_slow_weights("load_state_dict(state_dict)")
@@ -331,44 +379,51 @@ class Lookahead(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        saved_groups, groups = state_dict["param_groups"], self.param_groups
+        saved_groups, groups, names = state_dict["param_groups"], self.param_groups, self._names
         if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
             raise ValueError(
                 "`state_dict` must have the optimizer's groups, with "
                 f"{[len(group['params']) for group in groups]} parameters. Received: groups with "
                 f"{[len(group['params']) for group in saved_groups]} parameters"
             )
-        _check_groups(saved_groups, self._suffix)
-        name = f"slow{self._suffix}"
+        for group in saved_groups:
+            _check_group(group, names)
         state, slow_weights = dict(state_dict["state"]), {}
         for group, saved in zip(groups, saved_groups):
             for parameter, index in zip(group["params"], saved["params"]):
-                if name not in state.get(index, {}):
-                    continue
-                slow = state[index][name]
-                if slow.shape != parameter.shape:
-                    raise ValueError(
-                        f"`state_dict` must have a slow weight of shape {tuple(parameter.shape)} for parameter "
-                        f"{index}. Received: shape {tuple(slow.shape)}"
-                    )
-                slow_weights[parameter] = slow
+                entries = state.get(index, {})
+                slow = entries.get(names.slow)
+                if slow is not None:
+                    if not isinstance(slow, Tensor) or slow.shape != parameter.shape:
+                        received = f"shape {tuple(slow.shape)}" if isinstance(slow, Tensor) else repr(slow)
+                        raise ValueError(
+                            f"`state_dict` must have a slow weight of shape {tuple(parameter.shape)} for parameter "
+                            f"{index}. Received: {received}"
+                        )
+                    slow_weights[parameter] = slow.detach().to(parameter.device, parameter.dtype, copy=True)
                 # An inner optimizer may take any entry at all for a sign that its own are there.
-                state[index] = {key: value for key, value in state[index].items() if key != name}
-                if not state[index]:
-                    del state[index]
-        settings = [
-            {key: group[key] for key in (f"sync_period{self._suffix}", f"slow_step_size{self._suffix}")}
-            for group in groups
-        ]
+                entries = {key: value for key, value in entries.items() if not self._is_slow(key)}
+                if entries:
+                    state[index] = entries
+                else:
+                    state.pop(index, None)
+        kept = [{name: group[name] for name in (names.sync_period, names.slow_step_size)} for group in groups]
         self.inner_optimizer.load_state_dict({**state_dict, "state": state})
-        for group, kept in zip(self.param_groups, settings):
-            group.update({**kept, **group})
+        for group, settings in zip(self.param_groups, kept):
+            group.update({**settings, **group})
         self._adopt_groups()
-        self._forget_slow_weights()
+        self._slow.clear()
+        self._changed()
         for parameter, slow in slow_weights.items():
-            self._slow[parameter] = {name: slow.detach().to(parameter.device, parameter.dtype, copy=True)}
+            self._slow[parameter] = {names.slow: slow}
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _is_slow(self, name: str) -> bool:
+        """Return whether a saved entry is a slow weight: this wrapper's or, in the innermost one, any wrapper's."""
+        if isinstance(self.inner_optimizer, Lookahead):
+            return name == self._names.slow
+        return isinstance(name, str) and re.fullmatch(r"slow(_\d+)?", name) is not None
 
     def share_memory(self) -> None:
         """Move the state to shared memory, that of the inner optimizer if it can do that (`torch.optim.Adagrad`).
@@ -376,9 +431,9 @@ class Lookahead(Optimizer):
         The slow weights are captured now, so weights must be loaded before. Each process counts its own steps.
         """
         self._adopt_groups()
-        self._capture(self._active_groups())
+        self._capture_new()
         for entry in self._slow.values():
-            entry[f"slow{self._suffix}"].share_memory_()
+            entry[self._names.slow].share_memory_()
         if hasattr(self.inner_optimizer, "share_memory"):
             self.inner_optimizer.share_memory()
 
@@ -390,7 +445,8 @@ class Lookahead(Optimizer):
         """
         self._check_not_in_slow_weights("sync()")
         self._adopt_groups()
-        self._synchronize(self._is_active)
+        groups = enumerate(self.param_groups)
+        self._synchronize([(index, group) for index, group in groups if group[self._names.sync_period]])
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the parameters again, after restoring the best weights, say.
@@ -401,43 +457,38 @@ class Lookahead(Optimizer):
         self._check_not_in_slow_weights("reset_slow_weights()")
         for optimizer in _chain(self):
             optimizer._adopt_groups()
-            optimizer._forget_slow_weights()
-            optimizer._capture([group for group in optimizer._active_groups() if optimizer._has_stepped(group)])
+            stepped = [group for group in optimizer._active_groups() if group[optimizer._names.lookahead_step]]
+            optimizer._slow.clear()
+            optimizer._capture([one for group in stepped for one in group["params"]])
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
         """Context manager that runs a block, an evaluation or an export, with the slow weights in the parameters.
 
         The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
-        memory of one more set of parameters. A block inside a block changes nothing; training in one is refused.
+        memory of one more set of parameters. A block inside a block changes nothing; training in one is refused. A copy
+        of model and optimizer made in a block has the slow weights alone.
 
         Raises:
             RuntimeError: if a parameter has changed its shape.
         """
-        if self._blocks:
+        if self._names.slow in self._blocks:
             yield
             return
         self._adopt_groups()
         fast_weights, slow_weights = self._pairs(self._active_groups())
         kept = [fast.detach().clone() for fast in fast_weights]
-        self._blocks.append(None)
+        self._blocks.append(self._names.slow)
         try:
             _foreach.copy(fast_weights, slow_weights)
             with gathered_anew(self._slow):
                 yield
         finally:
+            self._blocks.remove(self._names.slow)
             _foreach.copy(fast_weights, kept)
-            self._blocks.clear()
-
-    def _forget_slow_weights(self) -> None:
-        self._slow.clear()
-        self._plans.clear()
-
-    def _has_stepped(self, group: dict[str, Any]) -> bool:
-        return bool(group[f"lookahead_step{self._suffix}"])
 
     def _check_not_in_slow_weights(self, caller: str) -> None:
-        if any(optimizer._blocks for optimizer in _chain(self)):
+        if self._blocks:
             raise RuntimeError(
                 f"`{caller}` was called inside a `slow_weights()` block, at whose end the fast weights come back. Call "
                 "it after the block."
@@ -451,12 +502,16 @@ def _chain(optimizer: Optimizer) -> Iterator[Lookahead]:
         optimizer = optimizer.inner_optimizer
 
 
-def _check_groups(groups: Iterable[dict[str, Any]], suffix: str) -> None:
-    """Raise an error if a group has an invalid setting of its own."""
-    for group in groups:
-        check_sync_period(group.get(f"sync_period{suffix}", 0))
-        check_slow_step_size(group.get(f"slow_step_size{suffix}", 0.0))
+def _check_group(group: dict[str, Any], names: _Names) -> None:
+    """Raise an error if a group has an invalid setting or count of its own."""
+    check_sync_period(group.get(names.sync_period, 0))
+    check_slow_step_size(group.get(names.slow_step_size, 0.0))
+    count = group.get(names.lookahead_step, 0)
+    if isinstance(count, Tensor) and count.numel() == 1:
+        count = count.item()
+    if type(count) is not int or count < 0:
+        raise ValueError(f"`{names.lookahead_step}` must be an integer >= 0, the number of steps. Received: {count!r}")
 
 
 def _takes_part(parameter: Tensor) -> bool:
-    return parameter.requires_grad or parameter.grad is not None
+    return (parameter.requires_grad or parameter.grad is not None) and not is_lazy(parameter)
