@@ -422,7 +422,7 @@ def test_an_optimizer_that_is_wrapped_again_takes_the_new_settings_and_starts_an
 
 def test_whole_slow_step_does_not_overflow():
     one = torch.nn.Parameter(torch.tensor([3e38]))
-    optimizer = Lookahead(torch.optim.SGD([one], 1.0), 1, 1.0)
+    optimizer = Lookahead(torch.optim.SGD([one], 1.0), 2, 1.0)
     one.grad = torch.tensor([3e38])
     optimizer.step()
     optimizer.step()
@@ -456,3 +456,12 @@ def test_default_changed_in_mid_run_is_that_of_groups_added_later():
     optimizer.defaults.update(lr=0.5, sync_period=7)
     optimizer.add_param_group({"params": fast[1:]})
     assert (optimizer.param_groups[1]["lr"], optimizer.param_groups[1]["sync_period"]) == (0.5, 7)
+
+
+def test_group_added_as_a_copy_of_another_counts_from_zero_by_itself():
+    fast = parameters((4,), (3,))
+    optimizer = Lookahead(sgd(fast[:1]), 5)
+    train(optimizer, fast, [1, 2])
+    optimizer.add_param_group({**optimizer.param_groups[0], "params": fast[1:]})
+    train(optimizer, fast, [3])
+    assert [int(group["lookahead_step"]) for group in optimizer.param_groups] == [3, 1]

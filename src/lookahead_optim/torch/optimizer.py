@@ -206,7 +206,7 @@ class Lookahead(Optimizer):
         if (
             len(members) != len(self._members)
             or not all(map(operator.is_, members, self._members))
-            or any(map(_takes_part, self._waiting))
+            or any(one.requires_grad or one.grad is not None for one in self._waiting)
         ):
             self._capture(members)
 
