@@ -73,6 +73,7 @@ docs: .venv/.installed  ## Build the documentation into docs/_build.
 # timm without its dependencies: its Lookahead needs none, and not every PyTorch has a torchvision.
 .venv-peers/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[torch]' --group peers
 	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@
