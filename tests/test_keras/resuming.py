@@ -164,5 +164,5 @@ def moved(path, result):
 if __name__ == "__main__":
     import warnings
 
-    warnings.simplefilter("error", UserWarning)
+    warnings.filterwarnings("error", "Skipping", UserWarning)
     {"killed": killed, "resumed": resumed, "moved": moved}[sys.argv[1]](*sys.argv[2:])

@@ -26,6 +26,9 @@ OPTIMIZERS = {
     "muon": lambda: keras.optimizers.Muon(0.05),
     "schedule_free_adamw": lambda: keras.optimizers.ScheduleFreeAdamW(0.05, weight_decay=0.1),
 }
+if not hasattr(keras.optimizers, "ScheduleFreeAdamW"):
+    # A Keras without it, whose Muon does not take TensorFlow's variables.
+    del OPTIMIZERS["schedule_free_adamw"], OPTIMIZERS["muon"]
 MODES = {"tensorflow": ["eager", "graph", "xla"], "jax": ["eager", "jit"], "torch": ["eager"]}[BACKEND]
 SHAPES = [(6, 4), (5,), (3, 2, 2)]
 SYNC_PERIOD, SLOW_STEP_SIZE = 3, 0.4

@@ -171,6 +171,9 @@ def test_stateless_loop():
 def test_donated_buffers_are_freed_and_give_the_eager_result():
     import jax
 
+    if jax.__version_info__ < (0, 5):
+        pytest.skip("this JAX does not free them on the CPU")
+
     x, y = data(88)
     model, optimizer = batch_normalized(), Lookahead(adam(), 3)
     optimizer.build(model.trainable_variables)
@@ -384,9 +387,18 @@ def test_layer_frozen_at_the_first_update_and_trained_later_starts_from_its_own_
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras has no stateless_apply on TensorFlow")
+class Clip(keras.constraints.Constraint):
+    def __call__(self, value):
+        return keras.ops.clip(value, -0.3, 0.3)
+
+
+@pytest.mark.skipif(
+    BACKEND == "tensorflow" and not hasattr(keras.optimizers, "MultiOptimizer"),
+    reason="Keras 3.10 has no stateless_apply on TensorFlow",
+)
 def test_stateless_apply_holds_a_constraint_in_both_copies():
     weight = keras.Variable(np.full(3, 0.5, "float32"))
-    weight.constraint = lambda value: keras.ops.clip(value, -0.3, 0.3)
+    weight.constraint = Clip()
     optimizer = Lookahead(keras.optimizers.SGD(0.1), sync_period=1, slow_step_size=0.5)
     optimizer.build([weight])
     state = [keras.ops.copy(variable.value) for variable in optimizer.variables]

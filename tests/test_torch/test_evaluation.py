@@ -107,12 +107,14 @@ def test_no_level_trains_in_the_block_of_another():
     train(optimizer, 6, 5)
 
 
-def test_an_error_when_the_fast_weights_come_back_does_not_keep_the_block_open():
+@pytest.mark.parametrize("shape", [(7,), (3, 1, 1)])
+def test_a_shape_changed_in_the_block_is_an_error_after_which_the_other_weights_are_back(shape):
     optimizer = train(wrapped(), 2)
-    first = weights(optimizer)[0]
-    data = first.data
-    with pytest.raises(RuntimeError), optimizer.slow_weights():
-        first.data = torch.zeros(7)
+    first, *others = weights(optimizer)
+    data, fast = first.data, values(others)
+    with pytest.raises(RuntimeError, match="changed its shape inside a `slow_weights"), optimizer.slow_weights():
+        first.data = torch.zeros(shape)
+    assert_same_bits(others, fast)
     first.data = data
     train(optimizer, 3, 2)
 

@@ -1,5 +1,7 @@
 """Parameter groups: settings of their own, groups that come later, and parameters that do not always take part."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -465,3 +467,36 @@ def test_group_added_as_a_copy_of_another_counts_from_zero_by_itself():
     optimizer.add_param_group({**optimizer.param_groups[0], "params": fast[1:]})
     train(optimizer, fast, [3])
     assert [int(group["lookahead_step"]) for group in optimizer.param_groups] == [3, 1]
+
+
+def test_all_groups_switched_off_after_a_load_forget_their_slow_weights():
+    fast = parameters((4,))
+    optimizer = Lookahead(sgd(fast), 3)
+    train(optimizer, fast, [1, 2])
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.param_groups[0]["sync_period"] = 0
+    train(optimizer, fast, [3])
+    assert "slow" not in optimizer.state[fast[0]]
+
+
+def test_defaults_that_optimizers_share_are_not_changed():
+    shared = {"lr": 0.1, **torch.optim.SGD(parameters((1,)), 0.1).defaults}
+    first, second = sgd(parameters((4,))), sgd(parameters((4,)))
+    first.defaults = second.defaults = shared
+    optimizer = Lookahead(first, 5)
+    Lookahead(second, 10)
+    assert "sync_period" not in shared
+    optimizer.defaults = dict(shared)
+    optimizer.add_param_group({"params": parameters((3,))})
+    assert optimizer.param_groups[1]["sync_period"] == 5
+
+
+def test_checkpoint_loaded_into_the_inner_optimizer_has_the_slow_weights_captured_again():
+    fast = parameters((4,))
+    optimizer = Lookahead(sgd(fast), 3, 0.25)
+    bare = copy.deepcopy(sgd(fast).state_dict())
+    train(optimizer, fast, [1, 2])
+    optimizer.inner_optimizer.load_state_dict(bare)
+    start = fast[0].detach().clone()
+    train(optimizer, fast, [3])
+    assert_same_bits(slow_weights(optimizer, fast), [start])

@@ -756,3 +756,24 @@ def test_an_entry_of_the_state_can_be_popped_and_cleared():
     optimizer.state[second].clear()
     assert dict(optimizer.state[second]) == {}
     assert list(optimizer.state[first]) == ["momentum_buffer"]
+
+
+def test_state_setdefault_and_copies_of_entries_are_those_of_dictionaries():
+    (one,) = parameters((4,))
+    optimizer = Lookahead(torch.optim.SGD([one], 0.1), 2)
+    assert dict(optimizer.state.setdefault(one, {"a": 1})) == {"a": 1}
+    assert dict(optimizer.state.setdefault(one, {"b": 2})) == {"a": 1}
+    copied = copy.deepcopy(optimizer.state[one])
+    assert (type(copied), copied) == (dict, {"a": 1})
+
+
+def test_parameters_of_a_tensor_subclass_without_memory_of_its_own():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    one, plain = torch.nn.Parameter(TwoTensor(torch.ones(4), torch.ones(4))), torch.nn.Parameter(torch.ones(4))
+    for weight in (one, plain):
+        optimizer = Lookahead(torch.optim.SGD([weight], 0.1), 2)
+        for _ in range(5):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+    assert_same_bits([one.a, one.b], [plain, plain])

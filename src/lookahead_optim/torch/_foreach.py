@@ -34,7 +34,8 @@ def make_plan(fast: list[Tensor], slow: list[Tensor]) -> Plan:
     """Return the plan to synchronise lists of weights."""
     return Plan(
         batches=list(cut(fast, slow)),
-        storages=[one.untyped_storage().data_ptr() for one in fast],
+        # Some kinds of tensors have no memory of their own.
+        storages=[one.untyped_storage().data_ptr() if one.data_ptr() else id(one) for one in fast],
         places=places(fast),
         slow=slow,
         pointers=[one.data_ptr() for one in slow],

@@ -53,6 +53,11 @@ class State(MutableMapping[Tensor, Any]):
         del self[parameter]
         return entries
 
+    def setdefault(self, parameter: Tensor, default: Any = None) -> Any:
+        if parameter not in self:
+            self[parameter] = default or {}
+        return self[parameter]
+
     def clear(self) -> None:
         self.slow.clear()
         self.inner.clear()
@@ -77,6 +82,10 @@ class ParameterState(ChainMap[str, Any]):
     """A parameter's state: the inner optimizer's entries and the slow weight, each written to where it belongs."""
 
     owner: tuple[State, Tensor] | None = None
+
+    def __reduce__(self) -> Any:
+        # A copy is no view, and goes without the optimizer.
+        return dict, (dict(self),)
 
     def __setitem__(self, name: str, value: Any) -> None:
         if self.owner and self.owner[0].name == name:

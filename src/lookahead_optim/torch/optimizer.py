@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import numbers
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -40,8 +41,8 @@ class Lookahead(Optimizer):
 
     The slow weights are captured from the parameters immediately before their first step. Steps that a
     `torch.amp.GradScaler` skips do not count. At a sync every parameter takes part, with or without a gradient, but
-    one that is frozen then (`requires_grad` is `False`) gives its slow weight up: it is captured again before its
-    first step after it is unfrozen. State takes one copy of the parameters that are not frozen.
+    one that is frozen then (without a gradient, and `requires_grad` is `False`) gives its slow weight up: it is
+    captured again before its first step after it is unfrozen. State takes one copy of the other parameters.
 
     `param_groups` is the inner optimizer's own list. `sync_period` and `slow_step_size` are in the groups, so that they
     can differ between them, and a group's step count, `lookahead_step`, too. `state[parameter]` has the inner
@@ -127,7 +128,7 @@ class Lookahead(Optimizer):
                     group.pop(name, None)
         for entries in optimizer.state.values():
             entries.pop(names.slow, None)
-        optimizer.defaults.update(settings)
+        optimizer.defaults = {**optimizer.defaults, **settings}
         # The base class' constructor would make groups of its own. This is how it restores an optimizer without it.
         self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow": {}})
         self._adopt_groups()
@@ -155,7 +156,8 @@ class Lookahead(Optimizer):
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
-        self.inner_optimizer.defaults = defaults
+        own = {name: self.defaults[name] for name in (self._names.sync_period, self._names.slow_step_size)}
+        self.inner_optimizer.defaults = {**own, **defaults}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -192,6 +194,10 @@ class Lookahead(Optimizer):
                 group[names.sync_period] = check_sync_period(period)
             if type(step_size) is not float or not 0 <= step_size < float("inf"):
                 group[names.slow_step_size] = check_slow_step_size(step_size)
+            if names.lookahead_step not in group:
+                for parameter in group["params"]:
+                    if parameter in self._slow:
+                        self.state.forget(parameter)
             # A tensor, as `torch.compile` would compile a step anew for every value of a number.
             count = group.get(names.lookahead_step, 0)
             if type(count) is not Tensor or not count.is_cpu:
@@ -205,6 +211,7 @@ class Lookahead(Optimizer):
         members = list(itertools.chain.from_iterable(group["params"] for group in self._active_groups()))
         if (
             len(members) != len(self._members)
+            or (self._slow and not members)
             or not all(map(operator.is_, members, self._members))
             or any(one.requires_grad or one.grad is not None for one in self._waiting)
         ):
@@ -470,7 +477,7 @@ class Lookahead(Optimizer):
         of model and optimizer made in a block has the slow weights alone.
 
         Raises:
-            RuntimeError: if a parameter has changed its shape.
+            RuntimeError: if a parameter has changed its shape, before the block or in it.
         """
         if self._names.slow in self._blocks:
             yield
@@ -485,7 +492,13 @@ class Lookahead(Optimizer):
                 yield
         finally:
             self._blocks.remove(self._names.slow)
-            _foreach.copy(fast_weights, kept)
+            fitting = [(fast, value) for fast, value in zip(fast_weights, kept) if fast.shape == value.shape]
+            _foreach.copy([fast for fast, _ in fitting], [value for _, value in fitting])
+            if len(fitting) < len(kept):
+                raise RuntimeError(
+                    "A parameter changed its shape inside a `slow_weights()` block, so that its fast weights did not "
+                    "come back; those of the others did. Change shapes outside of the block."
+                )
 
     def _check_not_in_slow_weights(self, caller: str) -> None:
         if self._blocks:
@@ -509,7 +522,7 @@ def _check_group(group: dict[str, Any], names: _Names) -> None:
     count = group.get(names.lookahead_step, 0)
     if isinstance(count, Tensor) and count.numel() == 1:
         count = count.item()
-    if type(count) is not int or count < 0:
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 0:
         raise ValueError(f"`{names.lookahead_step}` must be an integer >= 0, the number of steps. Received: {count!r}")
 
 
