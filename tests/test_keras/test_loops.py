@@ -386,16 +386,12 @@ def test_layer_frozen_at_the_first_update_and_trained_later_starts_from_its_own_
     np.testing.assert_allclose(values([bias])[0], np.full(3, 1.9), rtol=1e-6)
 
 
-@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras has no stateless_apply on TensorFlow")
 class Clip(keras.constraints.Constraint):
     def __call__(self, value):
         return keras.ops.clip(value, -0.3, 0.3)
 
 
-@pytest.mark.skipif(
-    BACKEND == "tensorflow" and not hasattr(keras.optimizers, "MultiOptimizer"),
-    reason="Keras 3.10 has no stateless_apply on TensorFlow",
-)
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras has no stateless_apply on TensorFlow")
 def test_stateless_apply_holds_a_constraint_in_both_copies():
     weight = keras.Variable(np.full(3, 0.5, "float32"))
     weight.constraint = Clip()
