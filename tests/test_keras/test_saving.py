@@ -4,10 +4,8 @@ import copy
 import importlib.util
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import keras
@@ -16,6 +14,7 @@ import pytest
 import resuming
 from helpers import BACKEND, assert_same_bits, find_lookahead, mlp, values
 
+from child_processes import finish, kill_when_reached
 from lookahead_optim.keras import Lookahead
 
 OTHERS = sorted({"jax", "tensorflow", "torch"} - {BACKEND})
@@ -33,24 +32,6 @@ def start(*arguments, backend=BACKEND):
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, str(Path(__file__).with_name("resuming.py")), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process):
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output[-3000:]
-
-
-def kill_when_reached(process, path):
-    deadline = time.monotonic() + TIMEOUT
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == -signal.SIGKILL, output[-3000:]
-    assert path.exists()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +59,7 @@ def directory(tmp_path_factory):
 
             resuming.write(directory / f"{name}.npz", resuming.fit(model, callbacks=[Save()]))
             assert name == "momentum" or any(count % 4 for count in counts)
-        kill_when_reached(killed, directory / "reached")
+        kill_when_reached(killed, directory / "reached", TIMEOUT)
     finally:
         killed.kill()
     children = [start("resumed", directory)]
@@ -87,7 +68,7 @@ def directory(tmp_path_factory):
             path = directory / f"momentum-{resuming.STOPPED_AT}.keras"
             children.append(start("moved", path, directory / f"{backend}.npz", backend=backend))
     for child in children:
-        finish(child)
+        finish(child, TIMEOUT)
     return directory
 
 

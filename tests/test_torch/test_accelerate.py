@@ -3,6 +3,7 @@
 import pytest
 import torch
 from by_hand import ByHand, assert_same_bits
+from small_task import PERIOD, SIZE, adamw, loss_of, momentum, network
 
 from lookahead_optim.torch import Lookahead
 
@@ -10,8 +11,6 @@ accelerate = pytest.importorskip("accelerate")
 state = pytest.importorskip("accelerate.state")
 wrapper = pytest.importorskip("accelerate.optimizer")
 
-# With this slow step size `ByHand` rounds as `torch.lerp` does.
-PERIOD, SIZE = 3, 0.25
 BATCHES = 5
 
 
@@ -28,27 +27,10 @@ def _no_settings_left():
     forget()
 
 
-def network():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-
-
 def loader():
     generator = torch.Generator().manual_seed(1)
     data = [torch.randn(16 * BATCHES, size, generator=generator) for size in (4, 2)]
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=16)
-
-
-def loss_of(network, batch):
-    return torch.nn.functional.mse_loss(network(batch[0]), batch[1])
-
-
-def adamw(network):
-    return torch.optim.AdamW(network.parameters(), lr=0.05)
-
-
-def momentum(network):
-    return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
 
 
 def prepared(accelerator, inner=adamw):

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from by_hand import ByHand, assert_same_bits
+from small_task import PERIOD, SIZE, adamw, loss_of, momentum, network, step_lr
 
 from lookahead_optim.torch import Lookahead
 
@@ -16,14 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),
 ]
 
-# With this slow step size `ByHand` rounds as `torch.lerp` does.
-PERIOD, SIZE = 3, 0.25
 BATCHES = 5
-
-
-def network():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
 
 
 def batches(count=BATCHES):
@@ -34,22 +28,6 @@ def batches(count=BATCHES):
 def loader(count=BATCHES):
     # Lightning takes a list for several loaders.
     return torch.utils.data.DataLoader(batches(count), batch_size=None)
-
-
-def loss_of(network, batch):
-    return torch.nn.functional.mse_loss(network(batch[0]), batch[1])
-
-
-def adamw(network):
-    return torch.optim.AdamW(network.parameters(), lr=0.05)
-
-
-def momentum(network):
-    return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-
-
-def step_lr(optimizer):
-    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.7)
 
 
 class Module(pl.LightningModule):
@@ -307,11 +285,11 @@ class Adversarial(pl.LightningModule):
 
     def training_step(self, batch, index):
         generator, critic = self.optimizers()
-        for optimizer, loss_of, count in ((critic, critic_loss, 2), (generator, generator_loss, 1)):
+        for optimizer, own_loss, count in ((critic, critic_loss, 2), (generator, generator_loss, 1)):
             for _ in range(count):
                 with optimizer.toggle_model():
                     optimizer.zero_grad()
-                    self.manual_backward(loss_of(self.generator, self.critic, batch))
+                    self.manual_backward(own_loss(self.generator, self.critic, batch))
                     optimizer.step()
 
 
@@ -319,10 +297,10 @@ def adversarial_by_hand(epochs):
     generator, critic = adversaries()
     hands = [ByHand(momentum(generator), 2, SIZE), ByHand(adamw(critic), PERIOD, SIZE)]
     for batch in batches() * epochs:
-        for hand, loss_of, count in ((hands[1], critic_loss, 2), (hands[0], generator_loss, 1)):
+        for hand, own_loss, count in ((hands[1], critic_loss, 2), (hands[0], generator_loss, 1)):
             for _ in range(count):
                 hand.optimizer.zero_grad()
-                loss_of(generator, critic, batch).backward()
+                own_loss(generator, critic, batch).backward()
                 hand.step()
     return generator, critic, hands
 

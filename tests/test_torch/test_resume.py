@@ -1,10 +1,8 @@
 """A run that is stopped anywhere and resumed in a new process ends bit for bit as one that never stopped."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import stopped_runs
@@ -12,7 +10,10 @@ import torch
 from by_hand import ByHand
 from stopped_runs import RUNS, SAVED_AFTER, STEPS, Run
 
+from child_processes import finish, kill_when_reached
+
 TIMEOUT = 120
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def start(command, directory):
@@ -23,33 +24,6 @@ def start(command, directory):
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def finish(process):
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output[-3000:]
-
-
-def kill_when_reached(process, path):
-    deadline = time.monotonic() + TIMEOUT
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == -signal.SIGKILL, output[-3000:]
-    assert path.exists()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As in the other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +38,10 @@ def directory(tmp_path_factory, one_thread):
                 run.train(step).save(directory / f"{name}-{step}.pt")
             run.train().save(directory / f"{name}.result")
         Run(stopped_runs.bare_adam, torch.float64).train(6).save(directory / "bare.pt")
-        kill_when_reached(killed, directory / "reached")
+        kill_when_reached(killed, directory / "reached", TIMEOUT)
     finally:
         killed.kill()
-    finish(start("resumed", directory))
+    finish(start("resumed", directory), TIMEOUT)
     return directory
 
 

@@ -3,24 +3,15 @@
 import pytest
 import torch
 from by_hand import ByHand, assert_same_bits
+from small_task import PERIOD, SIZE, momentum, network, step_lr
 
 from lookahead_optim.torch import Lookahead
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-# With this slow step size `ByHand` rounds as `torch.lerp` does.
-PERIOD, SIZE = 3, 0.25
 BATCH, BATCHES = 8, 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # On such small tensors threads mostly wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Regression(torch.nn.Module):
@@ -28,7 +19,7 @@ class Regression(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        self.network = network()
 
     def forward(self, inputs, labels):
         prediction = self.network(inputs)
@@ -72,14 +63,6 @@ TASKS = {regression: regression_data, bert: bert_data}
 
 def adamw(model):
     return torch.optim.AdamW(model.parameters(), lr=0.02)
-
-
-def momentum(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def step_lr(optimizer):
-    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.7)
 
 
 def trainer(folder, task=regression, inner=adamw, scheduler=step_lr, kind=transformers.Trainer, **arguments):
