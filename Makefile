@@ -79,8 +79,8 @@ docs: .venv/.installed  ## Build the documentation into docs/_build.
 	touch $@
 
 bench: .venv/.installed .venv-peers/.installed  ## Measure what Lookahead adds to an optimizer step.
-	$(DEV)python benchmarks/step.py
-	.venv-peers/bin/python benchmarks/torch_step.py
+	$(DEV)python benchmarks/step.py $(ARGS)
+	.venv-peers/bin/python benchmarks/torch_step.py $(ARGS)
 
 clean:  ## Remove the environments and everything built.
 	rm -rf .venv .venv-demo .venv-lowest .venv-peers docs/_build build dist demo-output .pytest_cache .mypy_cache .ruff_cache
