@@ -27,8 +27,8 @@ demo: .venv-demo/.installed  ## Train a small model with and without Lookahead; 
 
 # The front ends that need no Keras.
 define run-native-tests
-	echo "== PyTorch"; \
-	env -u KERAS_BACKEND $(1) -m pytest $(PYTEST_ARGS) $(2) tests/test_conformance.py tests/test_torch \
+	echo "== PyTorch and Optax"; \
+	env -u KERAS_BACKEND $(1) -m pytest $(PYTEST_ARGS) $(2) tests/test_conformance.py tests/test_torch tests/test_optax \
 	    || failed="$$failed native"
 endef
 
@@ -45,7 +45,7 @@ endef
 test: .venv/.installed  ## Run all tests.
 	@failed=; \
 	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) tests/test_demo.py tests/test_package.py docs || failed="package"; \
-	$(call run-native-tests,$(DEV)python,--doctest-modules src/lookahead_optim/torch); \
+	$(call run-native-tests,$(DEV)python,--doctest-modules src/lookahead_optim/torch src/lookahead_optim/optax.py); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md)
 
 .venv-lowest/.installed: pyproject.toml

@@ -3,7 +3,8 @@
 An adapter is a class with the constructor `(weights, inner, settings, sync_period, slow_step_size)`, the class methods
 `bare(weights, inner, settings)` and `nested(weights, inner, settings, periods, slow_step_sizes)`, innermost first, and
 the methods used below. Arrays are NumPy's, copied in and out. `oracle_settings` make the oracle's inner optimizers
-like the framework's.
+like the framework's, `without_gradient` what stands for a gradient that is missing. Where a sync is not `exact`, it ends
+one rounding beside the slow weights that it computes.
 
 With `KERAS_BACKEND` set, that of Keras joins, as Keras has one backend per process; otherwise all others do.
 """
@@ -27,6 +28,11 @@ if "KERAS_BACKEND" in os.environ:
 
     class Keras:
         oracle_settings: ClassVar = {}
+        exact = True
+
+        @staticmethod
+        def without_gradient(gradient):
+            return None
 
         def __init__(self, weights, inner, settings, sync_period, slow_step_size):
             self._start(weights, lookahead_optim.keras.Lookahead(_inner(inner, settings), sync_period, slow_step_size))
@@ -94,6 +100,11 @@ else:
 
     class Torch:
         oracle_settings: ClassVar = {"adam": {"pytorch": True}}
+        exact = True
+
+        @staticmethod
+        def without_gradient(gradient):
+            return None
 
         def __init__(self, weights, inner, settings, sync_period, slow_step_size):
             self._start(weights)
@@ -151,3 +162,93 @@ else:
             self.optimizer.reset_slow_weights()
 
     ADAPTERS.append(Torch)
+
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import lookahead_optim.optax
+
+    def _inner_transformation(name, settings):
+        settings = dict(settings)
+        if name == "adam":
+            settings["eps"] = settings.pop("epsilon")
+        return (optax.adam if name == "adam" else optax.sgd)(**settings)
+
+    class Optax:
+        oracle_settings: ClassVar = {"adam": {"pytorch": True}}
+        exact = False
+
+        @staticmethod
+        def without_gradient(gradient):
+            return np.zeros_like(gradient)
+
+        def __init__(self, weights, inner, settings, sync_period, slow_step_size):
+            inner = _inner_transformation(inner, settings)
+            self._start(weights, lookahead_optim.optax.lookahead(inner, sync_period, slow_step_size))
+
+        def _start(self, weights, optimizer):
+            self.params = [jnp.array(weight) for weight in weights]
+            self.state = optimizer.init(self.params)
+            self._update = jax.jit(optimizer.update)
+
+        @classmethod
+        def bare(cls, weights, inner, settings):
+            run = cls.__new__(cls)
+            run._start(weights, _inner_transformation(inner, settings))
+            return run
+
+        @classmethod
+        def nested(cls, weights, inner, settings, periods, slow_step_sizes):
+            optimizer = _inner_transformation(inner, settings)
+            for period, step_size in zip(periods, slow_step_sizes):
+                optimizer = lookahead_optim.optax.lookahead(optimizer, period, step_size)
+            run = cls.__new__(cls)
+            run._start(weights, optimizer)
+            return run
+
+        def apply(self, gradients):
+            updates, self.state = self._update(gradients, self.state, self.params)
+            self.params = optax.apply_updates(self.params, updates)
+
+        def fast(self):
+            return [np.array(param) for param in self.params]
+
+        def slow(self):
+            return [np.array(one) for one in lookahead_optim.optax.slow_params(self.state, self.params)]
+
+        def load_fast(self, weights):
+            self.params = [jnp.array(weight) for weight in weights]
+
+        def save(self):
+            return self.fast(), jax.tree.map(np.array, self.state)
+
+        def load(self, saved):
+            self.load_fast(saved[0])
+            self.state = jax.tree.map(jnp.array, saved[1])
+
+        def sync(self):
+            self.params, self.state = lookahead_optim.optax.sync(self.state, self.params)
+
+        def reset_slow_weights(self):
+            self.state = lookahead_optim.optax.reset_slow_params(self.state, self.params)
+
+    class OptaxApplyGradients(Optax):
+        """The form that returns parameters."""
+
+        exact = True
+
+        def _start(self, weights, optimizer):
+            super()._start(weights, optimizer)
+            self._step = jax.jit(
+                getattr(optimizer, "apply_gradients", lambda *args: _apply_gradients(optimizer, *args))
+            )
+
+        def apply(self, gradients):
+            self.params, self.state = self._step(gradients, self.state, self.params)
+
+    def _apply_gradients(optimizer, gradients, state, params):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    ADAPTERS += [Optax, OptaxApplyGradients]

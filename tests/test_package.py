@@ -39,6 +39,10 @@ def test_the_pytorch_front_end_imports_pytorch_alone():
     assert imported("import lookahead_optim.torch") == {"torch"}
 
 
+def test_the_optax_front_end_imports_optax_and_jax_alone():
+    assert imported("import lookahead_optim.optax") == {"jax", "optax"}
+
+
 def test_other_backends_are_refused_by_name():
     code = "import lookahead_optim.keras"
     done = subprocess.run(
