@@ -25,10 +25,10 @@ setup: .venv/.installed  ## Make the full development environment, in .venv.
 demo: .venv-demo/.installed  ## Train a small model with and without Lookahead; needs nothing else installed.
 	.venv-demo/bin/python -m lookahead_optim.demo $(ARGS)
 
-# The front ends that need no Keras.
+# The front ends that need no Keras; the third argument are the tests of Optax.
 define run-native-tests
 	echo "== PyTorch and Optax"; \
-	env -u KERAS_BACKEND $(1) -m pytest $(PYTEST_ARGS) $(2) tests/test_conformance.py tests/test_torch tests/test_optax \
+	env -u KERAS_BACKEND $(1) -m pytest $(PYTEST_ARGS) $(2) tests/test_conformance.py tests/test_torch $(3) \
 	    || failed="$$failed native"
 endef
 
@@ -45,19 +45,19 @@ endef
 test: .venv/.installed  ## Run all tests.
 	@failed=; \
 	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) tests/test_demo.py tests/test_package.py docs || failed="package"; \
-	$(call run-native-tests,$(DEV)python,--doctest-modules src/lookahead_optim/torch src/lookahead_optim/optax.py); \
+	$(call run-native-tests,$(DEV)python,--doctest-modules src/lookahead_optim/torch src/lookahead_optim/optax.py,tests/test_optax); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md)
 
 .venv-lowest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
-	sed -n 's/^demo = //p; s/^torch = //p' pyproject.toml | grep -o '[a-z-]*>=[0-9.]*' | sed 's/>=/==/' > .venv-lowest/lowest.txt
+	sed -n 's/^demo = //p; s/^torch = //p; s/^optax = //p' pyproject.toml | grep -o '[a-z-]*>=[0-9.]*' | sed 's/>=/==/' > .venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet --editable . --requirement .venv-lowest/lowest.txt --group lowest
 	touch $@
 
 test-lowest: .venv-lowest/.installed  ## Run the tests with the oldest supported versions, in .venv-lowest.
 	@failed=; \
-	$(call run-native-tests,.venv-lowest/bin/python,-W default); \
+	$(call run-native-tests,.venv-lowest/bin/python,-W default,tests/test_optax/test_validation.py); \
 	$(call run-keras-tests,.venv-lowest/bin/python,-W default)
 
 lint: .venv/.installed  ## Check style and formatting.
@@ -81,6 +81,7 @@ docs: .venv/.installed  ## Build the documentation into docs/_build.
 bench: .venv/.installed .venv-peers/.installed  ## Measure what Lookahead adds to an optimizer step.
 	$(DEV)python benchmarks/step.py $(ARGS)
 	.venv-peers/bin/python benchmarks/torch_step.py $(ARGS)
+	$(DEV)python benchmarks/optax_step.py $(ARGS)
 
 clean:  ## Remove the environments and everything built.
 	rm -rf .venv .venv-demo .venv-lowest .venv-peers docs/_build build dist demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -3,8 +3,8 @@
 An adapter is a class with the constructor `(weights, inner, settings, sync_period, slow_step_size)`, the class methods
 `bare(weights, inner, settings)` and `nested(weights, inner, settings, periods, slow_step_sizes)`, innermost first, and
 the methods used below. Arrays are NumPy's, copied in and out. `oracle_settings` make the oracle's inner optimizers
-like the framework's, `without_gradient` what stands for a gradient that is missing. Where a sync is not `exact`, it ends
-one rounding beside the slow weights that it computes.
+like the framework's; `without_gradient` returns what stands for a gradient that is missing. Where a sync is not
+`exact`, it ends one rounding beside the slow weights that it computes.
 
 With `KERAS_BACKEND` set, that of Keras joins, as Keras has one backend per process; otherwise all others do.
 """

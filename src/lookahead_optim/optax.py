@@ -77,8 +77,8 @@ def lookahead(
     any optimizer that this transformation is a part of. After a sync they are the parameters that the updates result
     in, bit for bit, also if something behind it in an `optax.chain` has changed these updates.
 
-    What counts is an update that is applied. Those that `optax.MultiSteps` inside only accumulates, that
-    `optax.apply_if_finite` inside rejects, and the adversarial steps of `optax.contrib.sam` do not.
+    What counts is an update that is applied. Gradients that `optax.MultiSteps` inside only accumulates, those that
+    `optax.apply_if_finite` inside finds not to be finite, and the adversarial steps of `optax.contrib.sam` do not.
 
     A `lookahead` may be inside another. Both count the updates of the innermost transformation, and all parameters
     restart from those that the outer one has synchronised, the inner one's slow ones too.
@@ -87,17 +87,17 @@ def lookahead(
         inner: The inner transformation, or an `optax.MultiSteps`. What changes its updates belongs inside:
             `lookahead(optax.chain(...))`.
         sync_period: Integer >= 0, inner updates per slow step ($k$). 0 switches Lookahead off: the transformation then
-            is the inner one. An array is not checked, and may be traced. Defaults to 6.
+            is the inner one. An array may be traced, and its value is not checked. Defaults to 6.
         slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or an Optax schedule of the number of syncs
-            so far, `step // sync_period`. 1 recovers the inner transformation. An array is not checked, and may be
-            traced. Defaults to 0.5.
+            so far, `step // sync_period`. 1 recovers the inner transformation. An array may be traced, and its value
+            is not checked. Defaults to 0.5.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that has `apply_gradients` too.
 
     Raises:
         TypeError: if `inner`, `sync_period` or `slow_step_size` has the wrong type.
-        ValueError: if a number is out of range, or, from the update, if it is not given the parameters.
+        ValueError: if a number is out of range, or, from an update, if it is not given parameters like those of `init`.
 
     Example:
 
@@ -124,9 +124,13 @@ def lookahead(
             "`inner` must be an `optax.GradientTransformation`, such as `optax.adam(1e-3)`, or an `optax.MultiSteps`. "
             f"Received: inner={inner!r} of type {type(inner).__name__}"
         )
-    if not _is_array(sync_period):
+    if _is_array(sync_period):
+        _check_scalar("sync_period", sync_period, jnp.integer, "an integer")
+    else:
         sync_period = check_sync_period(sync_period)
-    if not _is_array(slow_step_size) and not callable(slow_step_size):
+    if _is_array(slow_step_size):
+        _check_scalar("slow_step_size", slow_step_size, jnp.floating, "a floating-point")
+    elif not callable(slow_step_size):
         slow_step_size = check_slow_step_size(slow_step_size)
     rule = _Lookahead(optax.with_extra_args_support(inner), sync_period, slow_step_size)
     return LookaheadTransformation(rule.init, rule.update)
@@ -232,17 +236,21 @@ class _Lookahead:
         self, updates: optax.Updates, state: LookaheadState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, LookaheadState]:
         updates, is_sync, new_state = self._advance(updates, state, params, extra_args)
-        if self._is_off():
-            return updates, new_state
         slow_step_size = self._slow_step_size_at(state.step)
+        if self._is_off() or (isinstance(slow_step_size, float) and slow_step_size == 1):
+            return updates, new_state
 
         def update(slow: Any, param: Any, update: Any) -> Any:
             if not _is_weight(param):
                 return update
-            update = jnp.asarray(update)
-            to_slow = _interpolate(slow, _apply(param, update), slow_step_size) - param
-            to_slow = jnp.where(slow_step_size == 1, update, to_slow.astype(update.dtype))
-            return jnp.where(is_sync, to_slow, update)
+            param, update = jnp.asarray(param), jnp.asarray(update)
+            dtype = jnp.promote_types(param.dtype, update.dtype)
+            fast = _apply(param, update)
+            target = _interpolate(slow, fast, slow_step_size)
+            to_target = (target.astype(dtype) - param.astype(dtype)).astype(update.dtype)
+            # The same update for a step size of 1, with a derivative by it.
+            unchanged = update - ((1 - slow_step_size) * _finite(fast - slow)).astype(update.dtype)
+            return jnp.where(is_sync, jnp.where(slow_step_size == 1, unchanged, to_target), update)
 
         return jax.tree.map(update, new_state.slow_params, params, updates), new_state
 
@@ -271,6 +279,7 @@ class _Lookahead:
             )
         slow = state.slow_params
         if not self._is_off():
+            _check_like(slow, params)
             # In this order: with `_capture` where the predicate is false, XLA copies all slow parameters at every step.
             slow = jax.lax.cond(state.captured == 0, _capture, _keep, slow, params)
         updates, inner_state = self.inner.update(updates, state.inner_state, params, **extra_args)
@@ -302,8 +311,7 @@ def _keep(slow: Any, params: Any) -> Any:
 
 
 def _capture(slow: Any, params: Any) -> Any:
-    # With a copy, as XLA makes a conditional that only chooses a selection, which reads and writes all at every step.
-    return jax.tree.map(lambda slow, param: jnp.copy(jnp.asarray(param, slow.dtype)), slow, params)
+    return jax.tree.map(lambda slow, param: jnp.asarray(param, slow.dtype), slow, params)
 
 
 def _apply(param: Any, update: Any) -> jax.Array:
@@ -315,14 +323,40 @@ def _interpolate(slow: Any, fast: jax.Array, slow_step_size: Any) -> jax.Array:
     if not _is_weight(fast):
         return fast
     dtype = jnp.promote_types(fast.dtype, jnp.float32)
-    wide = jnp.asarray(slow, dtype)
-    moved = wide + slow_step_size * (fast.astype(dtype) - wide)
-    # The sum is not exactly `fast` for a step size of 1.
-    return jnp.where(slow_step_size == 1, fast, moved.astype(fast.dtype))
+    wide_slow, wide_fast = jnp.asarray(slow, dtype), fast.astype(dtype)
+    moved = wide_slow + slow_step_size * (wide_fast - wide_slow)
+    # That is not exactly `fast` for a step size of 1; this is, with the same derivative by it.
+    back = wide_fast - (1 - slow_step_size) * _finite(wide_fast - wide_slow)
+    return jnp.where(slow_step_size == 1, back, moved).astype(fast.dtype)
+
+
+def _finite(difference: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(difference), difference, 0)
 
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray))
+
+
+def _check_scalar(name: str, value: Any, kind: type, article: str) -> None:
+    if not jnp.issubdtype(value.dtype, kind) or value.ndim:
+        raise TypeError(
+            f"`{name}` must be {article} scalar if it is an array. "
+            f"Received: an array of dtype {value.dtype} and shape {value.shape}"
+        )
+
+
+def _check_like(slow: Any, params: Any) -> None:
+    expected, received = _shapes(slow), _shapes(params)
+    if expected != received:
+        raise ValueError(
+            "`params` must be like those that the state was initialised with, which have the paths and shapes "
+            f"{expected!r:.500}. Received: {received!r:.500}"
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in _by_path(tree).items()}
 
 
 def _is_weight(param: Any) -> bool:
@@ -394,7 +428,7 @@ def _map_slow(function: Callable[[LookaheadState, Any, Any], Any], state: optax.
             f"Received: state={state!r:.500}"
         )
     leaves = _by_path(params)
-    mapped = {path: jnp.copy(param) for path, param in leaves.items()}
+    mapped = {path: jnp.copy(param) if _is_array(param) else param for path, param in leaves.items()}
     for one in found:
         # By path: where parameters are masked out there are none in the state, and those of `nnx` are variables there.
         for path, slow in _by_path(one.slow_params).items():
@@ -402,7 +436,7 @@ def _map_slow(function: Callable[[LookaheadState, Any, Any], Any], state: optax.
                 raise ValueError(
                     "`params` must be those that the `lookahead` in `state` gets; it has a slow one of shape "
                     f"{jnp.shape(slow)} at {jax.tree_util.keystr(path) or 'the root'}. Received: parameters of shapes "
-                    f"{ {jax.tree_util.keystr(path): jnp.shape(one) for path, one in leaves.items()}!r:.500}"
+                    f"{_shapes(params)!r:.500}"
                 )
             if _is_weight(leaves[path]):
                 mapped[path] = function(one, slow, leaves[path])

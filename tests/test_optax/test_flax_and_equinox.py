@@ -1,0 +1,351 @@
+"""In training programs of Flax Linen, Flax NNX and Equinox, and with all kinds of trees of parameters."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from flax.core import FrozenDict, freeze
+from flax.training.train_state import TrainState
+from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_grads
+from training_runs import make_batch
+from whole_steps import FORMS, snapshot, whole_step
+
+from lookahead_optim.optax import LookaheadTransformation, lookahead, reset_slow_params, slow_params, sync
+
+SYNC_PERIOD, SLOW_STEP_SIZE = 3, 0.25
+STEPS = 2 * SYNC_PERIOD + 2
+inner = functools.partial(optax.adam, 0.05)
+
+
+def wrapped(transformation=None):
+    return lookahead(transformation or inner(), SYNC_PERIOD, SLOW_STEP_SIZE)
+
+
+def by_hand(params, transformation=None):
+    return ByHand(transformation or inner(), params, SYNC_PERIOD, SLOW_STEP_SIZE)
+
+
+def squared_error(model, batch):
+    inputs, targets = batch
+    return jnp.mean((model(inputs) - targets) ** 2)
+
+
+class LinenModel(linen.Module):
+    @linen.compact
+    def __call__(self, inputs):
+        return linen.Dense(4)(jnp.tanh(linen.Dense(5)(inputs)))
+
+
+@pytest.mark.parametrize("container", [dict, FrozenDict])
+def test_jitted_and_donated_train_state_of_linen(container):
+    model = LinenModel()
+    variables = model.init(jax.random.key(0), make_batch(0)[0])
+    params = (freeze if container is FrozenDict else dict)(variables["params"])
+    hand = by_hand(jax.tree.map(jnp.copy, params))
+
+    @jax.jit
+    def gradient(params, batch):
+        return jax.grad(lambda params: squared_error(functools.partial(model.apply, {"params": params}), batch))(params)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train(state, batch):
+        return state.apply_gradients(grads=gradient(state.params, batch))
+
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=wrapped())
+    # Flax starts with a Python number, for which `jit` compiles once more.
+    state = state.replace(step=jnp.array(0))
+    for number in range(STEPS):
+        state = train(state, make_batch(number))
+        hand.apply(gradient(hand.params, make_batch(number)))
+        if number == 3:
+            params, state = sync(state, state.params)
+            state = state.replace(params=params)
+            hand.sync()
+        if number == 4:
+            state = reset_slow_params(state, state.params)
+            hand.slow = hand.params
+        slow = slow_params(state, state.params)
+        assert type(slow) is type(state.params) is container
+        assert_same_bits(slow, slow_params(state.opt_state, state.params))
+        assert_close(state.params, hand.params)
+        assert_close(slow, hand.slow)
+    assert isinstance(state, TrainState)
+    assert state.step == STEPS
+    assert train._cache_size() == 1
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, seed=0):
+        rngs = nnx.Rngs(seed)
+        self.body = nnx.Linear(3, 5, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(5, rngs=rngs)
+        self.head = nnx.Linear(5, 4, rngs=rngs)
+
+    def __call__(self, inputs):
+        return self.head(jnp.tanh(self.norm(self.body(inputs))))
+
+
+NNX_FILTERS = {"all": nnx.Param, "head": nnx.All(nnx.Param, nnx.PathContains("head"))}
+
+
+def nnx_step(wrt):
+    @nnx.jit
+    def train(model, optimizer, batch):
+        optimizer.update(model, nnx.grad(squared_error, argnums=nnx.DiffState(0, wrt))(model, batch))
+
+    return train
+
+
+@pytest.mark.parametrize("wrt", NNX_FILTERS)
+def test_slow_params_of_an_nnx_optimizer_can_be_put_into_a_model(wrt):
+    wrt = NNX_FILTERS[wrt]
+    model, other = NnxModel(), NnxModel()
+    optimizer, train = nnx.Optimizer(model, wrapped(), wrt=wrt), nnx_step(wrt)
+    hand = by_hand(jax.tree.map(jnp.copy, nnx.state(other, wrt)))
+    gradient = nnx.jit(nnx.grad(squared_error, argnums=nnx.DiffState(0, wrt)))
+    untouched = snapshot(nnx.state(model, nnx.All(nnx.Param, nnx.Not(wrt))))
+    for number in range(STEPS):
+        train(model, optimizer, make_batch(number))
+        hand.apply(gradient(other, make_batch(number)))
+        nnx.update(other, hand.params)
+        params = nnx.state(model, wrt)
+        slow = slow_params(optimizer.opt_state, params)
+        assert_same_bits(slow, slow_params(optimizer, params))
+        assert jax.tree.structure(slow) == jax.tree.structure(params) == jax.tree.structure(hand.slow)
+        assert_close(params, hand.params, 1e-5)
+        assert_close(slow, hand.slow, 1e-5)
+    assert_same_bits(nnx.state(model, nnx.All(nnx.Param, nnx.Not(wrt))), untouched)
+
+    fast = snapshot(params)
+    nnx.update(other, hand.slow)
+    graph, _, rest = nnx.split(model, wrt, ...)
+    assert_close(nnx.merge(graph, slow, rest)(make_batch(0)[0]), other(make_batch(0)[0]), 1e-5)
+    assert_same_bits(nnx.state(model, wrt), fast)
+    nnx.update(model, slow)
+    assert_close(nnx.state(model, wrt), hand.slow, 1e-5)
+    # Of all parameters, those that are not optimized are as in the model.
+    everything = nnx.state(model, nnx.Param)
+    assert jax.tree.structure(slow_params(optimizer, everything)) == jax.tree.structure(everything)
+    assert_same_bits(nnx.filter_state(slow_params(optimizer, everything), nnx.Not(wrt)), untouched)
+
+
+def put_back_state(model, optimizer):
+    params, optimizer.opt_state = sync(optimizer.opt_state, nnx.state(model, nnx.Param))
+    nnx.update(model, params)
+
+
+def put_back_optimizer(model, optimizer):
+    params, synced = sync(optimizer, nnx.state(model, nnx.Param))
+    nnx.update(model, params)
+    nnx.update(optimizer, nnx.state(synced))
+
+
+@pytest.mark.parametrize("synchronize", [put_back_state, put_back_optimizer, nnx.jit(put_back_state)])
+def test_sync_and_reset_of_an_nnx_optimizer(synchronize):
+    model, other = NnxModel(), NnxModel()
+    optimizer, train = nnx.Optimizer(model, wrapped(), wrt=nnx.Param), nnx_step(nnx.Param)
+    hand = by_hand(jax.tree.map(jnp.copy, nnx.state(other, nnx.Param)))
+    gradient = nnx.jit(nnx.grad(squared_error))
+    for number in range(STEPS):
+        train(model, optimizer, make_batch(number))
+        hand.apply(gradient(other, make_batch(number)))
+        if number == 1:
+            synchronize(model, optimizer)
+            hand.sync()
+        if number == 3:
+            optimizer.opt_state = reset_slow_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+            hand.slow = hand.params
+        nnx.update(other, hand.params)
+        assert_close(nnx.state(model, nnx.Param), hand.params, 1e-5)
+        assert_close(slow_params(optimizer.opt_state, nnx.state(model, nnx.Param)), hand.slow, 1e-5)
+
+
+class EquinoxTraining(eqx.Module):
+    model: eqx.nn.MLP
+    optimizer: optax.GradientTransformationExtraArgs
+    state: Any
+
+    def params(self):
+        return eqx.filter(self.model, eqx.is_inexact_array)
+
+    @eqx.filter_jit
+    def step(self, batch, form):
+        grads = equinox_gradient(self.model, batch)
+        if form == "apply_gradients":
+            params, state = self.optimizer.apply_gradients(grads, self.state, self.params())
+            model = eqx.combine(params, self.model)
+        else:
+            updates, state = self.optimizer.update(grads, self.state, self.params())
+            model = eqx.apply_updates(self.model, updates)
+        return EquinoxTraining(model, self.optimizer, state)
+
+
+@eqx.filter_jit
+@eqx.filter_grad
+def equinox_gradient(model, batch):
+    return squared_error(jax.vmap(model), batch)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_equinox_model_in_a_module_with_its_optimizer_that_is_partitioned_and_combined(form):
+    model = eqx.nn.MLP(3, 4, 5, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    hand = by_hand(params)
+    optimizer = wrapped()
+    training = EquinoxTraining(model, optimizer, optimizer.init(params))
+    for number in range(STEPS):
+        arrays, rest = eqx.partition(training, eqx.is_array)
+        training = eqx.combine(arrays, rest).step(make_batch(number), form)
+        hand.apply(equinox_gradient(eqx.combine(hand.params, static), make_batch(number)))
+        if number == 3:
+            params, state = sync(training.state, training.params())
+            training = EquinoxTraining(eqx.combine(params, static), training.optimizer, state)
+            hand.sync()
+        slow = slow_params(training.state, training.params())
+        assert jax.tree.structure(slow) == jax.tree.structure(hand.slow)
+        assert_close(training.params(), hand.params)
+        assert_close(slow, hand.slow)
+    assert isinstance(training.optimizer, LookaheadTransformation)
+    assert_close(eqx.filter(slow_params(training.state, training.model), eqx.is_inexact_array), hand.slow)
+    inputs = make_batch(0)[0]
+    for ours, theirs in ((slow, hand.slow), (training.model, hand.params)):
+        assert_close(jax.vmap(eqx.combine(ours, static))(inputs), jax.vmap(eqx.combine(theirs, static))(inputs), 1e-5)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_of_all_shapes_and_none_train_as_by_hand(form, jitted):
+    rng = np.random.default_rng(0)
+    params = {
+        "scalar": jnp.array(rng.normal(), "float32"),
+        "empty": jnp.zeros((0, 3)),
+        "none": None,
+        "nothing": {"tuple": (), "list": []},
+        "many_axes": jnp.array(rng.normal(size=(2, 1, 3, 1, 2)), "float32"),
+    }
+    optimizer, hand = wrapped(), by_hand(params)
+    state = optimizer.init(params)
+    step = whole_step(optimizer, form)
+    step = jax.jit(step) if jitted else step
+    for number in range(STEPS):
+        grads = make_grads(number, params)
+        params, state = step(params, state, grads)
+        hand.apply(grads)
+        slow = slow_params(state, params)
+        assert jax.tree.structure(slow) == jax.tree.structure(params)
+        assert_close(params, hand.params)
+        assert_close(slow, hand.slow)
+
+
+OTHER_LEAVES = {
+    "integer": (lambda: jnp.arange(2**24 - 2, 2**24 + 2), lambda: jnp.full(4, 40)),
+    "boolean": (lambda: jnp.array([True, False]), lambda: jnp.zeros(2, bool)),
+    "raw_key": (lambda: jax.random.PRNGKey(2**31), lambda: jnp.zeros(2, "uint32")),
+    "python_integer": (lambda: 7, lambda: 40),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", OTHER_LEAVES)
+def test_leaf_that_is_no_weight_moves_as_with_the_bare_transformation_and_has_no_slow_step(name, form):
+    make_leaf, make_grad = OTHER_LEAVES[name]
+    bare = optax.sgd(0.05, momentum=0.5)
+    weight = jnp.linspace(-1, 1, 3)
+    hand, optimizer = by_hand({"weight": weight}, bare), wrapped(bare)
+    params = bare_params = {"weight": weight, "other": make_leaf()}
+    state, bare_state = optimizer.init(params), bare.init(params)
+    step, bare_step = whole_step(optimizer, form), whole_step(bare)
+    for number in range(STEPS):
+        grads = make_grads(number, {"weight": weight}) | {"other": make_grad()}
+        bare_params, bare_state = bare_step(bare_params, bare_state, grads)
+        params, state = step(params, state, grads)
+        hand.apply({"weight": grads["weight"]})
+        assert_same_bits(params["other"], bare_params["other"])
+        assert params["other"].dtype == bare_params["other"].dtype
+        assert_close(params["weight"], hand.params["weight"])
+        slow = slow_params(state, params)
+        assert_same_bits(slow["other"], params["other"])
+        assert_close(slow["weight"], hand.slow["weight"])
+        assert_same_bits(sync(state, params)[0]["other"], params["other"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_python_float_is_a_weight(form):
+    params = {"float": 1.5}
+    optimizer, hand = wrapped(), by_hand({"float": jnp.array(1.5)})
+    state = optimizer.init(params)
+    assert slow_params(state, params)["float"] == 1.5
+    for number in range(STEPS):
+        grads = make_grads(number, hand.params)
+        params, state = whole_step(optimizer, form)(params, state, grads)
+        hand.apply(grads)
+        assert_close(params, hand.params)
+        assert_close(slow_params(state, params), hand.slow)
+
+
+def test_typed_key_cannot_be_updated_by_optax_itself_but_is_passed_through_where_it_is_not_optimized():
+    params = {"weight": jnp.ones(3), "key": jax.random.key(0)}
+    with pytest.raises(TypeError):
+        optax.apply_updates(params, {"weight": jnp.ones(3), "key": None})
+    weights = {"weight": params["weight"]}
+    optimizer = wrapped()
+    weights, state = whole_step(optimizer)(weights, optimizer.init(weights), weights)
+    params |= weights
+    synced, state = sync(state, params)
+    for tree in (synced, slow_params(state, params)):
+        assert tree["key"] == params["key"]
+    assert_close(synced["weight"], jnp.full(3, 1 - 0.05 * SLOW_STEP_SIZE))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("params", [{}, (), {"a": [], "b": None}])
+def test_tree_without_leaves(params, form):
+    optimizer = wrapped()
+    state = optimizer.init(params)
+    for _ in range(STEPS):
+        new, state = whole_step(optimizer, form)(params, state, params)
+        assert new == params
+    assert slow_params(state, params) == params
+    assert sync(state, params)[0] == params
+    assert state.step == STEPS
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["kernel", "bias"], meta_fields=["name"])
+@dataclasses.dataclass
+class Layer:
+    kernel: Any
+    bias: Any
+    name: str = "layer"
+
+    def __call__(self, inputs):
+        return inputs @ self.kernel + self.bias
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dataclasses_train_as_by_hand(form):
+    rng = np.random.default_rng(0)
+    sizes = [(3, 5), (5, 4)]
+    params = [Layer(jnp.array(rng.normal(size=size)), jnp.zeros(size[1]), f"layer of {size}") for size in sizes]
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, batch):
+        return squared_error(lambda inputs: params[1](jnp.tanh(params[0](inputs))), batch)
+
+    optimizer, hand = wrapped(), by_hand(params)
+    step, state = jax.jit(whole_step(optimizer, form)), optimizer.init(params)
+    for number in range(STEPS):
+        params, state = step(params, state, gradient(params, make_batch(number)))
+        hand.apply(gradient(hand.params, make_batch(number)))
+        slow = slow_params(state, params)
+        assert isinstance(slow[1], Layer)
+        assert slow[1].name == "layer of (5, 4)"
+        assert_close(params, hand.params)
+        assert_close(slow, hand.slow)

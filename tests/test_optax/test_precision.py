@@ -1,0 +1,344 @@
+"""Rounding in the slow step: low and double precision, complex parameters, long runs, and next to `optax.lookahead`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
+
+from lookahead_optim.optax import lookahead, slow_params, sync
+from reference import SGD, Adam, Lookahead
+
+FORMS = ("update", "apply_gradients")
+forms = pytest.mark.parametrize("form", FORMS)
+
+SYNC_PERIOD, STEPS = 7, 1001
+SYNCS = np.arange(SYNC_PERIOD - 1, STEPS, SYNC_PERIOD)
+SLOW_STEP_SIZE = float(np.float32(0.3))
+
+
+def make_step(optimizer, form):
+    def step(params, state, grads):
+        if form == "apply_gradients":
+            return optimizer.apply_gradients(grads, state, params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def normal_like(key, params):
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten([jax.random.normal(one, leaf.shape, leaf.dtype) for one, leaf in zip(keys, leaves)])
+
+
+@functools.cache
+def trajectory(form, kind):
+    """Return the slow parameters before every step, the bare optimizer's step from there, and both kinds after it.
+
+    There is a tuple of these for each of the parameters.
+    """
+    inner = INNER[kind]
+    optimizer = lookahead(inner, SYNC_PERIOD, SLOW_STEP_SIZE)
+    step = make_step(optimizer, form)
+
+    def scanned(carry, key):
+        params, state = carry
+        grads = normal_like(key, params)
+        updates, _ = inner.update(grads, state.inner_state, params)
+        fast, slow = optax.apply_updates(params, updates), slow_params(state, params)
+        params, state = step(params, state, grads)
+        return (params, state), (slow, fast, params, slow_params(state, params))
+
+    @jax.jit
+    def run(params):
+        return jax.lax.scan(scanned, (params, optimizer.init(params)), jax.random.split(jax.random.key(0), STEPS))[1]
+
+    return list(zip(*(map(np.asarray, jax.tree.leaves(part)) for part in run(start(kind)))))
+
+
+def start(kind):
+    rng = np.random.default_rng(0)
+    if kind == "bfloat16":
+        return {"w": jnp.array(rng.normal(size=20), jnp.bfloat16)}
+    if kind == "float16":
+        return {"w": jnp.array(rng.normal(size=20), jnp.float16)}
+    scales = {"large": 1e8, "usual": 1.0, "small": 1e-8}
+    return {name: jnp.array(scale * rng.normal(size=20), jnp.float32) for name, scale in scales.items()}
+
+
+INNER = {
+    "bfloat16": optax.adam(0.01, eps=1e-3, mu_dtype=jnp.float32),
+    "float16": optax.adam(0.01, eps=1e-3, mu_dtype=jnp.float32),
+    # Updates of about 5: the spacing of float32 is 8 near 1e8.
+    "float32": optax.sgd(5.0, momentum=0.5),
+}
+kinds = pytest.mark.parametrize("kind", INNER)
+
+
+def spacing(values, dtype):
+    info = jnp.finfo(dtype)
+    return np.maximum(2.0 ** (np.frexp(values)[1] - 1 - info.nmant), float(info.smallest_subnormal))
+
+
+@kinds
+@forms
+def test_fast_and_slow_parameters_are_the_same_after_each_of_143_syncs_and_apart_between(form, kind):
+    for slow, fast, params, after in trajectory(form, kind):
+        assert_same_bits(params[SYNCS], after[SYNCS])
+        assert_same_bits(after[:-1], slow[1:])
+        between = np.delete(np.arange(STEPS), SYNCS)
+        assert_same_bits(params[between], fast[between])
+        assert_same_bits(after[between], slow[between])
+        assert np.all(np.any(params[between] != after[between], axis=1))
+
+
+@kinds
+@forms
+def test_a_sync_is_off_by_no_more_than_one_rounding_of_each_number_it_computes(form, kind):
+    for slow, fast, params, _ in trajectory(form, kind):
+        dtype = params.dtype
+        before, slow, fast, params = (one.astype("float64") for one in (params[SYNCS - 1], slow, fast, params))
+        slow, fast, params = slow[SYNCS], fast[SYNCS], params[SYNCS]
+        target = slow + SLOW_STEP_SIZE * (fast - slow)
+        # That to the dtype, and those of the float32 difference and product.
+        roundings = spacing(target, dtype) + 2 * SLOW_STEP_SIZE * spacing(fast - slow, "float32")
+        if form == "update":
+            # The difference to the parameters before, and the sum of both.
+            roundings += spacing(target - before, dtype) + spacing(target, dtype)
+        assert np.all(np.abs(params - target) <= 0.50001 * roundings)
+
+
+@kinds
+def test_apply_gradients_gives_the_formula_in_float32_rounded_once(kind):
+    for slow, fast, params, _ in trajectory("apply_gradients", kind):
+        slow, fast = (one[SYNCS].astype("float32") for one in (slow, fast))
+        difference = fast - slow
+        # XLA may fuse multiplication and addition; the product is exact in double precision.
+        fused = slow + np.multiply(SLOW_STEP_SIZE, difference, dtype="float64")
+        plain = slow + np.float32(SLOW_STEP_SIZE) * difference
+        is_fused, is_plain = (params[SYNCS] == one.astype("float32").astype(params.dtype) for one in (fused, plain))
+        assert np.all(is_fused | is_plain)
+
+
+MIXED = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
+HALF_PRECISION_INNER = {
+    "adam": optax.adam(0.05, eps=1e-3, mu_dtype=jnp.float32),
+    "momentum": optax.sgd(0.05, momentum=0.9, accumulator_dtype=jnp.float32),
+    "sgd": optax.sgd(0.05),
+}
+
+
+@pytest.mark.parametrize("name", HALF_PRECISION_INNER)
+@forms
+def test_half_precision_parameters_beside_float32_ones_go_as_by_hand(form, name):
+    inner = HALF_PRECISION_INNER[name]
+    params = {key: jnp.array(np.random.default_rng(1).normal(size=9), dtype) for key, dtype in MIXED.items()}
+    optimizer = lookahead(inner, 4, 0.3)
+    by_hand, state, step = ByHand(inner, params, 4, 0.3), optimizer.init(params), jax.jit(make_step(optimizer, form))
+    for index in range(4):
+        grads = make_grads(index, params)
+        params, state = step(params, state, grads)
+        by_hand.apply(grads)
+    for key, dtype in MIXED.items():
+        assert params[key].dtype == state.slow_params[key].dtype == dtype
+        roundings = 1 if form == "update" or dtype == jnp.float32 else 0
+        scale = np.maximum(
+            *(np.abs(np.asarray(one, "float64")) for one in (by_hand.params[key], state.slow_params[key]))
+        )
+        error = np.abs(np.asarray(params[key], "float64") - np.asarray(by_hand.params[key], "float64"))
+        assert np.all(error <= roundings * spacing(scale, dtype))
+    assert jax.tree.map(jnp.result_type, state.inner_state) == jax.tree.map(jnp.result_type, by_hand.state)
+
+
+ORACLES = {
+    "momentum": (optax.sgd(0.1, momentum=0.9), lambda: SGD(0.1, momentum=0.9)),
+    "adam": (optax.adam(0.1), lambda: Adam(0.1, epsilon=1e-8, pytorch=True)),
+}
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", ORACLES)
+@forms
+def test_float64_parameters_follow_the_oracle_to_float64_rounding(form, name, traced):
+    inner, make_oracle = ORACLES[name]
+    value = np.float32(0.3) if traced else 0.3
+    with jax.enable_x64(True):
+        params = make_params(dtype="float64")
+        oracle = Lookahead(make_oracle(), 5, float(value)).start(jax.tree.leaves(params))
+
+        @jax.jit
+        def step(params, state, grads, slow_step_size):
+            return make_step(lookahead(inner, 5, slow_step_size if traced else value), form)(params, state, grads)
+
+        state = lookahead(inner, 5, value).init(params)
+        for index in range(23):
+            grads = make_grads(index, params)
+            params, state = step(params, state, grads, jnp.asarray(value))
+            oracle.apply(jax.tree.leaves(grads))
+        assert_close(jax.tree.leaves(params), oracle.weights, 1e-14)
+        assert_close(jax.tree.leaves(slow_params(state, params)), oracle.slow, 1e-14)
+        oracle.sync()
+        params, _ = sync(state, params)
+        assert_close(jax.tree.leaves(params), oracle.weights, 1e-14)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float64")}
+
+
+def complex_like(make, dtype, *arguments):
+    real, imaginary = make(*arguments), make(*arguments)
+    return jax.tree.map(lambda one, other: (one + 1j * other[..., ::-1]).astype(dtype), real, imaginary)
+
+
+def real_and_imaginary(tree):
+    return [part(leaf) for leaf in jax.tree.leaves(tree) for part in (np.real, np.imag)]
+
+
+COMPLEX_INNER = {
+    "sgd": (optax.sgd(0.1, momentum=0.9), lambda: SGD(0.1, momentum=0.9)),
+    "adam_of_both_parts": (optax.contrib.split_real_and_imaginary(optax.adam(0.1)), ORACLES["adam"][1]),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("complex64", 1e-5), ("complex128", 1e-14)])
+@pytest.mark.parametrize("name", COMPLEX_INNER)
+@forms
+def test_complex_parameters_follow_the_oracle_in_both_parts(form, name, dtype, tolerance):
+    inner, make_oracle = COMPLEX_INNER[name]
+    with jax.enable_x64(dtype == "complex128"):
+        params = complex_like(make_params, dtype)
+        optimizer = lookahead(inner, 5, 0.3)
+        oracle = Lookahead(make_oracle(), 5, 0.3).start(real_and_imaginary(params))
+        state, step = optimizer.init(params), jax.jit(make_step(optimizer, form))
+        for index in range(13):
+            grads = complex_like(make_grads, dtype, index, make_params())
+            params, state = step(params, state, grads)
+            oracle.apply(real_and_imaginary(grads))
+        assert {leaf.dtype for leaf in jax.tree.leaves((params, state.slow_params))} == {jnp.dtype(dtype)}
+        assert_close(real_and_imaginary(params), oracle.weights, tolerance)
+        assert_close(real_and_imaginary(slow_params(state, params)), oracle.slow, tolerance)
+        oracle.sync()
+        assert_close(real_and_imaginary(sync(state, params)[0]), oracle.weights, tolerance)
+
+
+@forms
+def test_adam_of_complex_moduli_goes_as_by_hand(form):
+    params = complex_like(make_params, "complex64")
+    optimizer, by_hand = lookahead(optax.adam(0.1), 4, 0.3), ByHand(optax.adam(0.1), params, 4, 0.3)
+    state, step = optimizer.init(params), jax.jit(make_step(optimizer, form))
+    for index in range(10):
+        grads = complex_like(make_grads, "complex64", index, make_params())
+        params, state = step(params, state, grads)
+        by_hand.apply(grads)
+    assert_close(params, by_hand.params)
+    assert_close(slow_params(state, params), by_hand.slow)
+
+
+AGREEING = [
+    ("sgd", optax.sgd(0.05), 5, 0.5),
+    ("sgd", optax.sgd(0.05), 1, 0.3),
+    ("momentum", optax.sgd(0.02, momentum=0.9), 6, 0.8),
+    ("nesterov", optax.sgd(0.02, momentum=0.9, nesterov=True), 20, 0.2),
+    ("adam", optax.adam(0.01), 10, 0.5),
+    ("adam", optax.adam(0.01), 7, 1.5),
+]
+
+
+@pytest.mark.parametrize(("name", "inner", "sync_period", "slow_step_size"), AGREEING)
+def test_a_noisy_regression_goes_as_with_optax_lookahead_for_1000_steps(name, inner, sync_period, slow_step_size):
+    """Only `optax.lookahead` needs pairs of parameters, `optax.LookaheadParams`."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(2)
+        inputs = jnp.array(rng.normal(size=(256, 4)))
+        labels = jnp.array(inputs @ rng.normal(size=4) + 0.5 * rng.normal(size=256))
+        batches = jnp.array(rng.integers(256, size=(1000, 8)))
+        params = {"w": jnp.array(rng.normal(size=4)), "b": jnp.zeros(())}
+        ours = lookahead(inner, sync_period, slow_step_size)
+        theirs = optax.lookahead(inner, sync_period, slow_step_size)
+
+        @jax.grad
+        def gradient(params, batch):
+            return jnp.mean((inputs[batch] @ params["w"] + params["b"] - labels[batch]) ** 2)
+
+        def our_step(carry, batch):
+            params, state = carry
+            updates, state = ours.update(gradient(params, batch), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), (params, slow_params(state, params))
+
+        def their_step(carry, batch):
+            pair, state = carry
+            updates, state = theirs.update(gradient(pair.fast, batch), state, pair)
+            pair = optax.apply_updates(pair, updates)
+            return (pair, state), tuple(pair)
+
+        @jax.jit
+        def run(params):
+            pair = optax.LookaheadParams.init_synced(params)
+            return (
+                jax.lax.scan(our_step, (params, ours.init(params)), batches)[1],
+                jax.lax.scan(their_step, (pair, theirs.init(pair)), batches)[1],
+            )
+
+        actual, expected = run(params)
+        assert_close(actual, expected, 1e-12)
+        assert actual[0]["w"].shape == (1000, 4)
+
+
+@forms
+@pytest.mark.parametrize("traced", [False, True])
+def test_slow_step_size_1_is_the_bare_optimizer_bit_for_bit(form, traced):
+    params = bare = make_params()
+    inner = optax.adam(0.1)
+
+    optimizer = lookahead(inner, 3, jnp.array(1.0) if traced else 1.0)
+    # Within one function the compiler may fuse the last product of the bare updates into the addition.
+    in_parts = traced and form == "update"
+    step, bare_step = (
+        with_jitted_update(one) if in_parts else jax.jit(make_step(one, form if one is optimizer else "update"))
+        for one in (optimizer, inner)
+    )
+    bare_state, state = inner.init(params), optimizer.init(params)
+    for index in range(10):
+        grads = make_grads(index, params)
+        params, state = step(params, state, grads)
+        bare, bare_state = bare_step(bare, bare_state, grads)
+        assert_same_bits(params, bare)
+    assert_same_bits(state.inner_state, bare_state)
+    assert_same_bits(sync(state, params)[0], bare)
+
+
+def with_jitted_update(optimizer):
+    update = jax.jit(optimizer.update)
+
+    def step(params, state, grads):
+        updates, state = update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+@pytest.mark.parametrize("slow_step_size", [1.0, np.array(1.0)])
+@pytest.mark.parametrize("form", FORMS)
+def test_slow_step_size_1_is_the_bare_optimizer_where_a_parameter_overflows(form, slow_step_size):
+    params, grads = jnp.array([1.0, 3e38]), jnp.array([-np.inf, -3e38])
+    optimizer = lookahead(optax.sgd(1.0), 1, slow_step_size)
+    params, _ = make_step(optimizer, form)(params, optimizer.init(params), grads)
+    np.testing.assert_array_equal(params, [np.inf, np.inf])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_slow_step_size_0_with_apply_gradients_returns_to_the_start_bit_for_bit(dtype):
+    params = start = make_params(dtype=dtype)
+    optimizer = lookahead(optax.adam(0.1), 3, 0.0)
+    state, step = optimizer.init(params), jax.jit(make_step(optimizer, "apply_gradients"))
+    for index in range(12):
+        params, state = step(params, state, make_grads(index, params))
+        if (index + 1) % 3:
+            assert not np.array_equal(params["w"], start["w"])
+            assert_same_bits(sync(state, params)[0], start)
+        else:
+            assert_same_bits(params, start)

@@ -1,0 +1,329 @@
+"""What is refused, with which message; and what is right before the first step, after a reset, or with period 0."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from slow_step_by_hand import ByHand, assert_same_bits, make_grads, make_params
+
+from lookahead_optim.optax import (
+    LookaheadState,
+    LookaheadTransformation,
+    lookahead,
+    reset_slow_params,
+    slow_params,
+    sync,
+)
+
+NAN, INF = float("nan"), float("inf")
+INNER = optax.adam(0.1)
+
+
+class Torch:
+    """An optimizer object of another kind of library."""
+
+    def step(self):
+        raise NotImplementedError
+
+    def __repr__(self):
+        return "Torch()"
+
+
+BAD_SETTINGS = [
+    ("sync_period", 2.5, TypeError, r"`sync_period` must be an integer.*Received: sync_period=2\.5 of type float"),
+    ("sync_period", 6.0, TypeError, r"Received: sync_period=6\.0 of type float"),
+    ("sync_period", np.float32(6), TypeError, r"Received: sync_period=.*6\.0.* of type float32"),
+    ("sync_period", True, TypeError, r"Received: sync_period=True of type bool"),
+    ("sync_period", np.bool_(True), TypeError, r"Received: sync_period=.*True.* of type bool"),
+    ("sync_period", "6", TypeError, r"Received: sync_period='6' of type str"),
+    ("sync_period", None, TypeError, r"Received: sync_period=None of type NoneType"),
+    ("sync_period", NAN, TypeError, r"Received: sync_period=nan of type float"),
+    ("sync_period", [6], TypeError, r"Received: sync_period=\[6\] of type list"),
+    ("sync_period", optax.constant_schedule(6), TypeError, r"must be an integer.*sync_period=<function.*type function"),
+    ("sync_period", -1, ValueError, r"`sync_period` must be 0 .* or a positive.*Received: sync_period=-1"),
+    ("sync_period", np.int64(-2), ValueError, r"Received: sync_period=.*-2"),
+    ("slow_step_size", "0.5", TypeError, r"`slow_step_size` must be a real number.*Received: slow_step_size='0\.5'"),
+    ("slow_step_size", True, TypeError, r"Received: slow_step_size=True of type bool"),
+    ("slow_step_size", None, TypeError, r"Received: slow_step_size=None of type NoneType"),
+    ("slow_step_size", 1j, TypeError, r"Received: slow_step_size=1j of type complex"),
+    ("slow_step_size", [0.5], TypeError, r"Received: slow_step_size=\[0\.5\] of type list"),
+    ("slow_step_size", -0.1, ValueError, r"`slow_step_size` must be finite and >= 0.*Received: slow_step_size=-0\.1"),
+    ("slow_step_size", np.float32(-3), ValueError, r"Received: slow_step_size=.*-3\.0"),
+    ("slow_step_size", NAN, ValueError, r"Received: slow_step_size=nan"),
+    ("slow_step_size", np.float64("nan"), ValueError, r"Received: slow_step_size=.*nan"),
+    ("slow_step_size", INF, ValueError, r"Received: slow_step_size=inf"),
+    ("slow_step_size", -INF, ValueError, r"Received: slow_step_size=-inf"),
+    ("sync_period", np.array(2.5), TypeError, r"an integer scalar.*dtype float64 and shape \(\)"),
+    ("sync_period", jnp.array([3, 4]), TypeError, r"Received: an array of dtype int32 and shape \(2,\)"),
+    ("slow_step_size", jnp.ones(3), TypeError, r"scalar.*dtype float32 and shape \(3,\)"),
+    ("slow_step_size", np.array(1), TypeError, r"a floating-point.*dtype int64 and shape \(\)"),
+    ("inner", Torch(), TypeError, r"`inner` must be an `optax.GradientTransformation`, such as .*inner=Torch\(\) of"),
+    ("inner", optax.adam, TypeError, r"Received: inner=<function adam .* of type function"),
+    ("inner", optax.GradientTransformation, TypeError, r"Received: inner=<class .* of type type"),
+    ("inner", "adam", TypeError, r"Received: inner='adam' of type str"),
+    ("inner", None, TypeError, r"Received: inner=None of type NoneType"),
+    ("inner", 0.1, TypeError, r"Received: inner=0\.1 of type float"),
+    ("inner", (INNER.init, INNER.update), TypeError, r"Received: inner=\(<function .* of type tuple"),
+    (
+        "inner",
+        optax.LookaheadParams(1.0, 2.0),
+        TypeError,
+        r"Received: inner=LookaheadParams\(.* of type LookaheadParams",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), BAD_SETTINGS)
+def test_a_bad_argument_is_refused_with_its_name_and_what_was_received(name, value, error, message):
+    with pytest.raises(error, match=rf"(?s){message}") as refused:
+        lookahead(**{"inner": INNER, name: value})
+    assert str(refused.value).startswith(f"`{name}` must be")
+
+
+@functools.cache
+def jitted(optimizer):
+    return jax.jit(optimizer.update)
+
+
+def train(optimizer, params, steps, state=None):
+    """Go through the given steps, which determine the gradients."""
+    state = optimizer.init(params) if state is None else state
+    for step in steps:
+        updates, state = jitted(optimizer)(make_grads(step, params), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def by_hand(params, steps, sync_period=3, slow_step_size=0.5):
+    expected = ByHand(INNER, params, sync_period, slow_step_size)
+    for step in steps:
+        expected.apply(make_grads(step, params))
+    return expected
+
+
+OPTIMIZER = lookahead(INNER, 3)
+OTHER = {"w": jnp.full((3, 4), 7.0), "b": [jnp.full(4, 8.0)]}
+
+
+@pytest.mark.parametrize("sync_period", [3, np.int8(3), np.uint64(3), np.array(3), jnp.array(3)])
+@pytest.mark.parametrize("slow_step_size", [0.5, np.float32(0.5), np.array(0.5), jnp.array(0.5)])
+def test_integers_and_floats_may_be_of_numpy_and_jax(sync_period, slow_step_size):
+    params, state = train(lookahead(optax.sgd(0.1), sync_period, slow_step_size), jnp.ones(2), [])
+    update = jax.jit(lookahead(optax.sgd(0.1), sync_period, slow_step_size).update)
+    for expected in [0.9, 0.8, 0.85, 0.75]:
+        updates, state = update(jnp.ones(2), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "value"), [("sync_period", -1), ("slow_step_size", -0.5)])
+def test_arrays_and_traced_numbers_are_not_checked(name, value):
+    def first_step(value):
+        params, optimizer = make_params(), lookahead(INNER, **{name: value})
+        return optimizer.update(make_grads(0, params), optimizer.init(params), params)[1]
+
+    for state in (jax.jit(first_step)(value), first_step(np.array(value)), first_step(jnp.array(value))):
+        assert state.step == 1
+
+
+@pytest.mark.parametrize("sync_period", [3, 0])
+def test_an_update_without_params_is_refused_and_changes_nothing(sync_period):
+    optimizer = lookahead(INNER, sync_period)
+    params, state = train(optimizer, make_params(), range(2))
+    before = jax.tree.map(np.array, state)
+    for update in (optimizer.update, jax.jit(optimizer.update)):
+        with pytest.raises(ValueError, match=r"`params` must be given to the update.*Received: params=None"):
+            update(params, state)
+    with pytest.raises(ValueError, match=r"`params` must be given to the update.*Received: params=None"):
+        optimizer.apply_gradients(params, state, None)
+    assert_same_bits(state, before)
+
+
+WITHOUT_LOOKAHEAD = {
+    "adam": lambda params: INNER.init(params),
+    "optax_lookahead": lambda params: optax.lookahead(INNER, 3, 0.5).init(optax.LookaheadParams.init_synced(params)),
+    "none": lambda params: None,
+    "params": lambda params: params,
+}
+OTHER_PARAMS = {
+    "fewer": ({"w": jnp.ones((3, 4))}, r"shape \(4,\) at \['b'\]\[0\]\. Received: parameters of shapes .*\(3, 4\)"),
+    "list": ([jnp.ones((3, 4)), jnp.ones(4)], r"Received: parameters of shapes .*\[0\].*\(3, 4\)"),
+    "broadcast": ({"w": jnp.ones((1, 4)), "b": [jnp.ones(4)]}, r"shape \(3, 4\) at \['w'\]\. Received: .*\(1, 4\)"),
+    "scalar": ({"w": jnp.ones((3, 4)), "b": [1.0]}, r"shape \(4,\) at .*\['b'\]\[0\].: \(\)"),
+    "pair": (optax.LookaheadParams(OTHER, OTHER), r"Received: parameters of shapes .*\.fast\['w'\]"),
+    "none": (None, r"Received: parameters of shapes \{\}"),
+}
+functions = pytest.mark.parametrize("function", [slow_params, sync, reset_slow_params])
+
+
+@functions
+@pytest.mark.parametrize("kind", WITHOUT_LOOKAHEAD)
+def test_a_state_without_a_lookahead_is_refused(function, kind):
+    params = make_params()
+    message = (
+        r"(?s)`state` must be the state of an optimizer that has a `lookahead_optim\.optax\.lookahead`.*Received: "
+    )
+    with pytest.raises(ValueError, match=message) as refused:
+        function(WITHOUT_LOOKAHEAD[kind](params), params)
+    assert len(str(refused.value)) < 1000
+
+
+@functions
+@pytest.mark.parametrize("kind", OTHER_PARAMS)
+def test_params_of_another_structure_or_shape_are_refused(function, kind):
+    params, message = OTHER_PARAMS[kind]
+    with pytest.raises(
+        ValueError, match=rf"(?s)`params` must be those that the `lookahead` in `state` gets.*{message}"
+    ):
+        function(OPTIMIZER.init(make_params()), params)
+
+
+@pytest.mark.parametrize("kind", OTHER_PARAMS)
+@pytest.mark.parametrize("form", ["update", "apply_gradients"])
+def test_a_step_with_params_of_another_structure_or_shape_is_refused(form, kind):
+    params, _ = OTHER_PARAMS[kind]
+    state = OPTIMIZER.init(make_params())
+    with pytest.raises(ValueError, match=r"(?s)`params` must be (like those that|given to) .*Received: "):
+        getattr(OPTIMIZER, form)(params, state, params)
+
+
+def test_period_0_is_the_bare_optimizer_bit_for_bit_without_slow_weights():
+    off = lookahead(INNER, 0)
+    params, state = train(off, make_params(), range(5))
+    bare, bare_state = train(INNER, make_params(), range(5))
+    assert_same_bits((params, state.inner_state), (bare, bare_state))
+    assert state.slow_params is None
+    size, bare_size = (sum(leaf.size for leaf in jax.tree.leaves(one)) for one in (state, bare_state))
+    assert size - bare_size == 3
+    grads = make_grads(5, params)
+    updates, _ = INNER.update(grads, bare_state, bare)
+    assert_same_bits(off.apply_gradients(grads, state, params)[0], optax.apply_updates(bare, updates))
+
+
+@pytest.mark.parametrize("sync_period", [0, np.array(0)])
+def test_with_period_0_there_is_nothing_to_synchronize_or_reset(sync_period):
+    off = lookahead(INNER, sync_period)
+    params, state = train(off, make_params(), range(5))
+    assert_same_bits(slow_params(state, params), params)
+    synced, state = sync(state, params)
+    assert_same_bits(synced, params)
+    state = reset_slow_params(state, synced)
+    assert_same_bits(train(off, synced, range(5, 9), state)[0], train(INNER, make_params(), range(9))[0])
+
+
+def test_a_traced_period_0_gives_the_numbers_of_the_bare_optimizer():
+    @jax.jit
+    def step(params, state, grads, sync_period):
+        updates, state = lookahead(INNER, sync_period).update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = make_params(), OPTIMIZER.init(make_params())
+    for index in range(5):
+        params, state = step(params, state, make_grads(index, params), 0)
+        assert_same_bits(slow_params(state, params), params)
+    np.testing.assert_allclose(params["w"], train(INNER, make_params(), range(5))[0]["w"], rtol=2e-6)
+    assert step._cache_size() == 1
+
+
+def skipped_step(around):
+    """Return an optimizer, and the gradients of a first step that it skips."""
+    nan = jax.tree.map(lambda param: jnp.full_like(param, jnp.nan), make_params())
+    zeros = jax.tree.map(jnp.zeros_like, make_params())
+    every_2 = optax.MultiSteps(INNER, 2)
+    return {
+        "finite_inside": lambda: (lookahead(optax.apply_if_finite(INNER, 9), 3), nan),
+        "finite_around": lambda: (optax.apply_if_finite(OPTIMIZER, 9), nan),
+        "multi_steps_inside": lambda: (lookahead(every_2, 3), zeros),
+        "multi_steps_around": lambda: (optax.MultiSteps(OPTIMIZER, 2).gradient_transformation(), zeros),
+    }[around]()
+
+
+@pytest.mark.parametrize("around", ["finite_inside", "finite_around", "multi_steps_inside", "multi_steps_around"])
+def test_weights_loaded_after_a_skipped_first_step_are_the_ones_captured(around):
+    optimizer, first = skipped_step(around)
+    params, state = make_params(), optimizer.init(make_params())
+    updates, state = optimizer.update(first, state, params)
+    assert_same_bits(optax.apply_updates(params, updates), params)
+    assert_same_bits(slow_params(state, params), params)
+    assert_same_bits(slow_params(state, OTHER), OTHER)
+    assert_same_bits(sync(state, OTHER)[0], OTHER)
+
+    grads = make_grads(0, params)
+    updates, state = optimizer.update(grads, state, OTHER)
+    params = optax.apply_updates(OTHER, updates)
+    assert optax.tree_utils.tree_get(state, "step") == 1
+    assert not np.array_equal(params["w"], OTHER["w"])
+    assert_same_bits(slow_params(state, params), OTHER)
+    expected = jax.tree.map(lambda slow, fast: slow + 0.5 * (fast - slow), OTHER, params)
+    assert_same_bits(sync(state, params)[0], expected)
+
+
+def test_weights_loaded_between_init_and_the_first_update_are_the_ones_captured():
+    state = OPTIMIZER.init(make_params())
+    assert_same_bits(slow_params(state, OTHER), OTHER)
+    params, state = train(OPTIMIZER, OTHER, range(2), state)
+    assert_same_bits(slow_params(state, params), OTHER)
+    params, state = train(OPTIMIZER, params, range(2, 8), state)
+    expected = by_hand(OTHER, range(8))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), params, expected.params)
+
+
+def test_weights_loaded_right_after_a_sync_are_captured_too():
+    params, state = train(OPTIMIZER, make_params(), range(3))
+    params, state = train(OPTIMIZER, OTHER, [3], state)
+    assert_same_bits(slow_params(state, params), OTHER)
+
+
+def test_a_sync_before_the_first_step_changes_nothing():
+    state = OPTIMIZER.init(make_params())
+    params, synced = sync(state, make_params())
+    assert_same_bits((params, synced), (make_params(), state))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_a_second_sync_changes_nothing_and_no_sync_changes_the_count(steps):
+    params, state = train(OPTIMIZER, make_params(), range(steps))
+    once = sync(state, params)
+    twice = sync(once[1], once[0])
+    assert_same_bits(twice, once)
+    assert once[1].step == steps
+    expected = by_hand(make_params(), range(steps))
+    if steps % 3:
+        expected.sync()
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-6), once[0], expected.params)
+    assert_same_bits(slow_params(once[1], once[0]), once[0])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_reset_captures_the_params_that_are_given(steps):
+    params, state = train(OPTIMIZER, make_params(), range(steps))
+    reset = reset_slow_params(state, OTHER)
+    assert_same_bits(slow_params(reset, params), OTHER)
+    assert_same_bits((reset.step, reset.inner_state), (state.step, state.inner_state))
+    assert_same_bits(sync(reset, params)[0], jax.tree.map(lambda one, two: one + 0.5 * (two - one), OTHER, params))
+    params, state = train(OPTIMIZER, params, [9], reset)
+    assert_same_bits(slow_params(state, params), OTHER)
+    assert state.step == steps + 1
+
+
+def test_it_is_a_gradient_transformation_like_others():
+    assert isinstance(OPTIMIZER, LookaheadTransformation)
+    assert isinstance(OPTIMIZER, optax.GradientTransformationExtraArgs)
+    init, update = OPTIMIZER
+    assert (init, update) == (OPTIMIZER.init, OPTIMIZER.update)
+    assert isinstance(init(make_params()), LookaheadState)
+
+
+@pytest.mark.parametrize(
+    "remake", [lambda one: jax.tree.map(lambda leaf: leaf, one), lambda one: LookaheadTransformation(*tuple(one))]
+)
+def test_it_survives_the_way_through_a_tree_or_a_tuple(remake):
+    remade = remake(OPTIMIZER)
+    assert type(remade) is LookaheadTransformation
+    params, state = train(OPTIMIZER, make_params(), range(2))
+    grads = make_grads(2, params)
+    for name, arguments in [("update", (grads, state, params)), ("apply_gradients", (grads, state, params))]:
+        assert_same_bits(getattr(remade, name)(*arguments), getattr(OPTIMIZER, name)(*arguments))
