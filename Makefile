@@ -45,7 +45,7 @@ endef
 test: .venv/.installed  ## Run all tests.
 	@failed=; \
 	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) tests/test_demo.py tests/test_package.py docs || failed="package"; \
-	$(call run-native-tests,$(DEV)python,--doctest-modules src/lookahead_optim/torch src/lookahead_optim/optax.py,tests/test_optax); \
+	$(call run-native-tests,$(DEV)python,--doctest-modules src/lookahead_optim/torch src/lookahead_optim/optax,tests/test_optax); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md)
 
 .venv-lowest/.installed: pyproject.toml

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
-from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_params
+from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
 from training_runs import SLOW_STEP_SIZE, SYNC_PERIOD, assert_as_by_hand, by_hand, gradient, make_batch, stepper
 
 import reference
@@ -510,7 +510,25 @@ def test_tree_get_and_tree_set_find_the_entries_of_the_state(way):
     get = optax.tree_utils.tree_get
     assert get(state, "step") == 5
     assert get(state, "captured") == 1
-    assert get(state, "slow_step_size") == 0.25
+    assert get(state, "next_slow_step_size") == 0.25
     assert_same_bits(jax.tree.leaves(get(state, "slow_params")), jax.tree.leaves(slow_params(state, params)))
-    changed = optax.tree_utils.tree_set(state, slow_step_size=jnp.float32(1.0))
+    changed = optax.tree_utils.tree_set(state, next_slow_step_size=jnp.float32(1.0))
     assert_same_bits(sync(changed, params)[0], params)
+
+
+def test_a_reset_reaches_a_lookahead_that_sees_other_parameters():
+    optimizer = lookahead(optax.flatten(lookahead(optax.sgd(0.1), 2)), 4)
+    params = make_params()
+    updates, state = optimizer.update(make_grads(0, params), optimizer.init(params), params)
+    best = make_params(seed=7)
+    state = reset_slow_params(state, best)
+    assert_same_bits(slow_params(state, best), best)
+    oracle = reference.Lookahead(reference.Lookahead(reference.SGD(0.1), 1), 3).start(jax.tree.leaves(best))
+    for number in (1, 2, 3):
+        grads = make_grads(number, best)
+        updates, state = optimizer.update(grads, state, best)
+        best = optax.apply_updates(best, updates)
+        # The inner one syncs at steps 2 and 4 in all.
+        oracle.inner.sync_period = 1 if number in (1, 3) else 0
+        oracle.apply(jax.tree.leaves(grads))
+    assert_close(jax.tree.leaves(best), oracle.weights)

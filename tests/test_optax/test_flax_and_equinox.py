@@ -277,6 +277,22 @@ def test_leaf_that_is_no_weight_moves_as_with_the_bare_transformation_and_has_no
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_parameter_without_an_update_is_left_alone(form):
+    params = {"frozen": jnp.ones(2), "w": jnp.ones(2)}
+    optimizer = lookahead(optax.sgd(0.1), 2)
+    state = optimizer.init(params)
+    for _ in range(2):
+        grads = {"frozen": None, "w": jnp.ones(2)}
+        if form == "apply_gradients":
+            params, state = optimizer.apply_gradients(grads, state, params)
+        else:
+            updates, state = optimizer.update(grads, state, params)
+            params = eqx.apply_updates(params, updates)
+    assert_close(params, {"frozen": jnp.ones(2), "w": jnp.full(2, 0.9)})
+    assert_same_bits(slow_params(state, params), params)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_python_float_is_a_weight(form):
     params = {"float": 1.5}
     optimizer, hand = wrapped(), by_hand({"float": jnp.array(1.5)})

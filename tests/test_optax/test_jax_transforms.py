@@ -266,6 +266,31 @@ def test_steps_in_a_loop_of_lax_are_those_outside(form, loop, hyperparameters):
     assert_close((params, slow_params(state, params)), hand)
 
 
+def test_an_array_for_a_setting_survives_the_donation_of_states():
+    slow_step_size = jnp.float32(0.5)
+    optimizer = optax.apply_if_finite(lookahead(lookahead(optax.sgd(0.1), 2, slow_step_size), 4, slow_step_size), 3)
+    params = make_params()
+    step = jax.jit(whole_step(optimizer), donate_argnums=(0, 1))
+    for _ in range(2):
+        params, state = step(params, optimizer.init(params), make_grads(0, params))
+    jax.jit(sync, donate_argnums=(0, 1))(state, params)
+    assert slow_step_size == 0.5
+
+
+def test_slow_params_and_sync_of_stacked_states_are_those_of_each():
+    optimizers = [lookahead(optax.sgd(0.1), jnp.array(period)) for period in (2, 3, 1, 5)]
+    runs = []
+    for optimizer in optimizers:
+        params = make_params()
+        state = optimizer.init(params)
+        for number in range(3):
+            params, state = whole_step(optimizer)(params, state, make_grads(number, params))
+        runs.append((state, params))
+    states, all_params = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in zip(*runs))
+    for function in (slow_params, lambda state, params: sync(state, params)[0]):
+        assert_same_bits(function(states, all_params), jax.vmap(function)(states, all_params))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_members_of_an_ensemble_with_hyperparameters_of_their_own_are_separate_runs(form):
     settings = list(itertools.product((0, 1, 3), (0.0, 0.3, 1.0)))

@@ -104,9 +104,11 @@ def test_a_sync_is_off_by_no_more_than_one_rounding_of_each_number_it_computes(f
         dtype = params.dtype
         before, slow, fast, params = (one.astype("float64") for one in (params[SYNCS - 1], slow, fast, params))
         slow, fast, params = slow[SYNCS], fast[SYNCS], params[SYNCS]
-        target = slow + SLOW_STEP_SIZE * (fast - slow)
+        product = SLOW_STEP_SIZE * (fast - slow)
+        target = slow + product
         # That to the dtype, and those of the float32 difference and product.
-        roundings = spacing(target, dtype) + 2 * SLOW_STEP_SIZE * spacing(fast - slow, "float32")
+        roundings = SLOW_STEP_SIZE * spacing(fast - slow, "float32") + spacing(product, "float32")
+        roundings += spacing(target, dtype)
         if form == "update":
             # The difference to the parameters before, and the sum of both.
             roundings += spacing(target - before, dtype) + spacing(target, dtype)
@@ -319,6 +321,18 @@ def with_jitted_update(optimizer):
         return optax.apply_updates(params, updates), state
 
     return step
+
+
+@pytest.mark.parametrize("slow_step_size", [0.3, 1.0, np.array(0.3), np.array(1)])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_infinite_parameter_without_gradient_stays_what_it_is(form, slow_step_size):
+    params = jnp.array([-np.inf, np.inf, 0.0])
+    optimizer = lookahead(optax.sgd(0.1), 2, slow_step_size)
+    state = optimizer.init(params)
+    for _ in range(4):
+        params, state = make_step(optimizer, form)(params, state, jnp.zeros(3))
+    np.testing.assert_array_equal(params, [-np.inf, np.inf, 0.0])
+    np.testing.assert_array_equal(sync(state, params)[0], [-np.inf, np.inf, 0.0])
 
 
 @pytest.mark.parametrize("slow_step_size", [1.0, np.array(1.0)])
