@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest lint types docs bench clean
+.PHONY: help setup demo test test-lowest test-tf215 lint types docs bench clean
 PYTHON ?= python3
 BACKENDS := tensorflow jax torch
 DEV := .venv/bin/
@@ -25,9 +25,9 @@ setup: .venv/.installed  ## Make the full development environment, in .venv.
 demo: .venv-demo/.installed  ## Train a small model with and without Lookahead; needs nothing else installed.
 	.venv-demo/bin/python -m lookahead_optim.demo $(ARGS)
 
-# The front ends that need no Keras; the third argument are the tests of Optax.
+# The front ends that need no Keras 3; the third argument are tests of Optax and Keras 2.
 define run-native-tests
-	echo "== PyTorch and Optax"; \
+	echo "== PyTorch, Optax and Keras 2"; \
 	env -u KERAS_BACKEND $(1) -m pytest $(PYTEST_ARGS) $(2) tests/test_conformance.py tests/test_torch $(3) \
 	    || failed="$$failed native"
 endef
@@ -45,7 +45,7 @@ endef
 test: .venv/.installed  ## Run all tests.
 	@failed=; \
 	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) tests/test_demo.py tests/test_package.py docs || failed="package"; \
-	$(call run-native-tests,$(DEV)python,--doctest-modules src/lookahead_optim/torch src/lookahead_optim/optax,tests/test_optax); \
+	$(call run-native-tests,$(DEV)python,--doctest-modules $(addprefix src/lookahead_optim/,torch optax tf_keras),tests/test_optax tests/test_tf_keras); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md)
 
 .venv-lowest/.installed: pyproject.toml
@@ -59,6 +59,15 @@ test-lowest: .venv-lowest/.installed  ## Run the tests with the oldest supported
 	@failed=; \
 	$(call run-native-tests,.venv-lowest/bin/python,-W default,tests/test_optax/test_validation.py); \
 	$(call run-keras-tests,.venv-lowest/bin/python,-W default)
+
+.venv-tf215/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-tf215
+	.venv-tf215/bin/python -m pip install --quiet --upgrade pip
+	.venv-tf215/bin/python -m pip install --quiet --editable . --group tf215
+	touch $@
+
+test-tf215: .venv-tf215/.installed  ## Run the tests of Keras 2 with TensorFlow 2.15, in .venv-tf215 (Python 3.9 to 3.11).
+	env -u KERAS_BACKEND .venv-tf215/bin/python -m pytest $(PYTEST_ARGS) -W default tests/test_conformance.py tests/test_tf_keras
 
 lint: .venv/.installed  ## Check style and formatting.
 	$(DEV)ruff check .
@@ -84,5 +93,5 @@ bench: .venv/.installed .venv-peers/.installed  ## Measure what Lookahead adds t
 	$(DEV)python benchmarks/optax_step.py $(ARGS)
 
 clean:  ## Remove the environments and everything built.
-	rm -rf .venv .venv-demo .venv-lowest .venv-peers docs/_build build dist demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-demo .venv-lowest .venv-tf215 .venv-peers docs/_build build dist demo-output .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,10 +6,13 @@ the methods used below. Arrays are NumPy's, copied in and out. `oracle_settings`
 like the framework's; `without_gradient` returns what stands for a gradient that is missing. Where a sync is not
 `exact`, it ends one rounding beside the slow weights that it computes.
 
-With `KERAS_BACKEND` set, that of Keras joins, as Keras has one backend per process; otherwise all others do.
+With `KERAS_BACKEND` set, that of Keras 3 joins, as it has one backend per process; otherwise all others do that are
+installed.
 """
 
 import copy
+import importlib.metadata
+import importlib.util
 import os
 import warnings
 from typing import ClassVar
@@ -17,6 +20,11 @@ from typing import ClassVar
 import numpy as np
 
 ADAPTERS = []
+
+
+def _joins(framework):
+    return "KERAS_BACKEND" not in os.environ and importlib.util.find_spec(framework) is not None
+
 
 if "KERAS_BACKEND" in os.environ:
     import keras
@@ -88,12 +96,12 @@ if "KERAS_BACKEND" in os.environ:
 
     ADAPTERS.append(Keras)
 
-else:
+if _joins("torch"):
     import torch
 
     import lookahead_optim.torch
 
-    def _inner(parameters, name, settings):
+    def _inner_optimizer(parameters, name, settings):
         names = {"learning_rate": "lr", "epsilon": "eps"}
         settings = {names.get(key, key): value for key, value in settings.items()}
         return (torch.optim.Adam if name == "adam" else torch.optim.SGD)(parameters, **settings)
@@ -109,7 +117,7 @@ else:
         def __init__(self, weights, inner, settings, sync_period, slow_step_size):
             self._start(weights)
             self.optimizer = lookahead_optim.torch.Lookahead(
-                _inner(self.parameters, inner, settings), sync_period, slow_step_size
+                _inner_optimizer(self.parameters, inner, settings), sync_period, slow_step_size
             )
 
         def _start(self, weights):
@@ -119,7 +127,7 @@ else:
         def bare(cls, weights, inner, settings):
             run = cls.__new__(cls)
             run._start(weights)
-            run.optimizer = _inner(run.parameters, inner, settings)
+            run.optimizer = _inner_optimizer(run.parameters, inner, settings)
             return run
 
         @classmethod
@@ -163,6 +171,7 @@ else:
 
     ADAPTERS.append(Torch)
 
+if _joins("optax"):
     import jax
     import jax.numpy as jnp
     import optax
@@ -252,3 +261,75 @@ else:
         return optax.apply_updates(params, updates), state
 
     ADAPTERS += [Optax, OptaxApplyGradients]
+
+# TensorFlow up to 2.15 has Keras 2 itself, and then there is no `tf_keras`.
+if _joins("tf_keras") or (_joins("tensorflow") and importlib.metadata.version("tensorflow") < "2.16"):
+    import tensorflow as tf
+
+    import lookahead_optim.tf_keras
+    from lookahead_optim.tf_keras._keras import keras as keras_2
+
+    def _legacy_optimizer(name, settings):
+        optimizers = keras_2.optimizers.legacy
+        return (optimizers.Adam if name == "adam" else optimizers.SGD)(**settings)
+
+    class TfKeras:
+        oracle_settings: ClassVar = {}
+        exact = True
+
+        @staticmethod
+        def without_gradient(gradient):
+            return None
+
+        def __init__(self, weights, inner, settings, sync_period, slow_step_size):
+            inner = _legacy_optimizer(inner, settings)
+            self._start(weights, lookahead_optim.tf_keras.Lookahead(inner, sync_period, slow_step_size))
+
+        def _start(self, weights, optimizer):
+            self.variables = [tf.Variable(weight) for weight in weights]
+            self.optimizer = optimizer
+            self.optimizer._create_all_weights(self.variables)
+
+        @classmethod
+        def bare(cls, weights, inner, settings):
+            run = cls.__new__(cls)
+            run._start(weights, _legacy_optimizer(inner, settings))
+            return run
+
+        @classmethod
+        def nested(cls, weights, inner, settings, periods, slow_step_sizes):
+            optimizer = _legacy_optimizer(inner, settings)
+            for period, step_size in zip(periods, slow_step_sizes):
+                optimizer = lookahead_optim.tf_keras.Lookahead(optimizer, period, step_size)
+            run = cls.__new__(cls)
+            run._start(weights, optimizer)
+            return run
+
+        def apply(self, gradients):
+            tensors = [None if one is None else tf.constant(one) for one in gradients]
+            self.optimizer.apply_gradients([pair for pair in zip(tensors, self.variables) if pair[0] is not None])
+
+        def fast(self):
+            return [one.numpy() for one in self.variables]
+
+        def slow(self):
+            return [self.optimizer.get_slot(one, "slow").numpy() for one in self.variables]
+
+        def load_fast(self, weights):
+            for variable, weight in zip(self.variables, weights):
+                variable.assign(weight)
+
+        def save(self):
+            return self.fast(), self.optimizer.get_weights()
+
+        def load(self, saved):
+            self.load_fast(saved[0])
+            self.optimizer.set_weights(saved[1])
+
+        def sync(self):
+            self.optimizer.sync()
+
+        def reset_slow_weights(self):
+            self.optimizer.reset_slow_weights()
+
+    ADAPTERS.append(TfKeras)

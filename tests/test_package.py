@@ -43,6 +43,13 @@ def test_the_optax_front_end_imports_optax_and_jax_alone():
     assert imported("import lookahead_optim.optax") == {"jax", "optax"}
 
 
+def test_the_keras_2_front_end_imports_what_tf_keras_does_and_nothing_more():
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    with_front_end = imported("import lookahead_optim.tf_keras", **environment)
+    assert with_front_end == imported("import tf_keras", **environment)
+    assert {"tensorflow", "tf_keras"} <= with_front_end
+
+
 def test_other_backends_are_refused_by_name():
     code = "import lookahead_optim.keras"
     done = subprocess.run(

@@ -1,17 +1,15 @@
 """A callback that evaluates a model on its slow weights."""
 
-import contextlib
-from typing import Any
-
 import keras
 
+from lookahead_optim._evaluation import Swapping
 from lookahead_optim.keras._configure import optimizers_in
 from lookahead_optim.keras.optimizer import Lookahead
 
 __all__ = ["SwapSlowWeights"]
 
 
-class SwapSlowWeights(keras.callbacks.Callback):
+class SwapSlowWeights(Swapping, keras.callbacks.Callback):
     """Evaluates and predicts on the slow weights of a `Lookahead` optimizer.
 
     `fit(validation_data=...)`, `evaluate` and `predict` then see the slow weights; afterwards the fast ones are back
@@ -39,11 +37,6 @@ class SwapSlowWeights(keras.callbacks.Callback):
     >>> loss = model.evaluate(x, y, callbacks=[SwapSlowWeights()], verbose=0)
     """
 
-    def __init__(self, swap_on_epoch: bool = False) -> None:
-        super().__init__()
-        self.swap_on_epoch = swap_on_epoch
-        self._block: contextlib.AbstractContextManager | None = None
-
     def _lookahead(self) -> Lookahead:
         for optimizer in optimizers_in(self.model.optimizer):
             if isinstance(optimizer, Lookahead):
@@ -52,43 +45,3 @@ class SwapSlowWeights(keras.callbacks.Callback):
             "`SwapSlowWeights` needs a model compiled with a `lookahead_optim.keras.Lookahead` optimizer. "
             f"Received: model.optimizer={self.model.optimizer!r}"
         )
-
-    def _swap_in(self) -> None:
-        optimizer = self._lookahead()
-        if self._block is not None or not optimizer.built:
-            return
-        block = optimizer.slow_weights()
-        block.__enter__()
-        self._block = block
-
-    def _swap_out(self) -> None:
-        block, self._block = self._block, None
-        if block is not None:
-            block.__exit__(None, None, None)
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        self._swap_out()
-        # An interrupted evaluation does not reach `on_test_end`.
-        self._lookahead()._leave_slow_weights()
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._swap_out()
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self.swap_on_epoch:
-            self._swap_in()
-
-    def on_train_end(self, logs: Any = None) -> None:
-        self._swap_out()
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        self._swap_in()
-
-    def on_test_end(self, logs: Any = None) -> None:
-        self._swap_out()
-
-    def on_predict_begin(self, logs: Any = None) -> None:
-        self._swap_in()
-
-    def on_predict_end(self, logs: Any = None) -> None:
-        self._swap_out()

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
+from lookahead_optim._evaluation import Block
 from lookahead_optim.keras import _backend
 from lookahead_optim.keras._configure import accumulation_steps, make_inner_optimizer, optimizers_in
 
@@ -83,8 +84,7 @@ class Lookahead(keras.optimizers.Optimizer):
         self.sync_period = sync_period
         self.slow_step_size = slow_step_size
         self._slow_variables: list[Any] = []
-        self._put_back: Callable[[], None] | None = None
-        self._count_in_block = 0
+        self._block = Block()
 
     def _inner_learning_rate(self) -> Any:
         return self.inner_optimizer.learning_rate
@@ -194,7 +194,7 @@ class Lookahead(keras.optimizers.Optimizer):
                 f"`{caller}` needs an optimizer that is built. Train first, or call "
                 "`optimizer.build(model.trainable_variables)`."
             )
-        if self._put_back is not None:
+        if self._block.is_open:
             raise RuntimeError(
                 f"`{caller}` was called inside a `slow_weights()` block, where the model holds the slow weights. Leave "
                 "the block first (or the `SwapSlowWeights` callback's evaluation)."
@@ -305,44 +305,20 @@ class Lookahead(keras.optimizers.Optimizer):
         Raises:
             ValueError: if the optimizer is not built.
         """
-        if self._put_back is not None:
+        if self._block.is_open:
             yield
             return
         self._check_ready("slow_weights()")
         _backend.capture(self._iterations, self._is_first_update, self._pairs())
-        pairs = self._trainable_pairs()
-        fast_weights = [_backend.copy_of(fast) for _, fast in pairs]
-
-        def put_back() -> None:
-            self._put_back = None
-            for (_, fast), value in zip(pairs, fast_weights):
-                fast.assign(value)
-
-        self._put_back, self._count_in_block = put_back, self._count()
-        try:
-            for slow, fast in pairs:
-                fast.assign(_backend.copy_of(slow))
+        with self._block.run(self._trainable_pairs(), _backend.copy_of, self._count()):
             yield
-        finally:
-            if self._put_back is put_back:
-                put_back()
+
+    def _has_slow_weights(self) -> bool:
+        return self.built
 
     def _leave_slow_weights(self) -> None:
-        """End a block from outside, such as that of an evaluation that was interrupted.
-
-        The fast weights come back, unless the model was trained meanwhile: then these would be lost.
-        """
-        if self._put_back is None:
-            return
-        if self._count() == self._count_in_block:
-            self._put_back()
-        else:
-            self._put_back = None
-            warnings.warn(
-                "The model was trained with the slow weights in it, as a `slow_weights()` block or an evaluation with "
-                "`SwapSlowWeights` had not ended. It keeps the weights that this training gave it.",
-                stacklevel=3,
-            )
+        if self._block.is_open:
+            self._block.leave(self._count())
 
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Let the inner optimizer end the training, at the end of `fit`: with its EMA in the model, say."""

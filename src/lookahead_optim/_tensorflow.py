@@ -1,0 +1,91 @@
+"""The slow weights' arithmetic on TensorFlow variables: eager, in graphs, under XLA and under `tf.distribute`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+__all__ = ["Pair", "capture", "synchronize"]
+
+
+class Pair(NamedTuple):
+    """A slow weight, its fast one, and the latter's constraint if it has one."""
+
+    slow: Any
+    fast: Any
+    constraint: Callable[[Any], Any] | None
+
+
+def _when(iterations: Any, due: Callable[[Any], Any], pairs: Sequence[Pair], update: Callable[..., list[Any]]) -> Any:
+    """Call `update(slow, fast, constraint, true)` for every pair if `due(iterations)`; return a tensor to wait for.
+
+    Inside a graph this is a loop of zero or one rounds: XLA copies every variable around a conditional, but updates
+    the state of a loop in place. `true` is always true, which the compiler cannot know.
+    """
+
+    def update_all(strategy: Any, true: Any) -> list[Any]:
+        return [
+            strategy.extended.update(slow, update, args=(fast, constraint, true), group=False)
+            for slow, fast, constraint in pairs
+        ]
+
+    def in_cross_replica_context(strategy: Any) -> Any:
+        pending = due(tf.convert_to_tensor(iterations))
+        if tf.executing_eagerly() or isinstance(pending, bool):
+            if pending:
+                update_all(strategy, True)
+            return None
+
+        def body(true: Any) -> Any:
+            # In a graph of TensorFlow 1 nothing else makes the assignments run.
+            with tf.control_dependencies(tf.nest.flatten(update_all(strategy, true))):
+                return (tf.constant(False),)
+
+        return tf.while_loop(lambda pending: pending, body, (pending,))[0]
+
+    if not pairs:
+        return None
+    strategy = getattr(pairs[0].slow, "distribute_strategy", tf.distribute.get_strategy())
+    if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():
+        return tf.__internal__.distribute.interim.maybe_merge_call(in_cross_replica_context, strategy)
+    return in_cross_replica_context(strategy)
+
+
+def capture(iterations: Any, due: Callable[[Any], Any], pairs: Sequence[Pair]) -> Any:
+    """Set every slow weight to its fast one if `due(iterations)`."""
+
+    def update(slow: Any, fast: Any, constraint: Any, true: Any) -> list[Any]:
+        old = tf.identity(slow)
+        captured = slow.assign(fast, read_value=False)
+        if tf.executing_eagerly():
+            return []
+        # XLA copies a variable that the loop reads but does not write.
+        return [captured, fast.assign(tf.where(true, fast, old), read_value=False)]
+
+    return _when(iterations, due, pairs, update)
+
+
+def synchronize(
+    iterations: Any,
+    due: Callable[[Any], Any],
+    pairs: Sequence[Pair],
+    slow_step_size: Any,
+    constrain_slow: bool = True,
+) -> Any:
+    """Move the slow weights towards the fast ones and restart these from there, if `due(iterations)`."""
+
+    def update(slow: Any, fast: Any, constraint: Any, true: Any) -> list[Any]:
+        if isinstance(slow_step_size, float) and slow_step_size == 1:
+            new = tf.identity(fast)
+        else:
+            dtype = tf.float32 if slow.dtype.size < 4 else slow.dtype
+            start = tf.cast(slow, dtype)
+            # `tf.cast` would take a Python number through float32.
+            step_size = slow_step_size if isinstance(slow_step_size, float) else tf.cast(slow_step_size, dtype)
+            new = tf.cast(start + step_size * (tf.cast(fast, dtype) - start), slow.dtype)
+        constrained = new if constraint is None else constraint(new)
+        values = (constrained if constrain_slow else new), constrained
+        done = [one.assign(value, read_value=False) for one, value in zip((slow, fast), values)]
+        return [] if tf.executing_eagerly() else done
+
+    return _when(iterations, due, pairs, update)

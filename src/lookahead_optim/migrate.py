@@ -1,0 +1,178 @@
+"""From the checkpoints of `tfa.optimizers.Lookahead` to models of Keras 3."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from lookahead_optim.keras import Lookahead
+
+__all__ = ["load_checkpoint"]
+
+# What the state of an inner optimizer is called in Keras 2, and where Keras 3 keeps what means the same.
+_SLOTS: Mapping[str, Mapping[str, str]] = {
+    "SGD": {"momentum": "momentums"},
+    "Adam": {"m": "_momentums", "v": "_velocities", "vhat": "_velocity_hats"},
+    "RMSprop": {"rms": "_velocities", "momentum": "_momentums", "mg": "_average_gradients"},
+    "Adagrad": {"accumulator": "_accumulators"},
+    "Adadelta": {"accum_grad": "_accumulated_grads", "accum_var": "_accumulated_delta_vars"},
+    "Adamax": {"m": "_m", "v": "_u"},
+    "Ftrl": {"accumulator": "_accumulators", "linear": "_linears"},
+}
+
+
+def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
+    """Load a model stopped in training with `tfa.optimizers.Lookahead`, so that training goes on in Keras 3.
+
+    The weights, the slow weights, the step count and the inner optimizer's state are loaded; the optimizers' settings
+    are those of `model`. Save it afterwards as any Keras 3 model.
+
+    Args:
+        path: An `.h5` file that `model.save` wrote in Keras 2, or the prefix of a checkpoint (`.../ckpt`) that
+            `tf.train.Checkpoint(model=model, optimizer=optimizer)` wrote, or `model.save_weights` in TensorFlow's
+            format. TensorFlow is needed to read the latter two. The model must be a `Sequential` or functional one
+            whose layers own their weights.
+        model: A Keras 3 model of the same architecture, compiled with `lookahead_optim.keras.Lookahead` around an
+            optimizer of the same class and options: `SGD`, `Adam`, `RMSprop` with momentum, `Adagrad`, `Adadelta`,
+            `Adamax` or `Ftrl`. Those of other classes (`Nadam`), and `RMSprop` without momentum, are refused, as what
+            they compute is not the same in Keras 3.
+
+    Raises:
+        TypeError: if `model` is not compiled with a `Lookahead`.
+        ValueError: if the checkpoint does not fit the model or its optimizer, or has no `Lookahead`. The model is
+            unchanged then.
+
+    Example:
+
+    ```
+    model.compile(lookahead_optim.keras.Lookahead(keras.optimizers.Adam(1e-3), sync_period=5), loss="mse")
+    load_checkpoint("stopped.h5", model)
+    model.fit(x, y)
+    ```
+    """
+    optimizer = model.optimizer
+    if not isinstance(optimizer, Lookahead):
+        raise TypeError(
+            "`model` must be compiled with a `lookahead_optim.keras.Lookahead` optimizer. "
+            f"Received: model.optimizer={optimizer!r}"
+        )
+    inner = optimizer.inner_optimizer
+    slots = _slots_of(inner)
+    path = os.fspath(path)
+    if not model.built:
+        raise ValueError("`model` must be built: give it an `Input`, or call it once. Received: an unbuilt model")
+    variables = model.trainable_variables
+    read = _read_h5 if path.endswith((".h5", ".hdf5")) else _read_checkpoint
+    weights, iterations, state = read(path, model)
+    arrays = {"slow": _arrays_of(state, "slow", variables)}
+    unknown = set(state) - {"slow"} - set(slots)
+    if unknown:
+        raise ValueError(
+            f"`path` must be a checkpoint of an inner optimizer like that of `model`, {type(inner).__name__}. "
+            f"Received: a checkpoint with the state {sorted(unknown)}, which that has not"
+        )
+    optimizer.build(variables)
+    targets = {"slow": optimizer.slow_variables}
+    for name, attribute in slots.items():
+        target = getattr(inner, attribute, None) or []
+        if bool(target) != (name in state):
+            raise ValueError(
+                f"`path` must be a checkpoint of an inner optimizer with the options of that of `model`: {name!r} is "
+                f"{'missing in' if target else 'only in'} the checkpoint. Received: path={path!r}"
+            )
+        if target:
+            targets[name], arrays[name] = target, _arrays_of(state, name, variables)
+    for variable, value in zip(model.weights, weights):
+        variable.assign(value)
+    for name, target in targets.items():
+        for variable, value in zip(target, arrays[name]):
+            variable.assign(value)
+    for one in (optimizer, inner):
+        one.iterations.assign(iterations)
+
+
+def _slots_of(inner: Any) -> Mapping[str, str]:
+    name = type(inner).__name__
+    if name not in _SLOTS or (name == "RMSprop" and not inner.momentum):
+        raise ValueError(
+            f"`model` must have an inner optimizer that computes the same in Keras 2 and 3: one of {sorted(_SLOTS)}, "
+            f"`RMSprop` with momentum. Received: {inner!r}"
+        )
+    return _SLOTS[name]
+
+
+def _arrays_of(state: Mapping[str, list[np.ndarray]], name: str, variables: list[Any]) -> list[np.ndarray]:
+    """Return the arrays of a slot, one for each variable, or raise `ValueError`."""
+    arrays = state.get(name, [])
+    shapes, wanted = [tuple(np.shape(one)) for one in arrays], [tuple(one.shape) for one in variables]
+    if shapes != wanted:
+        raise ValueError(
+            f"`path` must be a checkpoint with {name!r} arrays of the shapes of the model's trainable variables, "
+            f"{wanted}. Received: {shapes}"
+        )
+    return arrays
+
+
+def _read_h5(path: str, model: keras.Model) -> tuple[list[np.ndarray], int, dict[str, list[np.ndarray]]]:
+    """Return weights in the model's order, step count, and the optimizer's arrays by slot."""
+    import h5py
+
+    def names(group: Any, attribute: str) -> list[str]:
+        return [name.decode() if isinstance(name, bytes) else name for name in group.attrs[attribute]]
+
+    with h5py.File(path, "r") as file:
+        if "optimizer_weights" not in file or "model_weights" not in file:
+            raise ValueError(
+                f"`path` must be a file that `model.save` wrote, with its optimizer. Received: path={path!r}"
+            )
+        weights = []
+        for layer in names(file["model_weights"], "layer_names"):
+            group = file["model_weights"][layer]
+            weights += [np.array(group[name]) for name in names(group, "weight_names")]
+        group = file["optimizer_weights"]
+        entries = [(name, np.array(group[name])) for name in names(group, "weight_names")]
+    if [one.shape for one in weights] != [tuple(one.shape) for one in model.weights]:
+        raise ValueError(
+            f"`path` must have weights of the model's shapes, {[tuple(one.shape) for one in model.weights]}. "
+            f"Received: {[one.shape for one in weights]}"
+        )
+    state: dict[str, list[np.ndarray]] = {}
+    for name, value in entries[1:]:
+        state.setdefault(re.sub(r"(_\d+)?(:\d+)?$", "", name.rsplit("/", 1)[-1]), []).append(value)
+    return weights, int(entries[0][1]), state
+
+
+def _read_checkpoint(path: str, model: keras.Model) -> tuple[list[np.ndarray], int, dict[str, list[np.ndarray]]]:
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(path)
+    suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
+    keys = {key.removesuffix(suffix) for key in reader.get_variable_to_shape_map() if key.endswith(suffix)}
+    steps = [key for key in keys if key in ("optimizer/iter", "model/optimizer/iter")]
+    if not steps:
+        raise ValueError(
+            "`path` must be a checkpoint of a model and its optimizer. "
+            f"Received: path={path!r} with {sorted(keys)!r:.500}"
+        )
+    prefix = "model/" if any(key.startswith("model/layer_with_weights-") for key in keys) else ""
+    weights: list[np.ndarray] = []
+    state: dict[str, list[np.ndarray]] = {}
+    owners = [layer for layer in model.layers if layer.weights]
+    slot_names = sorted({key.rsplit("/", 1)[-1] for key in keys if "/.OPTIMIZER_SLOT/" in key})
+    for index, layer in enumerate(owners):
+        for variable in layer.weights:
+            key = f"{prefix}layer_with_weights-{index}/{variable.name}"
+            if key not in keys:
+                raise ValueError(
+                    f"`path` must have a variable for each of the model's weights. Received: path={path!r} without "
+                    f"{key!r}; it has {sorted(keys)!r:.500}"
+                )
+            weights.append(reader.get_tensor(key + suffix))
+            for slot in slot_names:
+                found = [one for one in keys if one.startswith(f"{key}/.OPTIMIZER_SLOT/") and one.endswith(f"/{slot}")]
+                if found:
+                    state.setdefault(slot, []).append(reader.get_tensor(found[0] + suffix))
+    return weights, int(reader.get_tensor(steps[0] + suffix)), state

@@ -1,0 +1,412 @@
+"""The `Lookahead` optimizer."""
+
+import contextlib
+import copy
+import math
+import numbers
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from lookahead_optim import _tensorflow
+from lookahead_optim._checks import check_slow_step_size, check_sync_period
+from lookahead_optim._evaluation import Block
+from lookahead_optim.tf_keras._keras import keras
+
+__all__ = ["Lookahead"]
+
+
+@keras.utils.register_keras_serializable(package="Addons")
+class Lookahead(keras.optimizers.legacy.Optimizer):
+    r"""Lookahead: `k` steps forward, one step back. A drop-in for `tfa.optimizers.Lookahead`.
+
+    Wraps an optimizer, which moves the variables, the *fast* weights $\theta$. After every `sync_period` ($k$) of its
+    steps a second copy of them, the *slow* weights $\phi$, takes a step towards the fast ones, and these restart from
+    there:
+
+    $$\phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.$$
+
+    The slow weights are captured from the variables immediately before their first step. Steps are counted by
+    `iterations`, in which a `LossScaleOptimizer` around counts those that it skips, too: a sync that is due then is
+    left out. At a sync every variable takes part, with or without a gradient in this step; a constraint is applied to
+    the fast weight. Weights, slots and checkpoints have the names and the order that they have in TensorFlow Addons, so
+    that those written there load here.
+
+    A `Lookahead` may be inside another. Both count the steps of the innermost optimizer, and all weights restart from
+    those that the outer one has synchronised, the inner one's slow weights too.
+
+    Args:
+        optimizer: The inner optimizer: a `keras.optimizers.legacy.Optimizer`, a name or config of one, or an
+            optimizer of Keras 2's newer kind, which is converted.
+        sync_period: Integer >= 0, inner steps per slow step ($k$). 0 switches Lookahead off: the wrapper then behaves
+            as the inner optimizer and holds no slow weights. Defaults to 6.
+        slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or a scalar tensor or variable, which is not
+            checked. 1 recovers the inner optimizer. Defaults to 0.5.
+        name: Name of the optimizer and its operations. Defaults to `"Lookahead"`.
+        **kwargs: `clipnorm`, `clipvalue` or `global_clipnorm`, by which gradients are clipped, before the inner
+            optimizer clips them by its own; `learning_rate` or `lr`, and `decay` (inverse-time decay, per step), which
+            are set on the inner optimizer.
+
+    Raises:
+        TypeError: if an argument has the wrong type or is unknown.
+        ValueError: if a value is out of range, or the inner optimizer has no legacy form.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> optimizer = Lookahead(keras.optimizers.legacy.SGD(0.1), sync_period=5, slow_step_size=0.5)
+    >>> model.compile(optimizer, loss="mse")
+    >>> history = model.fit(tf.ones((8, 3)), tf.ones((8, 1)), epochs=5, verbose=0)
+    >>> bool(tf.reduce_all(optimizer.get_slot(model.weights[0], "slow") == model.weights[0]))
+    True
+
+    References:
+        Zhang, Lucas, Hinton and Ba, [Lookahead Optimizer: k steps forward, 1 step
+        back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1.
+    """
+
+    _HAS_AGGREGATE_GRAD = True
+
+    def __init__(
+        self,
+        optimizer: Any,
+        sync_period: int = 6,
+        slow_step_size: Any = 0.5,
+        name: str = "Lookahead",
+        **kwargs: Any,
+    ) -> None:
+        inner = _legacy(optimizer)
+        learning_rate, decay = _checked_settings(kwargs)
+        for key in ("learning_rate", "lr", "decay"):
+            kwargs.pop(key, None)
+        super().__init__(name, **kwargs)
+        self._set_hyper("sync_period", sync_period)
+        self._set_hyper("slow_step_size", slow_step_size)
+        self._optimizer = inner
+        _configure(inner, learning_rate, decay)
+        self._track_trackable(self._optimizer, "lh_base_optimizer")
+        self._fast_variables: list[Any] = []
+        self._block = Block()
+
+    @property
+    def inner_optimizer(self) -> Any:
+        """The inner optimizer."""
+        return self._optimizer
+
+    def _set_hyper(self, name: str, value: Any) -> None:
+        if name == "sync_period":
+            value = check_sync_period(value)
+        elif name == "slow_step_size" and not tf.is_tensor(value):
+            value = check_slow_step_size(value)
+        super()._set_hyper(name, value)
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate."""
+        return self._optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self._optimizer.learning_rate = learning_rate
+
+    @property
+    def lr(self) -> Any:
+        """The inner optimizer's learning rate."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, learning_rate: Any) -> None:
+        self.learning_rate = learning_rate
+
+    @property
+    def weights(self) -> list[Any]:
+        """The step count, the slow weights and the inner optimizer's state, in this order."""
+        return self._weights + self._optimizer.weights
+
+    def variables(self) -> list[Any]:
+        """Return `weights`."""
+        return self.weights
+
+    def apply_gradients(
+        self, grads_and_vars: Iterable[Any], name: str | None = None, experimental_aggregate_gradients: bool = True
+    ) -> Any:
+        """Make a step.
+
+        Args:
+            grads_and_vars: Pairs of a gradient, dense, sparse or `None`, and its variable.
+            name: Name of the operation. Defaults to that of the optimizer.
+            experimental_aggregate_gradients: Whether gradients are summed over the replicas of a `tf.distribute`
+                strategy. Defaults to `True`.
+
+        Returns:
+            The operation, in a graph.
+
+        Raises:
+            TypeError: if `grads_and_vars` is not made of pairs.
+            ValueError: if no variable has a gradient.
+            RuntimeError: inside a `slow_weights()` block, or in a cross-replica context.
+        """
+        self._check_not_in_slow_weights("apply_gradients(grads_and_vars)")
+        return super().apply_gradients(
+            _check_pairs(grads_and_vars), name, experimental_aggregate_gradients=experimental_aggregate_gradients
+        )
+
+    def _create_hypers(self) -> None:
+        self._optimizer._create_hypers()
+
+    def _create_slots(self, var_list: list[Any]) -> None:
+        inner = self._optimizer
+        inner._iterations = self.iterations
+        # In HDF5 files variables have names, and both wrappers' slots must not have the same.
+        with tf.name_scope(inner._name) if isinstance(inner, Lookahead) else contextlib.nullcontext():
+            inner._create_slots(var_list)
+        if self.sync_period:
+            known = {id(variable) for variable in self._fast_variables}
+            for variable in var_list:
+                # In a graph of TensorFlow 1 the variable need not have its value yet; the first step captures it.
+                self.add_slot(variable, "slow", initializer=variable if tf.executing_eagerly() else "zeros")
+                if id(variable) not in known:
+                    self._fast_variables.append(variable)
+
+    def _prepare(self, var_list: list[Any]) -> Any:
+        return self._optimizer._prepare(var_list)
+
+    def _transform_unaggregated_gradients(self, grads_and_vars: Any) -> Any:
+        return self._optimizer._transform_unaggregated_gradients(
+            super()._transform_unaggregated_gradients(grads_and_vars)
+        )
+
+    def _transform_gradients(self, grads_and_vars: Any) -> Any:
+        return self._optimizer._transform_gradients(super()._transform_gradients(grads_and_vars))
+
+    def _distributed_apply(self, distribution: Any, grads_and_vars: Any, apply_state: Any, name: str | None) -> Any:
+        pairs = self._pairs()
+        captured = _tensorflow.capture(self.iterations, _is_first, pairs)
+        with _after(captured):
+            applied = self._optimizer._distributed_apply(distribution, grads_and_vars, apply_state, name)
+        with _after(applied):
+            synchronized = self._synchronize(self._is_due)
+        if tf.executing_eagerly():
+            return applied
+        return tf.group(*(one for one in (applied, synchronized) if one is not None))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # The copy has slots for the same variables, as that of every legacy optimizer.
+        memo[id(self._fast_variables)] = list(self._fast_variables)
+        memo[id(self._block)] = Block()
+        return super().__deepcopy__(memo)
+
+    def _is_due(self, iterations: Any) -> Any:
+        return tf.equal(iterations % self.sync_period, 0)
+
+    def _synchronize(self, due: Callable[[Any], Any]) -> Any:
+        if not self.sync_period:
+            return None
+        done = _tensorflow.synchronize(
+            self.iterations, due, self._pairs(), self._get_hyper("slow_step_size"), constrain_slow=False
+        )
+        inner = self._optimizer
+        while isinstance(inner, Lookahead):
+            with _after(done):
+                done = _tensorflow.capture(self.iterations, due, inner._pairs())
+            inner = inner._optimizer
+        return done
+
+    def _pairs(self) -> list[_tensorflow.Pair]:
+        return [
+            _tensorflow.Pair(self.get_slot(fast, "slow"), fast, fast.constraint)
+            for fast in self._fast_variables
+            if self.sync_period
+        ]
+
+    def sync(self) -> None:
+        """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
+
+        Raises:
+            RuntimeError: inside a `slow_weights()` block.
+        """
+        self._check_not_in_slow_weights("sync()")
+        _tensorflow.capture(self.iterations, _is_first, self._pairs())
+        self._synchronize(lambda iterations: True)
+
+    def reset_slow_weights(self) -> None:
+        """Capture the slow weights from the variables again, after restoring the best weights, say.
+
+        Raises:
+            RuntimeError: inside a `slow_weights()` block.
+        """
+        self._check_not_in_slow_weights("reset_slow_weights()")
+        optimizer = self
+        while isinstance(optimizer, Lookahead):
+            _tensorflow.capture(self.iterations, lambda iterations: True, optimizer._pairs())
+            optimizer = optimizer._optimizer
+
+    @contextlib.contextmanager
+    def slow_weights(self) -> Iterator[None]:
+        """Context manager that runs a block, an evaluation or an export, with the slow weights in the model.
+
+        The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
+        memory of one more set of weights. A block inside a block changes nothing. Training in one is refused; a step
+        that was compiled before does not notice the block, and what it does is lost at its end. A model saved in the
+        block has the slow weights; training that goes on from such a file starts from them.
+        """
+        if self._block.is_open:
+            yield
+            return
+        _tensorflow.capture(self.iterations, _is_first, self._pairs())
+        with self._block.run(self._pairs(), tf.identity, self._count()):
+            yield
+
+    def _count(self) -> int:
+        return int(self.iterations.numpy())
+
+    def _has_slow_weights(self) -> bool:
+        return bool(self._fast_variables)
+
+    def _leave_slow_weights(self) -> None:
+        if self._block.is_open:
+            self._block.leave(self._count())
+
+    def _check_not_in_slow_weights(self, caller: str) -> None:
+        if self._block.is_open:
+            raise RuntimeError(
+                f"`{caller}` was called inside a `slow_weights()` block, at whose end the fast weights come back. Call "
+                "it after the block."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the config, from which `from_config` makes the same optimizer, without its state."""
+        return {
+            **super().get_config(),
+            "optimizer": keras.optimizers.serialize(self._optimizer),
+            "sync_period": self._serialize_hyperparameter("sync_period"),
+            "slow_step_size": self._serialize_hyperparameter("slow_step_size"),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "Lookahead":
+        """Make an optimizer from its config, or that of TensorFlow Addons; the config is left as it is.
+
+        Args:
+            config: Dictionary, as from `get_config`.
+            custom_objects: Dictionary of names to classes and functions that are not registered with Keras.
+        """
+        config = copy.deepcopy(config)
+        config.pop("is_legacy_optimizer", None)
+        optimizer = config.pop("optimizer")
+        if isinstance(optimizer, dict):
+            # Keras registers the class under another name than a config of one inside another has.
+            custom_objects = {"Lookahead": cls, **(custom_objects or {})}
+            optimizer = keras.optimizers.deserialize(optimizer, custom_objects=custom_objects)
+        return cls(optimizer, **config)
+
+
+def _is_first(iterations: Any) -> Any:
+    return tf.equal(iterations, 0)
+
+
+def _after(done: Any) -> Any:
+    """Return a context whose operations wait for a tensor or operation, in a graph of TensorFlow 1 too."""
+    return tf.control_dependencies([] if done is None or tf.executing_eagerly() else [done])
+
+
+def _check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:
+    try:
+        pairs = [tuple(pair) for pair in grads_and_vars]
+    except TypeError as error:
+        raise TypeError(
+            f"`grads_and_vars` must be pairs of gradient and variable. Received: {grads_and_vars!r}"
+        ) from error
+    for pair in pairs:
+        if len(pair) != 2 or not hasattr(pair[1], "assign"):
+            raise TypeError(f"`grads_and_vars` must be pairs of gradient and variable. Received: {pair!r}")
+    return pairs
+
+
+def _legacy(optimizer: Any) -> Any:
+    """Return the legacy optimizer that `optimizer` stands for."""
+    keras_3 = sys.modules.get("keras")
+    if isinstance(optimizer, getattr(getattr(keras_3, "optimizers", None), "Optimizer", ())) and not isinstance(
+        optimizer, (keras.optimizers.Optimizer, keras.optimizers.legacy.Optimizer)
+    ):
+        raise TypeError(
+            "`optimizer` must be an optimizer of Keras 2. For one of Keras 3 use `lookahead_optim.keras.Lookahead`. "
+            f"Received: optimizer={optimizer!r}"
+        )
+    if isinstance(optimizer, (str, dict)):
+        try:
+            optimizer = keras.optimizers.get(copy.deepcopy(optimizer), use_legacy_optimizer=True)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                "`optimizer` must be a Keras 2 optimizer, or a name or config of a legacy one. "
+                f"Received: optimizer={optimizer!r}"
+            ) from error
+    if not isinstance(optimizer, (keras.optimizers.Optimizer, keras.optimizers.legacy.Optimizer)):
+        raise TypeError(
+            "`optimizer` must be an instance of `keras.optimizers.legacy.Optimizer` (Keras 2), or a name or config of "
+            f"one. Received: optimizer={optimizer!r} of type {type(optimizer).__name__}"
+        )
+    if hasattr(optimizer, "loss_scale"):
+        raise ValueError(
+            "A `LossScaleOptimizer` cannot be inside `Lookahead`, as the steps that it skips must not count. Wrap the "
+            f"other way round: `LossScaleOptimizer(Lookahead(inner))`. Received: optimizer={optimizer!r}"
+        )
+    return optimizer if isinstance(optimizer, keras.optimizers.legacy.Optimizer) else _converted(optimizer)
+
+
+def _converted(optimizer: Any) -> Any:
+    """Return the legacy form of an optimizer of the newer kind."""
+    config = optimizer.get_config()
+    lost = [name for name in ("weight_decay", "use_ema") if config.get(name)]
+    legacy = getattr(keras.optimizers.legacy, type(optimizer).__name__, None)
+    if legacy is None or lost:
+        reason = f"its {' and '.join(f'`{name}`' for name in lost)} would be lost" if lost else "there is none"
+        raise ValueError(
+            "`optimizer` must have a form in `keras.optimizers.legacy`, into which it is converted. For this one "
+            f"{reason}. Received: optimizer={optimizer!r} with the config {config!r}"
+        )
+    converted = keras.__internal__.optimizers.convert_to_legacy_optimizer(optimizer)
+    rate = converted._hyper["learning_rate"]
+    if isinstance(rate, np.floating):
+        # Keras would take NumPy's number for a variable.
+        converted._hyper["learning_rate"] = float(rate)
+    return converted
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _checked_settings(settings: dict[str, Any]) -> tuple[Any, float | None]:
+    """Return the learning rate and the decay among the keywords, `None` if not given, or raise an error."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if "lr" in given and "learning_rate" in given:
+        raise ValueError(
+            "`lr` is another name of `learning_rate`: give one of them. "
+            f"Received: lr={given['lr']!r}, learning_rate={given['learning_rate']!r}"
+        )
+    for name in ("learning_rate", "lr", "decay", "clipnorm", "clipvalue", "global_clipnorm"):
+        value = given.get(name, 0.0)
+        if name in ("learning_rate", "lr") and (callable(value) or tf.is_tensor(value)):
+            continue
+        if not _is_number(value) or not 0 <= value < math.inf:
+            other = ", a `LearningRateSchedule` or a callable" if name in ("learning_rate", "lr") else ""
+            raise (ValueError if _is_number(value) else TypeError)(
+                f"`{name}` must be a finite number >= 0{other}. Received: {name}={value!r} of type "
+                f"{type(value).__name__}"
+            )
+    return given.get("learning_rate", given.get("lr")), given.get("decay")
+
+
+def _configure(optimizer: Any, learning_rate: Any, decay: float | None) -> None:
+    """Set the learning rate and its decay on an inner optimizer."""
+    while isinstance(optimizer, Lookahead):
+        optimizer = optimizer._optimizer
+    if learning_rate is not None:
+        optimizer.learning_rate = learning_rate
+    if decay is not None:
+        optimizer._set_hyper("decay", float(decay))
+        optimizer._initial_decay = float(decay)

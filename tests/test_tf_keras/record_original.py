@@ -1,0 +1,359 @@
+"""Records what the original, `tfa.optimizers.Lookahead`, computes and saves: the reference of these tests.
+
+To make `recordings/` again: a Python 3.11 environment with
+
+    pip install tensorflow==2.15.1 tensorflow-addons==0.23.0
+    python tests/test_tf_keras/record_original.py
+
+With `--check` nothing is written, and a new process resumes from the files that are there.
+
+A list of arrays (weights, or the entries of `get_weights()`) is stored flat: each raveled, then all concatenated.
+`recordings/index.json` describes the runs. An entry of `trajectories` can be run again from data alone:
+
+- `name`; `inner` (`class_name`, and a `config` for that class' `from_config`); `wrapper` (keyword arguments); `dtype`;
+- `inputs`: arrays `inputs/<inputs>/weight/<i>` of `trajectories.npz` are the initial weights, and
+  `inputs/<inputs>/gradient/<i>` the gradients, their first axis the step. A weight whose number is in `sparse` has
+  `.../gradient/<i>/values` and `.../gradient/<i>/indices` instead, for a `tf.IndexedSlices`;
+- `<name>/fast` and `<name>/slow`: the flat weights after every step, one row for each. `<name>/state`: the flat
+  `get_weights()`, in the weights' dtype, after the steps `state_steps` (counted from 1). `state` lists its entries:
+  `[name of the variable, shape, dtype]`.
+
+An entry of `models` stands for the folder of that name: a small model, trained by the original for `stopped_after`
+batches, saved in the files that `files` names, and trained on. `model_data.npz` has the batches, `x` and `y`, and the
+initial weights, `initial/<i>`. `continuation.npz` has `fast` and `slow` (a row for every further step), `state` (after
+the last), and `stopped/fast`, `stopped/slow`, `stopped/state` for the moment when the files were written.
+
+`continuation_without_state.npz` goes on from the same weights with a new optimizer. That is all the original makes of
+`weights.h5`, which has no optimizer in it, and of `load_model` on a SavedModel: Keras 2 restores no slots of a legacy
+optimizer from there. `load_weights` does, from the SavedModel's `variables/variables`.
+
+After restoring a checkpoint the original lists its weights in another order (so not by name as in `state`), because it
+creates them in the order of the restoration.
+"""
+
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_addons as tfa
+
+RECORDINGS = Path(__file__).parent / "recordings"
+STEPS = 13
+STATE_STEPS = [7, 13]
+STOPPED_AFTER = 8
+FURTHER_STEPS = 9
+SPARSE_ROWS = 6
+
+SETTINGS = {
+    "sgd": ("SGD", {"learning_rate": 0.1}),
+    "sgd_momentum": ("SGD", {"learning_rate": 0.05, "momentum": 0.9}),
+    "sgd_nesterov": ("SGD", {"learning_rate": 0.05, "momentum": 0.9, "nesterov": True}),
+    "adam": ("Adam", {"learning_rate": 0.05}),
+    "amsgrad": ("Adam", {"learning_rate": 0.05, "amsgrad": True}),
+    "rmsprop": ("RMSprop", {"learning_rate": 0.02}),
+    "rmsprop_centered": ("RMSprop", {"learning_rate": 0.02, "momentum": 0.9, "centered": True}),
+    "adagrad": ("Adagrad", {"learning_rate": 0.1}),
+    "adadelta": ("Adadelta", {"learning_rate": 1.0}),
+    "adamax": ("Adamax", {"learning_rate": 0.05}),
+    "nadam": ("Nadam", {"learning_rate": 0.05}),
+    "ftrl": ("Ftrl", {"learning_rate": 0.2, "l1_regularization_strength": 0.01, "l2_regularization_strength": 0.01}),
+}
+SCHEDULES = {
+    "exponential": ("ExponentialDecay", {"initial_learning_rate": 0.1, "decay_steps": 4, "decay_rate": 0.7}),
+    "piecewise": ("PiecewiseConstantDecay", {"boundaries": [3, 8], "values": [0.1, 0.04, 0.01]}),
+}
+DEFAULT = {"sync_period": 5, "slow_step_size": 0.5}
+
+
+def make_inputs() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(20231113)
+    arrays = {}
+    shapes = [(3, 4), (5,), ()]
+    weights = [rng.normal(size=shape) for shape in shapes]
+    gradients = [rng.normal(size=(STEPS, *shape)) for shape in shapes]
+    for dtype in ("float16", "float32", "float64"):
+        for i, (weight, gradient) in enumerate(zip(weights, gradients)):
+            arrays[f"inputs/dense_{dtype}/weight/{i}"] = weight.astype(dtype)
+            arrays[f"inputs/dense_{dtype}/gradient/{i}"] = gradient.astype(dtype)
+    embedding, dense = rng.normal(size=(7, 3)), rng.normal(size=(4,))
+    values, gradient = rng.normal(size=(STEPS, SPARSE_ROWS, 3)), rng.normal(size=(STEPS, 4))
+    indices = rng.integers(0, 7, size=(STEPS, SPARSE_ROWS))
+    indices[:, -1] = indices[:, 0]
+    arrays["inputs/sparse_float32/gradient/0/indices"] = indices
+    for key, value in {
+        "weight/0": embedding,
+        "weight/1": dense,
+        "gradient/0/values": values,
+        "gradient/1": gradient,
+    }.items():
+        arrays[f"inputs/sparse_float32/{key}"] = value.astype("float32")
+    return arrays
+
+
+def planned_trajectories() -> list[dict]:
+    """Everything that describes the runs, before they are made."""
+    plan = []
+
+    def add(name, setting, wrapper, inputs="dense", dtype="float32", **config):
+        class_name, kwargs = SETTINGS[setting]
+        plan.append(
+            {
+                "name": f"{setting}-{name}",
+                "inner": {"class_name": class_name, "config": {**kwargs, **config}},
+                "wrapper": wrapper,
+                "dtype": dtype,
+                "inputs": f"{inputs}_{dtype}",
+                "sparse": [0] if inputs == "sparse" else [],
+            }
+        )
+
+    for setting in SETTINGS:
+        for sync_period, slow_step_size in [(5, 0.5), (3, 0.8), (1, 0.5)]:
+            wrapper = {"sync_period": sync_period, "slow_step_size": slow_step_size}
+            add(f"k{sync_period}-a{slow_step_size}", setting, wrapper)
+        add("defaults", setting, {})
+        add("sparse", setting, DEFAULT, inputs="sparse")
+        add("float64", setting, DEFAULT, dtype="float64")
+    for setting in ("sgd", "sgd_momentum", "sgd_nesterov", "adagrad"):
+        add("float16", setting, DEFAULT, dtype="float16")
+    for setting in ("adam", "rmsprop", "adadelta"):
+        add("float16", setting, DEFAULT, dtype="float16", epsilon=1e-3)
+    for setting in ("sgd_momentum", "adam"):
+        for clipping in ({"clipnorm": 0.7}, {"clipvalue": 0.4}, {"global_clipnorm": 1.5}):
+            (kind,) = clipping
+            add(kind, setting, {**DEFAULT, **clipping})
+            add(f"{kind}-sparse", setting, {**DEFAULT, **clipping}, inputs="sparse")
+    for setting in ("sgd", "sgd_momentum", "adam", "rmsprop", "ftrl"):
+        for schedule, (class_name, config) in SCHEDULES.items():
+            serialized = {"module": "keras.optimizers.schedules", "class_name": class_name, "config": config}
+            add(schedule, setting, DEFAULT, learning_rate={**serialized, "registered_name": None})
+    for setting in SETTINGS:
+        if setting != "nadam":  # there, `decay` is not the learning rate's
+            add("decay", setting, DEFAULT, decay=0.2)
+    return plan
+
+
+def make_optimizer(inner: dict, wrapper: dict) -> tfa.optimizers.Lookahead:
+    inner_class = getattr(tf.keras.optimizers.legacy, inner["class_name"])
+    return tfa.optimizers.Lookahead(inner_class.from_config(copy.deepcopy(inner["config"])), **wrapper)
+
+
+def run_trajectory(run: dict, inputs: dict[str, np.ndarray], traced: bool) -> dict[str, np.ndarray]:
+    prefix = f"inputs/{run['inputs']}"
+    count = sum(key.startswith(f"{prefix}/weight/") for key in inputs)
+    variables = [tf.Variable(inputs[f"{prefix}/weight/{i}"], name=f"weight_{i}") for i in range(count)]
+    optimizer = make_optimizer(run["inner"], run["wrapper"])
+
+    def gradient_at(step, i):
+        key = f"{prefix}/gradient/{i}"
+        if i not in run["sparse"]:
+            return tf.constant(inputs[key][step])
+        values, indices = inputs[f"{key}/values"][step], inputs[f"{key}/indices"][step]
+        return tf.IndexedSlices(tf.constant(values), tf.constant(indices), tf.constant(variables[i].shape))
+
+    def apply(gradients):
+        optimizer.apply_gradients(zip(gradients, variables))
+
+    if traced:
+        apply = tf.function(apply)
+    fast, slow, state = [], [], []
+    for step in range(STEPS):
+        apply([gradient_at(step, i) for i in range(count)])
+        fast.append(flat([variable.numpy() for variable in variables]))
+        slow.append(flat([optimizer.get_slot(variable, "slow").numpy() for variable in variables]))
+        if step + 1 in STATE_STEPS:
+            state.append(flat(optimizer.get_weights()))
+    run["state_steps"] = STATE_STEPS
+    run["state"] = described(optimizer)
+    recorded = {"fast": np.stack(fast), "slow": np.stack(slow), "state": np.stack(state)}
+    return {f"{run['name']}/{key}": value.astype(run["dtype"], casting="same_kind") for key, value in recorded.items()}
+
+
+def flat(values: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.ravel(value) for value in values])
+
+
+def described(optimizer: tfa.optimizers.Lookahead) -> list[tuple]:
+    return [(variable.name, variable.shape.as_list(), variable.dtype.name) for variable in optimizer.weights]
+
+
+def record_trajectories() -> tuple[list[dict], list[dict]]:
+    arrays = make_inputs()
+    recorded, refused = [], []
+    largest = 0.0
+    for run in planned_trajectories():
+        try:
+            eager = run_trajectory(run, arrays, traced=False)
+        except KeyError as error:
+            refused.append({**run, "error": type(error).__name__})
+            continue
+        graph = run_trajectory(run, arrays, traced=True)
+        for key, value in eager.items():
+            assert np.isfinite(value).all(), key
+            ulps = np.abs(value - graph[key]) / np.spacing(np.maximum(np.abs(value), value.dtype.type(1e-3)))
+            largest = max(largest, float(ulps.max()))
+        arrays.update(eager)
+        recorded.append(run)
+    print(f"{len(recorded)} trajectories; tf.function differs by at most {largest} units in the last place")
+    np.savez_compressed(RECORDINGS / "trajectories.npz", **arrays)
+    return recorded, refused
+
+
+def make_model_data() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(20231114)
+    steps = STOPPED_AFTER + FURTHER_STEPS
+    data = {"x": rng.normal(size=(steps, 8, 4)), "y": rng.normal(size=(steps, 8, 1))}
+    for i, shape in enumerate([(4, 3), (3,), (3, 1), (1,)]):
+        data[f"initial/{i}"] = rng.normal(size=shape)
+    return {key: value.astype("float32") for key, value in data.items()}
+
+
+def make_model(inner: dict, wrapper: dict, weights: list[np.ndarray]) -> tf.keras.Model:
+    tf.keras.backend.clear_session()
+    model = tf.keras.Sequential(
+        [
+            tf.keras.Input((4,), name="features"),
+            tf.keras.layers.Dense(3, activation="tanh", name="hidden"),
+            tf.keras.layers.Dense(1, name="prediction"),
+        ],
+        name="small",
+    )
+    model.set_weights(weights)
+    model.compile(make_optimizer(inner, wrapper), "mse")
+    return model
+
+
+def snapshot(model: tf.keras.Model) -> dict[str, np.ndarray]:
+    slow = [model.optimizer.get_slot(variable, "slow").numpy() for variable in model.trainable_variables]
+    state = flat(model.optimizer.get_weights()).astype("float32")
+    return {"fast": flat(model.get_weights()), "slow": flat(slow), "state": state}
+
+
+def train_on(model: tf.keras.Model, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The further steps, recorded as in `continuation.npz`, without its `stopped`."""
+    fast, slow = [], []
+    for step in range(STOPPED_AFTER, STOPPED_AFTER + FURTHER_STEPS):
+        model.train_on_batch(data["x"][step], data["y"][step])
+        now = snapshot(model)
+        fast.append(now["fast"])
+        slow.append(now["slow"])
+    return {"fast": np.stack(fast), "slow": np.stack(slow), "state": now["state"]}
+
+
+def save_model(model: tf.keras.Model, folder: Path, every_format: bool) -> dict[str, str]:
+    """Writes the files, and returns their names by kind."""
+    files = {"h5": "model.h5", "checkpoint": "ckpt", "config": "optimizer.json"}
+    model.save(folder / "model.h5")
+    tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(folder / "ckpt"))
+    config = tf.keras.optimizers.serialize(model.optimizer)
+    (folder / "optimizer.json").write_text(json.dumps(config, indent=1, default=float) + "\n")
+    if every_format:
+        files.update(saved_model="saved_model", saved_model_weights="saved_model/variables/variables")
+        files.update(weights="weights", weights_h5="weights.h5")
+        model.save(folder / "saved_model", save_format="tf")
+        model.save_weights(folder / "weights", save_format="tf")
+        model.save_weights(folder / "weights.h5")
+    return files
+
+
+def record_model(name: str, data: dict[str, np.ndarray]) -> dict:
+    folder = RECORDINGS / name
+    folder.mkdir()
+    class_name, config = SETTINGS[name]
+    inner = {"class_name": class_name, "config": config}
+    model = make_model(inner, DEFAULT, [data[f"initial/{i}"] for i in range(4)])
+    for step in range(STOPPED_AFTER):
+        model.train_on_batch(data["x"][step], data["y"][step])
+    files = save_model(model, folder, every_format=name == "adam")
+    weights = model.get_weights()
+    stopped = {f"stopped/{key}": value for key, value in snapshot(model).items()}
+    np.savez_compressed(folder / "continuation.npz", **train_on(model, data), **stopped)
+    state = described(model.optimizer)
+    if "weights_h5" in files:
+        new = make_model(inner, DEFAULT, weights)
+        np.savez_compressed(folder / "continuation_without_state.npz", **train_on(new, data))
+    return {
+        "inner": inner,
+        "wrapper": DEFAULT,
+        "files": files,
+        "stopped_after": STOPPED_AFTER,
+        "state": state,
+    }
+
+
+def resume(kind: str, path: Path, entry: dict) -> tf.keras.Model:
+    if kind in ("h5", "saved_model"):
+        return tf.keras.models.load_model(path)
+    model = make_model(entry["inner"], entry["wrapper"], [np.zeros(s, "float32") for s in [(4, 3), (3,), (3, 1), (1,)]])
+    if kind == "config":
+        config = json.loads(path.read_text())
+        model.compile(tf.keras.optimizers.deserialize(config), "mse")
+        assert tf.keras.optimizers.serialize(model.optimizer) == json.loads(path.read_text())
+    if kind in ("checkpoint", "config"):
+        tf.train.Checkpoint(model=model, optimizer=model.optimizer).read(str(path.with_name("ckpt")))
+    else:
+        model.load_weights(path)
+    return model
+
+
+def check_resumption(models: dict) -> None:
+    """Holds every file against the continuation, bit for bit."""
+    data = dict(np.load(RECORDINGS / "model_data.npz"))
+    for name, entry in models.items():
+        for kind, file in entry["files"].items():
+            model = resume(kind, RECORDINGS / name / file, entry)
+            resumed = train_on(model, data)
+            names = [variable.name.removeprefix("Lookahead/") for variable in model.optimizer.weights]
+            values = dict(zip(names, model.optimizer.get_weights()))
+            in_order = [values[variable.removeprefix("Lookahead/")] for variable, *_ in entry["state"]]
+            same_order = np.array_equal(resumed["state"], flat(in_order))
+            resumed["state"] = flat(in_order)
+            report = [f"{name} {kind}:"]
+            for recording in ("continuation.npz", "continuation_without_state.npz"):
+                if (RECORDINGS / name / recording).exists():
+                    expected = np.load(RECORDINGS / name / recording)
+                    if all(np.array_equal(value, expected[key]) for key, value in resumed.items()):
+                        report.append(f"exactly {recording}")
+            if len(report) == 1:
+                report.append("as neither continuation")
+            print(*report, "" if same_order else "(get_weights() in another order)")
+
+
+def json_lines(index: dict) -> str:
+    """JSON with one line for every run."""
+    parts = []
+    for key, value in index.items():
+        items = [json.dumps(item) for item in value] if isinstance(value, list) else []
+        if isinstance(value, dict):
+            items = [f"{json.dumps(name)}: {json.dumps(item)}" for name, item in value.items()]
+        opening, closing = "[]" if isinstance(value, list) else "{}"
+        parts.append(f"{json.dumps(key)}: {opening}\n" + ",\n".join(items) + f"\n{closing}")
+    return "{\n" + ",\n".join(parts) + "\n}"
+
+
+def main() -> None:
+    if "--check" in sys.argv:
+        check_resumption(json.loads((RECORDINGS / "index.json").read_text())["models"])
+        return
+    shutil.rmtree(RECORDINGS, ignore_errors=True)
+    RECORDINGS.mkdir()
+    recorded, refused = record_trajectories()
+    data = make_model_data()
+    np.savez_compressed(RECORDINGS / "model_data.npz", **data)
+    models = {name: record_model(name, data) for name in SETTINGS}
+    index = {
+        "versions": {"tensorflow": tf.__version__, "tensorflow_addons": tfa.__version__},
+        "trajectories": recorded,
+        "refused_by_the_original": refused,
+        "models": models,
+    }
+    (RECORDINGS / "index.json").write_text(json_lines(index) + "\n")
+    check_resumption(models)
+
+
+if __name__ == "__main__":
+    main()
