@@ -376,7 +376,7 @@ def test_model_checkpoint_after_the_callback_saves_the_slow_weights_of_the_best_
 
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_early_stopping_restores_what_it_saw_at_the_end_of_the_best_epoch(request, swap_on_epoch):
-    if swap_on_epoch and keras.__version__ < "2.16":
+    if swap_on_epoch and tf.__version__ < "2.16":
         reason = "Keras 2.15 restores at the end of an epoch, inside the block of the swap"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     worst = keras.callbacks.EarlyStopping("val_loss", mode="max", patience=1, restore_best_weights=True)
