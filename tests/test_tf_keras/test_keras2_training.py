@@ -3,6 +3,7 @@
 import keras2_resuming as resuming
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras2_resuming import compiled, data, mlp, slow_of, state, values
 
 from lookahead_optim.tf_keras import Lookahead, SwapSlowWeights
