@@ -37,8 +37,8 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
             whose layers own their weights.
         model: A Keras 3 model of the same architecture, compiled with `lookahead_optim.keras.Lookahead` around an
             optimizer of the same class and options: `SGD`, `Adam`, `RMSprop` with momentum, `Adagrad`, `Adadelta`,
-            `Adamax` or `Ftrl`. Those of other classes (`Nadam`), and `RMSprop` without momentum, are refused, as what
-            they compute is not the same in Keras 3.
+            `Adamax` or `Ftrl`. Those of other classes (`Nadam`), and `RMSprop` without momentum, are refused, as it
+            was not shown that they go on the same in Keras 3.
 
     Raises:
         TypeError: if `model` is not compiled with a `Lookahead`.
@@ -67,6 +67,11 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
     variables = model.trainable_variables
     read = _read_h5 if path.endswith((".h5", ".hdf5")) else _read_checkpoint
     weights, iterations, state = read(path, model)
+    if [one.shape for one in weights] != [tuple(one.shape) for one in model.weights]:
+        raise ValueError(
+            f"`path` must have weights of the model's shapes, {[tuple(one.shape) for one in model.weights]}. "
+            f"Received: {[one.shape for one in weights]}"
+        )
     arrays = {"slow": _arrays_of(state, "slow", variables)}
     unknown = set(state) - {"slow"} - set(slots)
     if unknown:
@@ -134,11 +139,6 @@ def _read_h5(path: str, model: keras.Model) -> tuple[list[np.ndarray], int, dict
             weights += [np.array(group[name]) for name in names(group, "weight_names")]
         group = file["optimizer_weights"]
         entries = [(name, np.array(group[name])) for name in names(group, "weight_names")]
-    if [one.shape for one in weights] != [tuple(one.shape) for one in model.weights]:
-        raise ValueError(
-            f"`path` must have weights of the model's shapes, {[tuple(one.shape) for one in model.weights]}. "
-            f"Received: {[one.shape for one in weights]}"
-        )
     state: dict[str, list[np.ndarray]] = {}
     for name, value in entries[1:]:
         state.setdefault(re.sub(r"(_\d+)?(:\d+)?$", "", name.rsplit("/", 1)[-1]), []).append(value)

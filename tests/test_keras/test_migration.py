@@ -91,3 +91,6 @@ def test_other_models_and_files_are_refused():
     wider = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5), keras.layers.Dense(1)])
     wider.compile(Lookahead("adam"), "mse")
     assert_refused(ValueError, r"weights of the model's shapes.*\(4, 5\).*Received.*\(4, 3\)", path, wider)
+    if keras.config.backend() == "tensorflow":
+        checkpoint = path_of("adam", "checkpoint")
+        assert_refused(ValueError, r"weights of the model's shapes.*\(4, 5\).*Received.*\(4, 3\)", checkpoint, wider)

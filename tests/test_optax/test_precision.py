@@ -8,26 +8,16 @@ import numpy as np
 import optax
 import pytest
 from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
+from whole_steps import FORMS, whole_step
 
 from lookahead_optim.optax import lookahead, slow_params, sync
 from reference import SGD, Adam, Lookahead
 
-FORMS = ("update", "apply_gradients")
 forms = pytest.mark.parametrize("form", FORMS)
 
 SYNC_PERIOD, STEPS = 7, 1001
 SYNCS = np.arange(SYNC_PERIOD - 1, STEPS, SYNC_PERIOD)
 SLOW_STEP_SIZE = float(np.float32(0.3))
-
-
-def make_step(optimizer, form):
-    def step(params, state, grads):
-        if form == "apply_gradients":
-            return optimizer.apply_gradients(grads, state, params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
 
 
 def normal_like(key, params):
@@ -44,7 +34,7 @@ def trajectory(form, kind):
     """
     inner = INNER[kind]
     optimizer = lookahead(inner, SYNC_PERIOD, SLOW_STEP_SIZE)
-    step = make_step(optimizer, form)
+    step = whole_step(optimizer, form)
 
     def scanned(carry, key):
         params, state = carry
@@ -141,7 +131,7 @@ def test_half_precision_parameters_beside_float32_ones_go_as_by_hand(form, name)
     inner = HALF_PRECISION_INNER[name]
     params = {key: jnp.array(np.random.default_rng(1).normal(size=9), dtype) for key, dtype in MIXED.items()}
     optimizer = lookahead(inner, 4, 0.3)
-    by_hand, state, step = ByHand(inner, params, 4, 0.3), optimizer.init(params), jax.jit(make_step(optimizer, form))
+    by_hand, state, step = ByHand(inner, params, 4, 0.3), optimizer.init(params), jax.jit(whole_step(optimizer, form))
     for index in range(4):
         grads = make_grads(index, params)
         params, state = step(params, state, grads)
@@ -175,7 +165,7 @@ def test_float64_parameters_follow_the_oracle_to_float64_rounding(form, name, tr
 
         @jax.jit
         def step(params, state, grads, slow_step_size):
-            return make_step(lookahead(inner, 5, slow_step_size if traced else value), form)(params, state, grads)
+            return whole_step(lookahead(inner, 5, slow_step_size if traced else value), form)(params, state, grads)
 
         state = lookahead(inner, 5, value).init(params)
         for index in range(23):
@@ -214,7 +204,7 @@ def test_complex_parameters_follow_the_oracle_in_both_parts(form, name, dtype, t
         params = complex_like(make_params, dtype)
         optimizer = lookahead(inner, 5, 0.3)
         oracle = Lookahead(make_oracle(), 5, 0.3).start(real_and_imaginary(params))
-        state, step = optimizer.init(params), jax.jit(make_step(optimizer, form))
+        state, step = optimizer.init(params), jax.jit(whole_step(optimizer, form))
         for index in range(13):
             grads = complex_like(make_grads, dtype, index, make_params())
             params, state = step(params, state, grads)
@@ -230,7 +220,7 @@ def test_complex_parameters_follow_the_oracle_in_both_parts(form, name, dtype, t
 def test_adam_of_complex_moduli_goes_as_by_hand(form):
     params = complex_like(make_params, "complex64")
     optimizer, by_hand = lookahead(optax.adam(0.1), 4, 0.3), ByHand(optax.adam(0.1), params, 4, 0.3)
-    state, step = optimizer.init(params), jax.jit(make_step(optimizer, form))
+    state, step = optimizer.init(params), jax.jit(whole_step(optimizer, form))
     for index in range(10):
         grads = complex_like(make_grads, "complex64", index, make_params())
         params, state = step(params, state, grads)
@@ -300,7 +290,7 @@ def test_slow_step_size_1_is_the_bare_optimizer_bit_for_bit(form, traced):
     # Within one function the compiler may fuse the last product of the bare updates into the addition.
     in_parts = traced and form == "update"
     step, bare_step = (
-        with_jitted_update(one) if in_parts else jax.jit(make_step(one, form if one is optimizer else "update"))
+        with_jitted_update(one) if in_parts else jax.jit(whole_step(one, form if one is optimizer else "update"))
         for one in (optimizer, inner)
     )
     bare_state, state = inner.init(params), optimizer.init(params)
@@ -330,7 +320,7 @@ def test_an_infinite_parameter_without_gradient_stays_what_it_is(form, slow_step
     optimizer = lookahead(optax.sgd(0.1), 2, slow_step_size)
     state = optimizer.init(params)
     for _ in range(4):
-        params, state = make_step(optimizer, form)(params, state, jnp.zeros(3))
+        params, state = whole_step(optimizer, form)(params, state, jnp.zeros(3))
     np.testing.assert_array_equal(params, [-np.inf, np.inf, 0.0])
     np.testing.assert_array_equal(sync(state, params)[0], [-np.inf, np.inf, 0.0])
 
@@ -340,7 +330,7 @@ def test_an_infinite_parameter_without_gradient_stays_what_it_is(form, slow_step
 def test_slow_step_size_1_is_the_bare_optimizer_where_a_parameter_overflows(form, slow_step_size):
     params, grads = jnp.array([1.0, 3e38]), jnp.array([-np.inf, -3e38])
     optimizer = lookahead(optax.sgd(1.0), 1, slow_step_size)
-    params, _ = make_step(optimizer, form)(params, optimizer.init(params), grads)
+    params, _ = whole_step(optimizer, form)(params, optimizer.init(params), grads)
     np.testing.assert_array_equal(params, [np.inf, np.inf])
 
 
@@ -348,7 +338,7 @@ def test_slow_step_size_1_is_the_bare_optimizer_where_a_parameter_overflows(form
 def test_slow_step_size_0_with_apply_gradients_returns_to_the_start_bit_for_bit(dtype):
     params = start = make_params(dtype=dtype)
     optimizer = lookahead(optax.adam(0.1), 3, 0.0)
-    state, step = optimizer.init(params), jax.jit(make_step(optimizer, "apply_gradients"))
+    state, step = optimizer.init(params), jax.jit(whole_step(optimizer, "apply_gradients"))
     for index in range(12):
         params, state = step(params, state, make_grads(index, params))
         if (index + 1) % 3:

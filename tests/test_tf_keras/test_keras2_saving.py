@@ -8,7 +8,19 @@ import keras2_resuming as resuming
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras2_resuming import CASES, FORMATS, OPTIMIZERS, STOPS, SYNC_PERIOD, compiled, fit, slow_of, state, values
+from keras2_resuming import (
+    CASES,
+    FORMATS,
+    OPTIMIZERS,
+    STOPS,
+    SYNC_PERIOD,
+    assert_same_bits,
+    compiled,
+    fit,
+    slow_of,
+    state,
+    values,
+)
 
 from child_processes import finish, kill_when_reached
 from lookahead_optim.tf_keras import Lookahead
@@ -19,15 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:non-integer arguments to randran
 
 TIMEOUT = 100
 legacy = keras.optimizers.legacy
-
-
-def assert_same_bits(actual, expected):
-    """Check that two lists of variables or arrays are equal bit for bit."""
-    actual, expected = values(actual), values(expected)
-    assert len(actual) == len(expected)
-    for index, (one, other) in enumerate(zip(actual, expected)):
-        assert one.dtype == other.dtype, index
-        assert one.tobytes() == other.tobytes(), f"array {index} differs: {one} and {other}"
 
 
 def differ(actual, expected):

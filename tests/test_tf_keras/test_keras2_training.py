@@ -4,7 +4,7 @@ import keras2_resuming as resuming
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras2_resuming import compiled, data, mlp, slow_of, state, values
+from keras2_resuming import assert_same_bits, compiled, data, mlp, slow_of, state, values
 
 from lookahead_optim.tf_keras import Lookahead, SwapSlowWeights
 from lookahead_optim.tf_keras._keras import keras
@@ -32,15 +32,6 @@ def adam():
 
 def momentum():
     return legacy.SGD(0.05, momentum=0.9)
-
-
-def assert_same_bits(actual, expected):
-    """Check that two lists of variables or arrays are equal bit for bit."""
-    actual, expected = values(actual), values(expected)
-    assert len(actual) == len(expected)
-    for index, (one, other) in enumerate(zip(actual, expected)):
-        assert one.dtype == other.dtype, index
-        assert one.tobytes() == other.tobytes(), f"array {index} differs: {one} and {other}"
 
 
 def unscaled(optimizer):

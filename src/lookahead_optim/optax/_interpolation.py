@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["interpolate", "is_array", "is_one", "is_weight", "slow_update", "wide"]
+__all__ = ["interpolate", "is_array", "is_one", "is_weight", "slow_update"]
 
 
 def is_array(value: Any) -> bool:
@@ -28,7 +28,7 @@ def interpolate(slow: Any, fast: Any, slow_step_size: Any) -> jax.Array:
     fast = jnp.asarray(fast)
     if is_one(slow_step_size):
         return fast
-    wide_slow, wide_fast = wide(slow), wide(fast)
+    wide_slow, wide_fast = _wide(slow), _wide(fast)
     difference = _difference(wide_fast, wide_slow)
     moved = wide_slow + slow_step_size * difference
     # That is not exactly `fast` for a step size of 1; this is, with the same derivative by it.
@@ -39,13 +39,13 @@ def interpolate(slow: Any, fast: Any, slow_step_size: Any) -> jax.Array:
 def slow_update(slow: Any, param: jax.Array, update: jax.Array, slow_step_size: Any) -> jax.Array:
     """Return the update that brings a parameter, instead of to `param + update`, to where the slow step brings it."""
     fast = (param + update).astype(param.dtype)
-    to_target = _difference(wide(interpolate(slow, fast, slow_step_size)), wide(param))
+    to_target = _difference(_wide(interpolate(slow, fast, slow_step_size)), _wide(param))
     # The same update for a step size of 1, with the same derivative by it.
-    unchanged = update - ((1 - slow_step_size) * _finite(_difference(wide(fast), wide(slow)))).astype(update.dtype)
+    unchanged = update - ((1 - slow_step_size) * _finite(_difference(_wide(fast), _wide(slow)))).astype(update.dtype)
     return jnp.where(slow_step_size == 1, unchanged, to_target.astype(update.dtype))
 
 
-def wide(value: Any) -> jax.Array:
+def _wide(value: Any) -> jax.Array:
     """Return an array in at least single precision."""
     value = jnp.asarray(value)
     return value.astype(jnp.float32) if jnp.finfo(value.dtype).bits < 32 else value
