@@ -38,6 +38,10 @@ class Block:
             if self._put_back is put_back:
                 put_back()
 
+    def keep(self) -> None:
+        """End a block from outside, with the weights that are in the model."""
+        self._put_back = None
+
     def leave(self, count: int) -> None:
         """End a block from outside, such as that of an evaluation that was interrupted.
 
@@ -48,7 +52,7 @@ class Block:
         if count == self._count:
             self._put_back()
         else:
-            self._put_back = None
+            self.keep()
             warnings.warn(
                 "The model was trained with the slow weights in it, as a `slow_weights()` block or an evaluation with "
                 "`SwapSlowWeights` had not ended. It keeps the weights that this training gave it.",

@@ -16,8 +16,8 @@ class Pair(NamedTuple):
     constraint: Callable[[Any], Any] | None
 
 
-def _when(iterations: Any, due: Callable[[Any], Any], pairs: Sequence[Pair], update: Callable[..., list[Any]]) -> Any:
-    """Call `update(slow, fast, constraint, true)` for every pair if `due(iterations)`; return a tensor to wait for.
+def _when(steps: Any, due: Callable[[Any], Any], pairs: Sequence[Pair], update: Callable[..., list[Any]]) -> Any:
+    """Call `update(slow, fast, constraint, true)` for every pair if `due(steps)`; return a tensor to wait for.
 
     Inside a graph this is a loop of zero or one rounds: XLA copies every variable around a conditional, but updates
     the state of a loop in place. `true` is always true, which the compiler cannot know.
@@ -30,7 +30,7 @@ def _when(iterations: Any, due: Callable[[Any], Any], pairs: Sequence[Pair], upd
         ]
 
     def in_cross_replica_context(strategy: Any) -> Any:
-        pending = due(tf.convert_to_tensor(iterations))
+        pending = due(tf.convert_to_tensor(steps))
         if tf.executing_eagerly() or isinstance(pending, bool):
             if pending:
                 update_all(strategy, True)
@@ -51,8 +51,8 @@ def _when(iterations: Any, due: Callable[[Any], Any], pairs: Sequence[Pair], upd
     return in_cross_replica_context(strategy)
 
 
-def capture(iterations: Any, due: Callable[[Any], Any], pairs: Sequence[Pair]) -> Any:
-    """Set every slow weight to its fast one if `due(iterations)`."""
+def capture(steps: Any, due: Callable[[Any], Any], pairs: Sequence[Pair]) -> Any:
+    """Set every slow weight to its fast one if `due(steps)`."""
 
     def update(slow: Any, fast: Any, constraint: Any, true: Any) -> list[Any]:
         old = tf.identity(slow)
@@ -62,17 +62,17 @@ def capture(iterations: Any, due: Callable[[Any], Any], pairs: Sequence[Pair]) -
         # XLA copies a variable that the loop reads but does not write.
         return [captured, fast.assign(tf.where(true, fast, old), read_value=False)]
 
-    return _when(iterations, due, pairs, update)
+    return _when(steps, due, pairs, update)
 
 
 def synchronize(
-    iterations: Any,
+    steps: Any,
     due: Callable[[Any], Any],
     pairs: Sequence[Pair],
     slow_step_size: Any,
     constrain_slow: bool = True,
 ) -> Any:
-    """Move the slow weights towards the fast ones and restart these from there, if `due(iterations)`."""
+    """Move the slow weights towards the fast ones and restart these from there, if `due(steps)`."""
 
     def update(slow: Any, fast: Any, constraint: Any, true: Any) -> list[Any]:
         if isinstance(slow_step_size, float) and slow_step_size == 1:
@@ -88,4 +88,4 @@ def synchronize(
         done = [one.assign(value, read_value=False) for one, value in zip((slow, fast), values)]
         return [] if tf.executing_eagerly() else done
 
-    return _when(iterations, due, pairs, update)
+    return _when(steps, due, pairs, update)

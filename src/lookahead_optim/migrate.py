@@ -33,12 +33,13 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
     Args:
         path: An `.h5` file that `model.save` wrote in Keras 2, or the prefix of a checkpoint (`.../ckpt`) that
             `tf.train.Checkpoint(model=model, optimizer=optimizer)` wrote, or `model.save_weights` in TensorFlow's
-            format. TensorFlow is needed to read the latter two. The model must be a `Sequential` or functional one
-            whose layers own their weights.
+            format, or the folder of a SavedModel. TensorFlow is needed to read the latter three. The model must be a
+            `Sequential` or functional one whose layers own their weights.
         model: A Keras 3 model of the same architecture, compiled with `lookahead_optim.keras.Lookahead` around an
             optimizer of the same class and options: `SGD`, `Adam`, `RMSprop` with momentum, `Adagrad`, `Adadelta`,
             `Adamax` or `Ftrl`. Those of other classes (`Nadam`), and `RMSprop` without momentum, are refused, as it
-            was not shown that they go on the same in Keras 3.
+            was not shown that they go on the same in Keras 3. Under mixed precision a `LossScaleOptimizer` is around
+            it, whose scale starts anew.
 
     Raises:
         TypeError: if `model` is not compiled with a `Lookahead`.
@@ -54,6 +55,8 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
     ```
     """
     optimizer = model.optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
     if not isinstance(optimizer, Lookahead):
         raise TypeError(
             "`model` must be compiled with a `lookahead_optim.keras.Lookahead` optimizer. "
@@ -72,6 +75,8 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
             f"`path` must have weights of the model's shapes, {[tuple(one.shape) for one in model.weights]}. "
             f"Received: {[one.shape for one in weights]}"
         )
+    # Under a loss scaler, `lookahead_optim.tf_keras` writes how many of the steps were applied.
+    (steps,) = state.pop("lookahead_step", [iterations])
     arrays = {"slow": _arrays_of(state, "slow", variables)}
     unknown = set(state) - {"slow"} - set(slots)
     if unknown:
@@ -79,7 +84,7 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
             f"`path` must be a checkpoint of an inner optimizer like that of `model`, {type(inner).__name__}. "
             f"Received: a checkpoint with the state {sorted(unknown)}, which that has not"
         )
-    optimizer.build(variables)
+    model.optimizer.build(variables)
     targets = {"slow": optimizer.slow_variables}
     for name, attribute in slots.items():
         target = getattr(inner, attribute, None) or []
@@ -95,8 +100,8 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
     for name, target in targets.items():
         for variable, value in zip(target, arrays[name]):
             variable.assign(value)
-    for one in (optimizer, inner):
-        one.iterations.assign(iterations)
+    optimizer.iterations.assign(steps)
+    inner.iterations.assign(iterations)
 
 
 def _slots_of(inner: Any) -> Mapping[str, str]:
@@ -148,6 +153,8 @@ def _read_h5(path: str, model: keras.Model) -> tuple[list[np.ndarray], int, dict
 def _read_checkpoint(path: str, model: keras.Model) -> tuple[list[np.ndarray], int, dict[str, list[np.ndarray]]]:
     import tensorflow as tf
 
+    if os.path.isdir(path):
+        path = os.path.join(path, "variables", "variables")
     reader = tf.train.load_checkpoint(path)
     suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
     keys = {key.removesuffix(suffix) for key in reader.get_variable_to_shape_map() if key.endswith(suffix)}
@@ -175,4 +182,7 @@ def _read_checkpoint(path: str, model: keras.Model) -> tuple[list[np.ndarray], i
                 found = [one for one in keys if one.startswith(f"{key}/.OPTIMIZER_SLOT/") and one.endswith(f"/{slot}")]
                 if found:
                     state.setdefault(slot, []).append(reader.get_tensor(found[0] + suffix))
+    applied = steps[0].replace("/iter", "/lookahead_step")
+    if applied in keys:
+        state["lookahead_step"] = [reader.get_tensor(applied + suffix)]
     return weights, int(reader.get_tensor(steps[0] + suffix)), state

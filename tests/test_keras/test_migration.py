@@ -1,6 +1,7 @@
 """Checkpoints that `tfa.optimizers.Lookahead` wrote, continued in Keras 3."""
 
 import json
+import warnings
 from pathlib import Path
 
 import keras
@@ -14,7 +15,8 @@ RECORDINGS = Path(__file__).parent.parent / "test_tf_keras" / "recordings"
 MODELS = json.loads((RECORDINGS / "index.json").read_text())["models"]
 DATA = np.load(RECORDINGS / "model_data.npz")
 SAME = [name for name in MODELS if name not in ("nadam", "rmsprop")]
-FILES = [(name, kind) for name in SAME for kind in ("h5", "checkpoint")] + [("adam", "weights")]
+FILES = [(name, kind) for name in SAME for kind in ("h5", "checkpoint")]
+FILES += [("adam", kind) for kind in ("weights", "saved_model")]
 
 
 def compiled_model(name):
@@ -52,6 +54,36 @@ def test_training_goes_on_as_it_would_have_with_tensorflow_addons(name, kind):
         model.train_on_batch(x, y)
         np.testing.assert_allclose(flat(model.weights), fast, rtol=2e-5, atol=2e-6)
         np.testing.assert_allclose(flat(model.optimizer.slow_variables), slow, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="One backend is enough.")
+@pytest.mark.parametrize("kind", ["h5", "checkpoint"])
+def test_a_loss_scaled_run_of_keras_2_goes_on_and_steps_that_were_skipped_do_not_count(kind, tmp_path):
+    tf, keras_2 = pytest.importorskip("tensorflow"), pytest.importorskip("tf_keras")
+    from lookahead_optim.tf_keras import Lookahead as Lookahead2
+
+    layers = [("hidden", 3), ("prediction", 1)]
+    old = keras_2.Sequential([keras_2.Input((4,)), *(keras_2.layers.Dense(size, name=name) for name, size in layers)])
+    inner = Lookahead2(keras_2.optimizers.legacy.Adam(0.01), 3)
+    old.compile(keras_2.mixed_precision.LossScaleOptimizer(inner, initial_scale=64.0), "mse")
+    batches = list(zip(DATA["x"], DATA["y"]))
+    old.train_on_batch(batches[0][0], np.full_like(batches[0][1], np.inf))
+    for x, y in batches[:4]:
+        old.train_on_batch(x, y)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are saving your model as an HDF5 file", UserWarning)
+        old.save(tmp_path / "old.h5")
+    tf.train.Checkpoint(model=old, optimizer=old.optimizer).write(str(tmp_path / "old"))
+
+    model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(size, name=name) for name, size in layers)])
+    lookahead = Lookahead(keras.optimizers.Adam(0.01), 3)
+    model.compile(keras.optimizers.LossScaleOptimizer(lookahead, initial_scale=64.0), "mse")
+    load_checkpoint(tmp_path / ("old.h5" if kind == "h5" else "old"), model)
+    assert [int(one.iterations) for one in (lookahead, lookahead.inner_optimizer, inner)] == [4, 5, 5]
+    for x, y in batches[4:]:
+        for one in (old, model):
+            one.train_on_batch(x, y)
+        np.testing.assert_allclose(flat(model.weights), flat(old.weights), rtol=2e-5, atol=2e-6)
 
 
 def assert_refused(error, message, path, model):

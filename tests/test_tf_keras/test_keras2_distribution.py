@@ -135,7 +135,6 @@ def test_mirrored_sparse_gradients_equal_one_device(strategy):
     assert_close(train(strategy.scope(), History(copies)), train(contextlib.nullcontext(), History()))
 
 
-@pytest.mark.xfail(reason="Keras 2's loss scaler counts the steps that it skips in `iterations`", strict=True)
 def test_mirrored_steps_that_a_loss_scaler_skips_do_not_count(strategy, monkeypatch):
     x, y = worker.data(worker.BATCH * BATCHES)
     # On both replicas: Keras lets the gradients of the first decide on a skip.

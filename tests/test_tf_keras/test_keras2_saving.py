@@ -153,20 +153,55 @@ def test_another_period_keeps_the_state(tmp_path):
     assert_same_bits(state(other), state(model))
 
 
-def test_a_loss_scalers_checkpoint_resumes_bit_for_bit(tmp_path):
-    def make():
-        inner = Lookahead(legacy.Adam(0.02), SYNC_PERIOD)
-        return keras.mixed_precision.LossScaleOptimizer(inner, initial_scale=64.0, dynamic_growth_steps=3)
+def loss_scaled(seed=0):
+    inner = Lookahead(legacy.Adam(0.02), SYNC_PERIOD)
+    scaler = keras.mixed_precision.LossScaleOptimizer(inner, initial_scale=64.0, dynamic_growth_steps=3)
+    return compiled(scaler, seed=seed)
 
-    model = fit(compiled(make()), end=4)
-    model.save_weights(tmp_path / "weights")
-    fit(model, begin=4)
-    other = compiled(make(), seed=3)
-    status = other.load_weights(tmp_path / "weights")
-    fit(other, begin=4)
-    status.assert_consumed()
+
+@pytest.mark.parametrize("skipped", [False, True], ids=["", "after a skipped step"])
+@pytest.mark.parametrize("form", ["h5", "weights", "checkpoint_built", "checkpoint_unbuilt"])
+def test_a_loss_scaled_run_resumes_bit_for_bit(tmp_path, form, skipped):
+    model = loss_scaled()
+    if skipped:
+        model.train_on_batch(resuming.data(8)[0], np.full((8, 1), np.inf))
+    resuming.save(fit(model, end=4), tmp_path / "model", form)
+    path = f"{tmp_path}/model.{form}"
+    if form == "h5":
+        other = keras.models.load_model(path)
+    else:
+        other = loss_scaled(seed=3)
+        if form == "checkpoint_built":
+            resuming.build(other)
+        status = other.load_weights(path) if form == "weights" else resuming.checkpoint_of(other).read(path)
+    for one in (model, other):
+        fit(one, begin=4)
+    if form != "h5":
+        status.assert_consumed()
     assert_same_bits(state(other), state(model))
-    assert float(other.optimizer.loss_scale) == float(model.optimizer.loss_scale) == 64.0 * 2**3
+    assert_same_bits(other.optimizer.get_weights()[-1:], [np.int64(10)])
+    # HDF5 files do not have the scale.
+    assert form == "h5" or float(other.optimizer.loss_scale) == float(model.optimizer.loss_scale) == 512.0 / 2**skipped
+
+
+@pytest.mark.parametrize("form", ["set_weights", "weights", "checkpoint_unbuilt"])
+def test_a_state_counted_by_iterations_goes_on_in_mid_cycle_under_a_loss_scaler(tmp_path, form):
+    """Such as one that TensorFlow Addons wrote."""
+    model = fit(compiled(Lookahead(legacy.Adam(0.02), SYNC_PERIOD)), end=4)
+    other, path = loss_scaled(seed=3), f"{tmp_path}/model.{form}"
+    if form == "set_weights":
+        resuming.build(other)
+        other.set_weights(model.get_weights())
+        other.optimizer.set_weights(model.optimizer.get_weights())
+    else:
+        resuming.save(model, tmp_path / "model", form)
+        status = other.load_weights(path) if form == "weights" else resuming.checkpoint_of(other).read(path)
+    for one in (model, other):
+        fit(one, begin=4)
+    if form != "set_weights":
+        status.expect_partial()
+    assert_same_bits(slow_of(other, other.optimizer.inner_optimizer), slow_of(model))
+    assert_same_bits(other.trainable_variables, model.trainable_variables)
 
 
 BUILT = pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])

@@ -2,18 +2,15 @@
 
 import contextlib
 import copy
-import math
-import numbers
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from lookahead_optim import _tensorflow
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
 from lookahead_optim._evaluation import Block
+from lookahead_optim.tf_keras._configure import checked_settings, configure, legacy_form
 from lookahead_optim.tf_keras._keras import keras
 
 __all__ = ["Lookahead"]
@@ -30,10 +27,10 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
     $$\phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.$$
 
     The slow weights are captured from the variables immediately before their first step. Steps are counted by
-    `iterations`, in which a `LossScaleOptimizer` around counts those that it skips, too: a sync that is due then is
-    left out. At a sync every variable takes part, with or without a gradient in this step; a constraint is applied to
-    the fast weight. Weights, slots and checkpoints have the names and the order that they have in TensorFlow Addons, so
-    that those written there load here.
+    `iterations`; with a `LossScaleOptimizer` around, which adds those that it skips to `iterations`, by a weight more,
+    the last one. At a sync every variable takes part, with or without a gradient in this step; a constraint is applied
+    to the fast weight. Weights, slots and checkpoints have the names and the order that they have in TensorFlow Addons,
+    so that those written there load here.
 
     A `Lookahead` may be inside another. Both count the steps of the innermost optimizer, and all weights restart from
     those that the outer one has synchronised, the inner one's slow weights too.
@@ -78,18 +75,19 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         name: str = "Lookahead",
         **kwargs: Any,
     ) -> None:
-        inner = _legacy(optimizer)
-        learning_rate, decay = _checked_settings(kwargs)
+        inner = legacy_form(optimizer)
+        learning_rate, decay = checked_settings(kwargs)
         for key in ("learning_rate", "lr", "decay"):
             kwargs.pop(key, None)
         super().__init__(name, **kwargs)
         self._set_hyper("sync_period", sync_period)
         self._set_hyper("slow_step_size", slow_step_size)
         self._optimizer = inner
-        _configure(inner, learning_rate, decay)
+        configure(inner, learning_rate, decay)
         self._track_trackable(self._optimizer, "lh_base_optimizer")
         self._fast_variables: list[Any] = []
         self._block = Block()
+        self._applied_steps: Any = None
 
     @property
     def inner_optimizer(self) -> Any:
@@ -122,9 +120,52 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         self.learning_rate = learning_rate
 
     @property
+    def iterations(self) -> Any:
+        """Variable, int64: the number of steps, those that a `LossScaleOptimizer` around skipped included."""
+        iterations = super().iterations
+        if self._applied_steps is None and getattr(self, "_is_wrapped_by_loss_scale_optimizer", False):
+
+            def initial_value(shape: Any, dtype: Any = None, **kwargs: Any) -> Any:
+                # A checkpoint without this count has been counted by `iterations`.
+                return tf.constant(iterations.numpy() if tf.executing_eagerly() else 0, dtype)
+
+            with tf.init_scope(), self._distribution_strategy_scope():
+                self._applied_steps = self.add_weight(
+                    "lookahead_step",
+                    shape=[],
+                    dtype=tf.int64,
+                    initializer=initial_value,
+                    trainable=False,
+                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+                )
+        return iterations
+
+    @iterations.setter
+    def iterations(self, variable: Any) -> None:
+        keras.optimizers.legacy.Optimizer.iterations.fset(self, variable)
+
+    @property
+    def _steps(self) -> Any:
+        """The number of steps that were applied, by which the period is counted."""
+        iterations = self.iterations
+        return iterations if self._applied_steps is None else self._applied_steps
+
+    @property
     def weights(self) -> list[Any]:
         """The step count, the slow weights and the inner optimizer's state, in this order."""
-        return self._weights + self._optimizer.weights
+        own_count = getattr(self, "_is_wrapped_by_loss_scale_optimizer", False) and self._applied_steps is not None
+        return self._weights + self._optimizer.weights + ([self._applied_steps] if own_count else [])
+
+    def set_weights(self, weights: list[Any]) -> None:
+        """Set all `weights`.
+
+        Args:
+            weights: NumPy arrays in the order of `weights`. With a `LossScaleOptimizer` around, the last one may be
+                left out, as in files of TensorFlow Addons, which counted by `iterations`.
+        """
+        if len(weights) == len(self.weights) - 1 and self.weights[-1] is self._applied_steps:
+            weights = [*weights, weights[0]]
+        super().set_weights(weights)
 
     def variables(self) -> list[Any]:
         """Return `weights`."""
@@ -160,6 +201,8 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
     def _create_slots(self, var_list: list[Any]) -> None:
         inner = self._optimizer
         inner._iterations = self.iterations
+        if isinstance(inner, Lookahead):
+            inner._applied_steps = self._applied_steps
         # In HDF5 files variables have names, and both wrappers' slots must not have the same.
         with tf.name_scope(inner._name) if isinstance(inner, Lookahead) else contextlib.nullcontext():
             inner._create_slots(var_list)
@@ -184,9 +227,12 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
 
     def _distributed_apply(self, distribution: Any, grads_and_vars: Any, apply_state: Any, name: str | None) -> Any:
         pairs = self._pairs()
-        captured = _tensorflow.capture(self.iterations, _is_first, pairs)
+        captured = _tensorflow.capture(self._steps, _is_first, pairs)
         with _after(captured):
             applied = self._optimizer._distributed_apply(distribution, grads_and_vars, apply_state, name)
+        if self._applied_steps is not None and not isinstance(self._optimizer, Lookahead):
+            with _after(applied):
+                applied = self._applied_steps.assign_add(1, read_value=False)
         with _after(applied):
             synchronized = self._synchronize(self._is_due)
         if tf.executing_eagerly():
@@ -199,19 +245,19 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         memo[id(self._block)] = Block()
         return super().__deepcopy__(memo)
 
-    def _is_due(self, iterations: Any) -> Any:
-        return tf.equal(iterations % self.sync_period, 0)
+    def _is_due(self, steps: Any) -> Any:
+        return tf.equal(steps % self.sync_period, 0)
 
     def _synchronize(self, due: Callable[[Any], Any]) -> Any:
         if not self.sync_period:
             return None
         done = _tensorflow.synchronize(
-            self.iterations, due, self._pairs(), self._get_hyper("slow_step_size"), constrain_slow=False
+            self._steps, due, self._pairs(), self._get_hyper("slow_step_size"), constrain_slow=False
         )
         inner = self._optimizer
         while isinstance(inner, Lookahead):
             with _after(done):
-                done = _tensorflow.capture(self.iterations, due, inner._pairs())
+                done = _tensorflow.capture(self._steps, due, inner._pairs())
             inner = inner._optimizer
         return done
 
@@ -229,8 +275,8 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
             RuntimeError: inside a `slow_weights()` block.
         """
         self._check_not_in_slow_weights("sync()")
-        _tensorflow.capture(self.iterations, _is_first, self._pairs())
-        self._synchronize(lambda iterations: True)
+        _tensorflow.capture(self._steps, _is_first, self._pairs())
+        self._synchronize(lambda steps: True)
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the variables again, after restoring the best weights, say.
@@ -241,7 +287,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         self._check_not_in_slow_weights("reset_slow_weights()")
         optimizer = self
         while isinstance(optimizer, Lookahead):
-            _tensorflow.capture(self.iterations, lambda iterations: True, optimizer._pairs())
+            _tensorflow.capture(self._steps, lambda steps: True, optimizer._pairs())
             optimizer = optimizer._optimizer
 
     @contextlib.contextmanager
@@ -256,15 +302,19 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         if self._block.is_open:
             yield
             return
-        _tensorflow.capture(self.iterations, _is_first, self._pairs())
+        _tensorflow.capture(self._steps, _is_first, self._pairs())
         with self._block.run(self._pairs(), tf.identity, self._count()):
             yield
 
     def _count(self) -> int:
-        return int(self.iterations.numpy())
+        return int(self._steps.numpy())
 
     def _has_slow_weights(self) -> bool:
         return bool(self._fast_variables)
+
+    def _slow_weights_were_replaced(self) -> bool:
+        """Whether others were put into the model, inside a block."""
+        return any(bool(tf.reduce_any(slow != fast)) for slow, fast, _ in self._pairs())
 
     def _leave_slow_weights(self) -> None:
         if self._block.is_open:
@@ -298,14 +348,16 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         config.pop("is_legacy_optimizer", None)
         optimizer = config.pop("optimizer")
         if isinstance(optimizer, dict):
-            # Keras registers the class under another name than a config of one inside another has.
-            custom_objects = {"Lookahead": cls, **(custom_objects or {})}
             optimizer = keras.optimizers.deserialize(optimizer, custom_objects=custom_objects)
         return cls(optimizer, **config)
 
 
-def _is_first(iterations: Any) -> Any:
-    return tf.equal(iterations, 0)
+# In the config of another optimizer, such as a `LossScaleOptimizer`, Keras leaves out the package.
+keras.utils.get_custom_objects().setdefault("Lookahead", Lookahead)
+
+
+def _is_first(steps: Any) -> Any:
+    return tf.equal(steps, 0)
 
 
 def _after(done: Any) -> Any:
@@ -324,89 +376,3 @@ def _check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:
         if len(pair) != 2 or not hasattr(pair[1], "assign"):
             raise TypeError(f"`grads_and_vars` must be pairs of gradient and variable. Received: {pair!r}")
     return pairs
-
-
-def _legacy(optimizer: Any) -> Any:
-    """Return the legacy optimizer that `optimizer` stands for."""
-    keras_3 = sys.modules.get("keras")
-    if isinstance(optimizer, getattr(getattr(keras_3, "optimizers", None), "Optimizer", ())) and not isinstance(
-        optimizer, (keras.optimizers.Optimizer, keras.optimizers.legacy.Optimizer)
-    ):
-        raise TypeError(
-            "`optimizer` must be an optimizer of Keras 2. For one of Keras 3 use `lookahead_optim.keras.Lookahead`. "
-            f"Received: optimizer={optimizer!r}"
-        )
-    if isinstance(optimizer, (str, dict)):
-        try:
-            optimizer = keras.optimizers.get(copy.deepcopy(optimizer), use_legacy_optimizer=True)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                "`optimizer` must be a Keras 2 optimizer, or a name or config of a legacy one. "
-                f"Received: optimizer={optimizer!r}"
-            ) from error
-    if not isinstance(optimizer, (keras.optimizers.Optimizer, keras.optimizers.legacy.Optimizer)):
-        raise TypeError(
-            "`optimizer` must be an instance of `keras.optimizers.legacy.Optimizer` (Keras 2), or a name or config of "
-            f"one. Received: optimizer={optimizer!r} of type {type(optimizer).__name__}"
-        )
-    if hasattr(optimizer, "loss_scale"):
-        raise ValueError(
-            "A `LossScaleOptimizer` cannot be inside `Lookahead`, as the steps that it skips must not count. Wrap the "
-            f"other way round: `LossScaleOptimizer(Lookahead(inner))`. Received: optimizer={optimizer!r}"
-        )
-    return optimizer if isinstance(optimizer, keras.optimizers.legacy.Optimizer) else _converted(optimizer)
-
-
-def _converted(optimizer: Any) -> Any:
-    """Return the legacy form of an optimizer of the newer kind."""
-    config = optimizer.get_config()
-    lost = [name for name in ("weight_decay", "use_ema") if config.get(name)]
-    legacy = getattr(keras.optimizers.legacy, type(optimizer).__name__, None)
-    if legacy is None or lost:
-        reason = f"its {' and '.join(f'`{name}`' for name in lost)} would be lost" if lost else "there is none"
-        raise ValueError(
-            "`optimizer` must have a form in `keras.optimizers.legacy`, into which it is converted. For this one "
-            f"{reason}. Received: optimizer={optimizer!r} with the config {config!r}"
-        )
-    converted = keras.__internal__.optimizers.convert_to_legacy_optimizer(optimizer)
-    rate = converted._hyper["learning_rate"]
-    if isinstance(rate, np.floating):
-        # Keras would take NumPy's number for a variable.
-        converted._hyper["learning_rate"] = float(rate)
-    return converted
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _checked_settings(settings: dict[str, Any]) -> tuple[Any, float | None]:
-    """Return the learning rate and the decay among the keywords, `None` if not given, or raise an error."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    if "lr" in given and "learning_rate" in given:
-        raise ValueError(
-            "`lr` is another name of `learning_rate`: give one of them. "
-            f"Received: lr={given['lr']!r}, learning_rate={given['learning_rate']!r}"
-        )
-    for name in ("learning_rate", "lr", "decay", "clipnorm", "clipvalue", "global_clipnorm"):
-        value = given.get(name, 0.0)
-        if name in ("learning_rate", "lr") and (callable(value) or tf.is_tensor(value)):
-            continue
-        if not _is_number(value) or not 0 <= value < math.inf:
-            other = ", a `LearningRateSchedule` or a callable" if name in ("learning_rate", "lr") else ""
-            raise (ValueError if _is_number(value) else TypeError)(
-                f"`{name}` must be a finite number >= 0{other}. Received: {name}={value!r} of type "
-                f"{type(value).__name__}"
-            )
-    return given.get("learning_rate", given.get("lr")), given.get("decay")
-
-
-def _configure(optimizer: Any, learning_rate: Any, decay: float | None) -> None:
-    """Set the learning rate and its decay on an inner optimizer."""
-    while isinstance(optimizer, Lookahead):
-        optimizer = optimizer._optimizer
-    if learning_rate is not None:
-        optimizer.learning_rate = learning_rate
-    if decay is not None:
-        optimizer._set_hyper("decay", float(decay))
-        optimizer._initial_decay = float(decay)

@@ -1,0 +1,100 @@
+"""The inner optimizer of a `Lookahead`: its legacy form, and the settings that the wrapper's arguments make on it."""
+
+import copy
+import math
+import numbers
+import sys
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from lookahead_optim.tf_keras._keras import keras
+
+__all__ = ["checked_settings", "configure", "legacy_form"]
+
+
+def legacy_form(optimizer: Any) -> Any:
+    """Return the legacy optimizer that `optimizer` stands for."""
+    keras_3 = sys.modules.get("keras")
+    if isinstance(optimizer, getattr(getattr(keras_3, "optimizers", None), "Optimizer", ())) and not isinstance(
+        optimizer, (keras.optimizers.Optimizer, keras.optimizers.legacy.Optimizer)
+    ):
+        raise TypeError(
+            "`optimizer` must be an optimizer of Keras 2. For one of Keras 3 use `lookahead_optim.keras.Lookahead`. "
+            f"Received: optimizer={optimizer!r}"
+        )
+    if isinstance(optimizer, (str, dict)):
+        try:
+            optimizer = keras.optimizers.get(copy.deepcopy(optimizer), use_legacy_optimizer=True)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                "`optimizer` must be a Keras 2 optimizer, or a name or config of a legacy one. "
+                f"Received: optimizer={optimizer!r}"
+            ) from error
+    if not isinstance(optimizer, (keras.optimizers.Optimizer, keras.optimizers.legacy.Optimizer)):
+        raise TypeError(
+            "`optimizer` must be an instance of `keras.optimizers.legacy.Optimizer` (Keras 2), or a name or config of "
+            f"one. Received: optimizer={optimizer!r} of type {type(optimizer).__name__}"
+        )
+    if hasattr(optimizer, "loss_scale"):
+        raise ValueError(
+            "A `LossScaleOptimizer` cannot be inside `Lookahead`, as the steps that it skips must not count. Wrap the "
+            f"other way round: `LossScaleOptimizer(Lookahead(inner))`. Received: optimizer={optimizer!r}"
+        )
+    return optimizer if isinstance(optimizer, keras.optimizers.legacy.Optimizer) else _converted(optimizer)
+
+
+def _converted(optimizer: Any) -> Any:
+    """Return the legacy form of an optimizer of the newer kind."""
+    config = optimizer.get_config()
+    lost = [name for name in ("weight_decay", "use_ema") if config.get(name)]
+    legacy = getattr(keras.optimizers.legacy, type(optimizer).__name__, None)
+    if legacy is None or lost:
+        reason = f"its {' and '.join(f'`{name}`' for name in lost)} would be lost" if lost else "there is none"
+        raise ValueError(
+            "`optimizer` must have a form in `keras.optimizers.legacy`, into which it is converted. For this one "
+            f"{reason}. Received: optimizer={optimizer!r} with the config {config!r}"
+        )
+    converted = keras.__internal__.optimizers.convert_to_legacy_optimizer(optimizer)
+    rate = converted._hyper["learning_rate"]
+    if isinstance(rate, np.floating):
+        # Keras would take NumPy's number for a variable.
+        converted._hyper["learning_rate"] = float(rate)
+    return converted
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def checked_settings(settings: dict[str, Any]) -> tuple[Any, float | None]:
+    """Return the learning rate and the decay among the keywords, `None` if not given, or raise an error."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if "lr" in given and "learning_rate" in given:
+        raise ValueError(
+            "`lr` is another name of `learning_rate`: give one of them. "
+            f"Received: lr={given['lr']!r}, learning_rate={given['learning_rate']!r}"
+        )
+    for name in ("learning_rate", "lr", "decay", "clipnorm", "clipvalue", "global_clipnorm"):
+        value = given.get(name, 0.0)
+        if name in ("learning_rate", "lr") and (callable(value) or tf.is_tensor(value)):
+            continue
+        if not _is_number(value) or not 0 <= value < math.inf:
+            other = ", a `LearningRateSchedule` or a callable" if name in ("learning_rate", "lr") else ""
+            raise (ValueError if _is_number(value) else TypeError)(
+                f"`{name}` must be a finite number >= 0{other}. Received: {name}={value!r} of type "
+                f"{type(value).__name__}"
+            )
+    return given.get("learning_rate", given.get("lr")), given.get("decay")
+
+
+def configure(optimizer: Any, learning_rate: Any, decay: float | None) -> None:
+    """Set the learning rate and its decay on an inner optimizer, through wrappers around it."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    if learning_rate is not None:
+        optimizer.learning_rate = learning_rate
+    if decay is not None:
+        optimizer._set_hyper("decay", float(decay))
+        optimizer._initial_decay = float(decay)
