@@ -33,13 +33,13 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
     Args:
         path: An `.h5` file that `model.save` wrote in Keras 2, or the prefix of a checkpoint (`.../ckpt`) that
             `tf.train.Checkpoint(model=model, optimizer=optimizer)` wrote, or `model.save_weights` in TensorFlow's
-            format, or the folder of a SavedModel. TensorFlow is needed to read the latter three. The model must be a
-            `Sequential` or functional one whose layers own their weights.
-        model: A Keras 3 model of the same architecture, compiled with `lookahead_optim.keras.Lookahead` around an
-            optimizer of the same class and options: `SGD`, `Adam`, `RMSprop` with momentum, `Adagrad`, `Adadelta`,
-            `Adamax` or `Ftrl`. Those of other classes (`Nadam`), and `RMSprop` without momentum, are refused, as it
-            was not shown that they go on the same in Keras 3. Under mixed precision a `LossScaleOptimizer` is around
-            it, whose scale starts anew.
+            format, or the folder of a SavedModel. TensorFlow is needed to read the latter three.
+        model: A Keras 3 model of the same architecture, `Sequential` or functional, whose layers own their weights
+            (recurrent ones may have them in their cell, for an `.h5` file). It is compiled with
+            `lookahead_optim.keras.Lookahead` around an optimizer of the same class and options: `SGD`, `Adam`,
+            `RMSprop` with momentum, `Adagrad`, `Adadelta`, `Adamax` or `Ftrl`. Those of other classes (`Nadam`), and
+            `RMSprop` without momentum, are refused, as it was not shown that they go on the same in Keras 3. Under
+            mixed precision a `LossScaleOptimizer` is around it, whose scale starts anew.
 
     Raises:
         TypeError: if `model` is not compiled with a `Lookahead`.
@@ -67,6 +67,7 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
     path = os.fspath(path)
     if not model.built:
         raise ValueError("`model` must be built: give it an `Input`, or call it once. Received: an unbuilt model")
+    _check_layers(model)
     variables = model.trainable_variables
     read = _read_h5 if path.endswith((".h5", ".hdf5")) else _read_checkpoint
     weights, iterations, state = read(path, model)
@@ -111,7 +112,25 @@ def _slots_of(inner: Any) -> Mapping[str, str]:
             f"`model` must have an inner optimizer that computes the same in Keras 2 and 3: one of {sorted(_SLOTS)}, "
             f"`RMSprop` with momentum. Received: {inner!r}"
         )
+    for option in ("use_ema", "gradient_accumulation_steps"):
+        if getattr(inner, option):
+            raise ValueError(
+                f"`model` must have an inner optimizer without `{option}`, of which Keras 2 keeps no state that fits. "
+                f"Received: {inner!r} with {option}={getattr(inner, option)!r}"
+            )
     return _SLOTS[name]
+
+
+def _check_layers(model: keras.Model) -> None:
+    """Raise `ValueError` for a layer of layers: Keras 2 and 3 list the weights of such in different orders."""
+    for layer in model.layers:
+        owners = [one for one in layer._flatten_layers() if one._trainable_variables or one._non_trainable_variables]
+        if owners not in ([], [layer]) and not (isinstance(layer, keras.layers.RNN) and len(owners) == 1):
+            raise ValueError(
+                "`model` must have layers that own their weights, not layers of layers, whose weights Keras 2 and 3 "
+                f"list in different orders. Received: the layer {layer.name!r} of type {type(layer).__name__}. Load "
+                "into a flat model of the same weights, and take them from there."
+            )
 
 
 def _arrays_of(state: Mapping[str, list[np.ndarray]], name: str, variables: list[Any]) -> list[np.ndarray]:
@@ -138,16 +157,23 @@ def _read_h5(path: str, model: keras.Model) -> tuple[list[np.ndarray], int, dict
             raise ValueError(
                 f"`path` must be a file that `model.save` wrote, with its optimizer. Received: path={path!r}"
             )
-        weights = []
+        weights: dict[str, np.ndarray] = {}
         for layer in names(file["model_weights"], "layer_names"):
             group = file["model_weights"][layer]
-            weights += [np.array(group[name]) for name in names(group, "weight_names")]
+            weights |= {name: np.array(group[name]) for name in names(group, "weight_names")}
         group = file["optimizer_weights"]
-        entries = [(name, np.array(group[name])) for name in names(group, "weight_names")]
+        entries = {name.partition(":")[0]: np.array(group[name]) for name in names(group, "weight_names")}
+    # By name: an optimizer that was restored has its weights in another order.
     state: dict[str, list[np.ndarray]] = {}
-    for name, value in entries[1:]:
-        state.setdefault(re.sub(r"(_\d+)?(:\d+)?$", "", name.rsplit("/", 1)[-1]), []).append(value)
-    return weights, int(entries[0][1]), state
+    for weight in weights:
+        slot_of = re.compile(rf"(?:.*/)?{re.escape(weight.partition(':')[0])}/(\w+?)(?:_\d+)?")
+        for name in [name for name in entries if slot_of.fullmatch(name)]:
+            state.setdefault(slot_of.fullmatch(name)[1], []).append(entries.pop(name))  # type: ignore[index]
+    others = {name.rsplit("/", 1)[-1]: value for name, value in entries.items()}
+    if "iter" not in others:
+        raise ValueError(f"`path` must be a file with the optimizer's step count. Received: path={path!r}")
+    iterations = int(others.pop("iter"))
+    return list(weights.values()), iterations, state | {name: [value] for name, value in others.items()}
 
 
 def _read_checkpoint(path: str, model: keras.Model) -> tuple[list[np.ndarray], int, dict[str, list[np.ndarray]]]:
@@ -155,20 +181,25 @@ def _read_checkpoint(path: str, model: keras.Model) -> tuple[list[np.ndarray], i
 
     if os.path.isdir(path):
         path = os.path.join(path, "variables", "variables")
-    reader = tf.train.load_checkpoint(path)
+    try:
+        reader = tf.train.load_checkpoint(path)
+    except (tf.errors.OpError, ValueError) as error:
+        raise ValueError(
+            "`path` must be an `.h5` file, a checkpoint's prefix (without `.index`), or the folder of a SavedModel. "
+            f"Received: path={path!r}, which TensorFlow cannot read as a checkpoint: {error}"
+        ) from error
     suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
     keys = {key.removesuffix(suffix) for key in reader.get_variable_to_shape_map() if key.endswith(suffix)}
-    steps = [key for key in keys if key in ("optimizer/iter", "model/optimizer/iter")]
-    if not steps:
+    prefix = "model/" if any(key.startswith("model/layer_with_weights-") for key in keys) else ""
+    wrapper = next((one for one in ("optimizer", "model/optimizer") if f"{one}/iter" in keys), None)
+    if wrapper is None:
         raise ValueError(
             "`path` must be a checkpoint of a model and its optimizer. "
             f"Received: path={path!r} with {sorted(keys)!r:.500}"
         )
-    prefix = "model/" if any(key.startswith("model/layer_with_weights-") for key in keys) else ""
     weights: list[np.ndarray] = []
     state: dict[str, list[np.ndarray]] = {}
     owners = [layer for layer in model.layers if layer.weights]
-    slot_names = sorted({key.rsplit("/", 1)[-1] for key in keys if "/.OPTIMIZER_SLOT/" in key})
     for index, layer in enumerate(owners):
         for variable in layer.weights:
             key = f"{prefix}layer_with_weights-{index}/{variable.name}"
@@ -178,11 +209,12 @@ def _read_checkpoint(path: str, model: keras.Model) -> tuple[list[np.ndarray], i
                     f"{key!r}; it has {sorted(keys)!r:.500}"
                 )
             weights.append(reader.get_tensor(key + suffix))
-            for slot in slot_names:
-                found = [one for one in keys if one.startswith(f"{key}/.OPTIMIZER_SLOT/") and one.endswith(f"/{slot}")]
-                if found:
-                    state.setdefault(slot, []).append(reader.get_tensor(found[0] + suffix))
-    applied = steps[0].replace("/iter", "/lookahead_step")
-    if applied in keys:
-        state["lookahead_step"] = [reader.get_tensor(applied + suffix)]
-    return weights, int(reader.get_tensor(steps[0] + suffix)), state
+            slots = f"{key}/.OPTIMIZER_SLOT/{wrapper}/"
+            for one in sorted(keys):
+                if one.startswith(slots):
+                    # With a wrapper in the wrapper there are two of the name "slow", which are refused as such.
+                    slot = one.removeprefix(slots).rsplit("/", 1)[-1]
+                    state.setdefault(slot, []).append(reader.get_tensor(one + suffix))
+    if f"{wrapper}/lookahead_step" in keys:
+        state["lookahead_step"] = [reader.get_tensor(f"{wrapper}/lookahead_step{suffix}")]
+    return weights, int(reader.get_tensor(f"{wrapper}/iter{suffix}")), state

@@ -1,5 +1,6 @@
 """Checkpoints that `tfa.optimizers.Lookahead` wrote, continued in Keras 3."""
 
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -87,11 +88,16 @@ def test_a_loss_scaled_run_of_keras_2_goes_on_and_steps_that_were_skipped_do_not
 
 
 def assert_refused(error, message, path, model):
-    before = [keras.ops.convert_to_numpy(one) for one in model.weights]
+    model.optimizer.build(model.trainable_variables)
+
+    def everything():
+        return [keras.ops.convert_to_numpy(one) for one in model.weights + model.optimizer.variables]
+
+    before = everything()
     with pytest.raises(error, match=message):
         load_checkpoint(path, model)
-    for variable, value in zip(model.weights, before):
-        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
+    for one, other in zip(everything(), before, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["nadam", "rmsprop"])
@@ -126,3 +132,114 @@ def test_other_models_and_files_are_refused():
     if keras.config.backend() == "tensorflow":
         checkpoint = path_of("adam", "checkpoint")
         assert_refused(ValueError, r"weights of the model's shapes.*\(4, 5\).*Received.*\(4, 3\)", checkpoint, wider)
+
+
+@pytest.mark.parametrize("option", [{"use_ema": True}, {"gradient_accumulation_steps": 2}])
+def test_inner_optimizers_with_state_that_keras_2_does_not_keep_are_refused(option):
+    model = compiled_model("adam")
+    model.compile(Lookahead(keras.optimizers.Adam(0.05, **option)), "mse")
+    assert_refused(ValueError, f"without `{next(iter(option))}`.*Received", path_of("adam", "h5"), model)
+
+
+def test_layers_of_layers_are_refused():
+    part = keras.Sequential([keras.layers.Dense(3), keras.layers.Dense(1)])
+    model = keras.Sequential([keras.Input((4,)), part])
+    model.compile(Lookahead("adam"), "mse")
+    message = f"not layers of layers.*Received: the layer '{part.name}' of type Sequential"
+    assert_refused(ValueError, message, path_of("adam", "h5"), model)
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="TensorFlow reads its own checkpoints.")
+@pytest.mark.parametrize("path", ["missing", "model.keras"])
+def test_a_path_that_is_no_checkpoint_is_refused(path, tmp_path):
+    model = compiled_model("adam")
+    if path.endswith("keras"):
+        model.save(tmp_path / path)
+    assert_refused(ValueError, "`path` must be an `.h5` file, a checkpoint's prefix", tmp_path / path, model)
+
+
+needs_keras_2 = pytest.mark.skipif(
+    keras.config.backend() != "tensorflow" or not importlib.util.find_spec("tf_keras"), reason="One backend is enough."
+)
+
+
+def old_model(layers):
+    """Return a model of Keras 2, trained with Lookahead for four batches."""
+    import tf_keras
+
+    import lookahead_optim.tf_keras
+
+    tf_keras.utils.set_random_seed(0)
+    model = tf_keras.Sequential([tf_keras.Input(DATA["x"].shape[2:]), *layers(tf_keras)])
+    model.compile(lookahead_optim.tf_keras.Lookahead(tf_keras.optimizers.legacy.Adam(0.01), 3), "mse")
+    return train(model, 0, 4)
+
+
+def new_model(layers):
+    model = keras.Sequential([keras.Input(DATA["x"].shape[2:]), *layers(keras)])
+    model.compile(Lookahead(keras.optimizers.Adam(0.01), 3), "mse")
+    return model
+
+
+def train(model, start, stop=None):
+    for x, y in list(zip(DATA["x"], DATA["y"]))[start:stop]:
+        model.train_on_batch(x, y)
+    return model
+
+
+def save_h5(model, path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are saving your model as an HDF5 file", UserWarning)
+        model.save(path)
+
+
+def frozen(layer):
+    layer.trainable = False
+    return layer
+
+
+ARCHITECTURES = {
+    # A bias before it would have gradients of rounding errors alone.
+    "batch norm": lambda keras: [
+        keras.layers.Dense(4, use_bias=False),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dense(1),
+    ],
+    "frozen": lambda keras: [keras.layers.Dense(4), frozen(keras.layers.Dense(4)), keras.layers.Dense(1)],
+    "recurrent": lambda keras: [keras.layers.Reshape((2, 2)), keras.layers.GRU(3), keras.layers.Dense(1)],
+}
+
+
+@needs_keras_2
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["h5", "checkpoint"])
+def test_other_layers_go_on_too(name, kind, tmp_path):
+    import tensorflow as tf
+
+    old, model = old_model(ARCHITECTURES[name]), new_model(ARCHITECTURES[name])
+    save_h5(old, tmp_path / "old.h5")
+    tf.train.Checkpoint(model=old, optimizer=old.optimizer).write(str(tmp_path / "old"))
+    if (name, kind) == ("recurrent", "checkpoint"):
+        assert_refused(ValueError, "a variable for each of the model's weights.*/cell/", tmp_path / "old", model)
+        return
+    load_checkpoint(tmp_path / ("old.h5" if kind == "h5" else "old"), model)
+    np.testing.assert_array_equal(flat(model.weights), flat(old.weights))
+    np.testing.assert_allclose(flat(train(model, 4).weights), flat(train(old, 4).weights), rtol=2e-5, atol=2e-6)
+
+
+@needs_keras_2
+@pytest.mark.parametrize("kind", ["h5", "checkpoint"])
+def test_two_wrappers_are_refused(kind, tmp_path):
+    import tensorflow as tf
+    import tf_keras
+
+    import lookahead_optim.tf_keras as keras2
+
+    old, model = old_model(lambda keras: [keras.layers.Dense(1)]), new_model(lambda keras: [keras.layers.Dense(1)])
+    inner = keras2.Lookahead(tf_keras.optimizers.legacy.Adam(0.01), 2)
+    old.compile(keras2.Lookahead(inner, 3), "mse")
+    train(old, 0, 4)
+    save_h5(old, tmp_path / "old.h5")
+    tf.train.Checkpoint(model=old, optimizer=old.optimizer).write(str(tmp_path / "old"))
+    path = tmp_path / ("old.h5" if kind == "h5" else "old")
+    assert_refused(ValueError, "'slow' arrays of the shapes of the model's trainable variables", path, model)

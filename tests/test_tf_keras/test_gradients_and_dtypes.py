@@ -1,5 +1,8 @@
 """Every step against the bare inner optimizer and the slow step by hand, and the slow weights on demand."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -167,6 +170,31 @@ def test_every_dtype(dtype, setting, mode):
     start = [normal(rng, shape, dtype) for shape in SHAPES]
     steps = [[normal(rng, shape, dtype) for shape in SHAPES] for _ in range(2 * SYNC_PERIOD + 1)]
     assert_lookahead(SETTINGS[setting], start, steps, mode)
+
+
+@pytest.mark.parametrize("mode", ["eager", "function"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_sync_in_half_precision_rounds_once(dtype, mode):
+    rng = np.random.default_rng(6)
+    start, gradient = normal(rng, (500,), dtype), normal(rng, (500,), dtype)
+    variable = tf.Variable(start)
+    optimizer = Lookahead(legacy.SGD(0.5), 1, SLOW_STEP_SIZE)
+    make_step(mode, optimizer, [variable])([gradient])
+    fast = tf.Variable(start)
+    legacy.SGD(0.5).apply_gradients([(gradient, fast)])
+    slow, fast = tf.cast(start, "float32"), tf.cast(fast, "float32")
+    assert_same_bits([variable], [tf.cast(slow + SLOW_STEP_SIZE * (fast - slow), dtype)])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
+@pytest.mark.parametrize("setting", ["sgd", "momentum"])
+def test_sparse_gradients_of_other_dtypes(setting, dtype):
+    rng = np.random.default_rng(7)
+    steps = [
+        [tf.IndexedSlices(normal(rng, (3, 2), dtype), tf.constant(rows), tf.constant([4, 2]))]
+        for rows in ([0, 2, 0], [3, 3, 3], [1, 2, 0], [2, 2, 1])
+    ]
+    assert_lookahead(SETTINGS[setting], [normal(rng, (4, 2), dtype)], steps)
 
 
 @pytest.mark.parametrize("mode", ["eager", "function"])
@@ -484,3 +512,28 @@ def test_without_any_step_or_switched_off_there_is_nothing_to_change():
         with one.slow_weights():
             assert_same_bits(state(variables, optimizer), before)
     assert_same_bits(state(variables, optimizer), before)
+
+
+def test_frozen_weights_stay_after_a_reset():
+    frozen, trained = tf.Variable([1.0, 2.0]), tf.Variable([3.0])
+    optimizer = Lookahead(legacy.SGD(0.1), 2)
+    optimizer.apply_gradients([(tf.constant([1.0, 1.0]), frozen), (tf.constant([1.0]), trained)])
+    frozen.assign([9.0, 9.0])
+    optimizer.reset_slow_weights()
+    for _ in range(5):
+        optimizer.apply_gradients([(tf.constant([1.0]), trained)])
+    assert_same_bits([frozen], [np.array([9.0, 9.0], "float32")])
+
+
+def test_a_model_that_is_gone_is_not_kept():
+    optimizer = Lookahead(legacy.SGD(0.1), 2)
+    variable, other = tf.Variable([1.0]), tf.Variable([2.0])
+    for one in (variable, other):
+        optimizer.apply_gradients([(tf.constant([1.0]), one)])
+    reference_to_it = weakref.ref(variable)
+    del variable, one
+    gc.collect()
+    assert reference_to_it() is None
+    optimizer.apply_gradients([(tf.constant([1.0]), other)])
+    optimizer.sync()
+    assert_same_bits([other], slots(optimizer, [other]))

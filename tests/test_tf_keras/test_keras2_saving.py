@@ -145,6 +145,64 @@ def test_loading_into_a_model_that_trained_on_replaces_its_whole_state(tmp_path,
     assert_same_bits(state(fit(model, begin=5)), never_stopped)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("form", ["weights", "checkpoint"])
+def test_slow_weights_sync_and_reset_act_after_a_restoration_before_the_first_step(tmp_path, form, name):
+    def restored():
+        other = compiled(OPTIMIZERS[name](), seed=3)
+        if form == "weights":
+            other.load_weights(tmp_path / "weights")
+        else:
+            resuming.checkpoint_of(other).read(str(tmp_path / "checkpoint"))
+        return other
+
+    model = fit(compiled(OPTIMIZERS[name]()), end=4)
+    model.save_weights(tmp_path / "weights")
+    resuming.checkpoint_of(model).write(str(tmp_path / "checkpoint"))
+    other = restored()
+    for one in (model, other):
+        with one.optimizer.slow_weights():
+            one.slow = one.get_weights()
+        one.optimizer.sync()
+    assert_same_bits(other.slow, model.slow)
+    assert_same_bits(other.weights, model.weights)
+    other = restored()
+    other.set_weights([weight + 1 for weight in other.get_weights()])
+    other.optimizer.reset_slow_weights()
+    assert_same_bits(slow_of(other), other.trainable_variables)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("form", ["weights", "checkpoint_unbuilt"])
+def test_after_a_restoration_the_weights_are_in_the_order_of_a_new_optimizer_and_hdf5_files_resume(
+    tmp_path, form, name
+):
+    model = fit(compiled(OPTIMIZERS[name]()), end=4)
+    resuming.save(model, tmp_path / "model", form)
+    other, path = compiled(OPTIMIZERS[name](), seed=3), f"{tmp_path}/model.{form}"
+    other.load_weights(path) if form == "weights" else resuming.checkpoint_of(other).read(path)
+    for one in (model, other):
+        fit(one, begin=4, end=5)
+    assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
+    resuming.save(other, tmp_path / "again", "h5")
+    again = keras.models.load_model(tmp_path / "again.h5")
+    assert_same_bits(state(fit(again, begin=5)), state(fit(model, begin=5)))
+
+
+@pytest.mark.parametrize("setting", ["Nadam", "Ftrl", "Adagrad", "Adadelta", "Adamax"])
+def test_the_order_after_a_restoration_is_that_of_every_inner_optimizer(tmp_path, setting):
+    def make(seed):
+        return compiled(Lookahead(getattr(legacy, setting)(0.02), 3), seed=seed)
+
+    model = fit(make(0), end=4)
+    model.save_weights(tmp_path / "weights")
+    other = make(3)
+    other.load_weights(tmp_path / "weights")
+    for one in (model, other):
+        fit(one, begin=4, end=5)
+    assert_same_bits(other.optimizer.get_weights(), model.optimizer.get_weights())
+
+
 def test_another_period_keeps_the_state(tmp_path):
     model = fit(compiled(Lookahead(legacy.Adam(0.02), 3)), end=4)
     model.save_weights(tmp_path / "weights")

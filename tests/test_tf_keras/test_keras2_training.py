@@ -139,20 +139,29 @@ def test_several_steps_per_execution_are_single_steps():
     assert_same_bits(state(models[0]), state(models[1]))
 
 
-def test_learning_rate_scheduler_sets_the_rate_of_the_inner_optimizer():
+def loss_scaled(optimizer):
+    return LossScaleOptimizer(optimizer, dynamic=False, initial_scale=64.0)
+
+
+SCALED = pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, loss_scaled], ids=["", "loss_scaled"])
+
+
+@SCALED
+def test_learning_rate_scheduler_sets_the_rate_of_the_inner_optimizer(wrap):
     def callbacks():
         return [keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.05 * 0.5**epoch)]
 
-    model, _ = assert_lookahead(momentum, epochs=3, callbacks=callbacks)
-    assert float(model.optimizer.inner_optimizer.learning_rate) == np.float32(0.0125)
+    model, _ = assert_lookahead(momentum, wrap=wrap, epochs=3, callbacks=callbacks)
+    assert float(unscaled(model.optimizer).inner_optimizer.learning_rate) == np.float32(0.0125)
 
 
-def test_reduce_lr_on_plateau_lowers_the_rate_of_the_inner_optimizer():
+@SCALED
+def test_reduce_lr_on_plateau_lowers_the_rate_of_the_inner_optimizer(wrap):
     def callbacks():
         return [keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=0, min_delta=100.0)]
 
-    model, _ = assert_lookahead(momentum, epochs=3, callbacks=callbacks)
-    assert float(model.optimizer.inner_optimizer.learning_rate) == np.float32(0.0125)
+    model, _ = assert_lookahead(momentum, wrap=wrap, epochs=3, callbacks=callbacks)
+    assert float(unscaled(model.optimizer).inner_optimizer.learning_rate) == np.float32(0.0125)
 
 
 def test_a_schedule_counts_the_steps():
@@ -183,9 +192,7 @@ def test_steps_that_a_dynamic_loss_scaler_skips_do_not_count(mode):
 
 
 def test_a_fixed_loss_scale_changes_nothing_but_rounding():
-    model, _ = assert_lookahead(
-        momentum, wrap=lambda optimizer: LossScaleOptimizer(optimizer, dynamic=False, initial_scale=64.0)
-    )
+    model, _ = assert_lookahead(momentum, wrap=loss_scaled)
     other = mlp()
     train(other, Lookahead(momentum(), 3, 0.3))
     assert_same_bits(model.weights, other.weights)

@@ -105,6 +105,22 @@ def test_a_learning_rate_is_set_on_the_inner_optimizer(name, inner):
         np.testing.assert_array_equal(variable, start - 0.125 * gradient)
 
 
+def test_a_learning_rate_may_be_a_number_of_numpy():
+    for optimizer in (
+        Lookahead("sgd", learning_rate=np.float32(0.25)),
+        Lookahead(legacy.SGD(np.float32(0.25)), learning_rate=0.5),
+    ):
+        optimizer.lr = 0.125
+        for variable, start, gradient in zip(train(optimizer, 1), START, GRADIENTS):
+            np.testing.assert_array_equal(variable, start - 0.125 * gradient)
+
+
+@pytest.mark.parametrize("settings", [{"decay": 0.5}, {"learning_rate": ExponentialDecay(0.5, 1, 0.5)}])
+def test_nadam_keeps_its_own_schedule(settings):
+    with pytest.raises(ValueError, match=r"`Nadam` has a schedule of its own.*Received: learning_rate="):
+        Lookahead("nadam", **settings)
+
+
 @pytest.mark.parametrize("name", ["lr", "learning_rate"])
 def test_a_learning_rate_may_be_a_schedule_or_a_callable(name):
     schedule = ExponentialDecay(0.5, 1, 0.5)

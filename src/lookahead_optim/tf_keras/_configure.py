@@ -42,7 +42,11 @@ def legacy_form(optimizer: Any) -> Any:
             "A `LossScaleOptimizer` cannot be inside `Lookahead`, as the steps that it skips must not count. Wrap the "
             f"other way round: `LossScaleOptimizer(Lookahead(inner))`. Received: optimizer={optimizer!r}"
         )
-    return optimizer if isinstance(optimizer, keras.optimizers.legacy.Optimizer) else _converted(optimizer)
+    legacy = optimizer if isinstance(optimizer, keras.optimizers.legacy.Optimizer) else _converted(optimizer)
+    if isinstance(legacy._hyper.get("learning_rate"), np.floating):
+        # Keras would take NumPy's number for a variable.
+        legacy._hyper["learning_rate"] = float(legacy._hyper["learning_rate"])
+    return legacy
 
 
 def _converted(optimizer: Any) -> Any:
@@ -56,12 +60,7 @@ def _converted(optimizer: Any) -> Any:
             "`optimizer` must have a form in `keras.optimizers.legacy`, into which it is converted. For this one "
             f"{reason}. Received: optimizer={optimizer!r} with the config {config!r}"
         )
-    converted = keras.__internal__.optimizers.convert_to_legacy_optimizer(optimizer)
-    rate = converted._hyper["learning_rate"]
-    if isinstance(rate, np.floating):
-        # Keras would take NumPy's number for a variable.
-        converted._hyper["learning_rate"] = float(rate)
-    return converted
+    return keras.__internal__.optimizers.convert_to_legacy_optimizer(optimizer)
 
 
 def _is_number(value: Any) -> bool:
@@ -93,8 +92,13 @@ def configure(optimizer: Any, learning_rate: Any, decay: float | None) -> None:
     """Set the learning rate and its decay on an inner optimizer, through wrappers around it."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
+    if isinstance(optimizer, keras.optimizers.legacy.Nadam) and (decay is not None or callable(learning_rate)):
+        raise ValueError(
+            "`Nadam` has a schedule of its own: with it, `decay` must not be given, and `learning_rate` must be a "
+            f"number. Received: learning_rate={learning_rate!r}, decay={decay!r}"
+        )
     if learning_rate is not None:
-        optimizer.learning_rate = learning_rate
+        optimizer.learning_rate = float(learning_rate) if _is_number(learning_rate) else learning_rate
     if decay is not None:
         optimizer._set_hyper("decay", float(decay))
         optimizer._initial_decay = float(decay)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -85,7 +86,11 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         self._optimizer = inner
         configure(inner, learning_rate, decay)
         self._track_trackable(self._optimizer, "lh_base_optimizer")
-        self._fast_variables: list[Any] = []
+        # Variables by id: those that have a slow weight, and those whose slots are in their places in `weights`, not
+        # just restored. As in other optimizers, a model that is gone is not kept.
+        self._fast_variables: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._complete: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._placed: list[Any] = []
         self._block = Block()
         self._applied_steps: Any = None
 
@@ -203,16 +208,36 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         inner._iterations = self.iterations
         if isinstance(inner, Lookahead):
             inner._applied_steps = self._applied_steps
-        # In HDF5 files variables have names, and both wrappers' slots must not have the same.
-        with tf.name_scope(inner._name) if isinstance(inner, Lookahead) else contextlib.nullcontext():
+        if all(id(variable) in self._complete for variable in var_list):
+            return
+        with contextlib.nullcontext() if isinstance(inner, Lookahead) else _appended(inner, self._placed):
             inner._create_slots(var_list)
         if self.sync_period:
-            known = {id(variable) for variable in self._fast_variables}
-            for variable in var_list:
-                # In a graph of TensorFlow 1 the variable need not have its value yet; the first step captures it.
-                self.add_slot(variable, "slow", initializer=variable if tf.executing_eagerly() else "zeros")
-                if id(variable) not in known:
-                    self._fast_variables.append(variable)
+            with _appended(self, self._placed):
+                for variable in var_list:
+                    # In a graph of TensorFlow 1 it need not have its value yet; the first step captures it.
+                    self.add_slot(variable, "slow", initializer=variable if tf.executing_eagerly() else "zeros")
+        self._complete.update({id(variable): variable for variable in var_list})
+
+    def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros", shape: Any = None) -> Any:
+        """Return the slot of a variable, a new one if there is none.
+
+        Args:
+            var: The variable.
+            slot_name: Name of the slot; `"slow"` is that of the slow weights.
+            initializer: Initializer, or initial value, of a new slot. Defaults to `"zeros"`.
+            shape: Shape of a new slot. Defaults to that of the variable.
+        """
+        depth, inner = 0, self._optimizer
+        while isinstance(inner, Lookahead):
+            depth, inner = depth + 1, inner._optimizer
+        # In HDF5 files variables have names, and the slots of two wrappers must not have the same.
+        with tf.name_scope(f"{self._name}_{depth}") if depth else contextlib.nullcontext():
+            slot = super().add_slot(var, slot_name, initializer, shape)
+        if slot_name == "slow":
+            # Slots that are restored come here before the first step, too.
+            self._fast_variables.setdefault(id(var), var)
+        return slot
 
     def _prepare(self, var_list: list[Any]) -> Any:
         return self._optimizer._prepare(var_list)
@@ -241,7 +266,8 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # The copy has slots for the same variables, as that of every legacy optimizer.
-        memo[id(self._fast_variables)] = list(self._fast_variables)
+        for variables in (self._fast_variables, self._complete):
+            memo[id(variables)] = copy.copy(variables)
         memo[id(self._block)] = Block()
         return super().__deepcopy__(memo)
 
@@ -264,7 +290,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
     def _pairs(self) -> list[_tensorflow.Pair]:
         return [
             _tensorflow.Pair(self.get_slot(fast, "slow"), fast, fast.constraint)
-            for fast in self._fast_variables
+            for fast in self._fast_variables.values()
             if self.sync_period
         ]
 
@@ -272,8 +298,9 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
 
         Raises:
-            RuntimeError: inside a `slow_weights()` block.
+            RuntimeError: inside a `slow_weights()` block, or in a graph of TensorFlow 1.
         """
+        self._check_eager("sync()")
         self._check_not_in_slow_weights("sync()")
         _tensorflow.capture(self._steps, _is_first, self._pairs())
         self._synchronize(lambda steps: True)
@@ -282,8 +309,9 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         """Capture the slow weights from the variables again, after restoring the best weights, say.
 
         Raises:
-            RuntimeError: inside a `slow_weights()` block.
+            RuntimeError: inside a `slow_weights()` block, or in a graph of TensorFlow 1.
         """
+        self._check_eager("reset_slow_weights()")
         self._check_not_in_slow_weights("reset_slow_weights()")
         optimizer = self
         while isinstance(optimizer, Lookahead):
@@ -298,7 +326,11 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         memory of one more set of weights. A block inside a block changes nothing. Training in one is refused; a step
         that was compiled before does not notice the block, and what it does is lost at its end. A model saved in the
         block has the slow weights; training that goes on from such a file starts from them.
+
+        Raises:
+            RuntimeError: in a graph of TensorFlow 1.
         """
+        self._check_eager("slow_weights()")
         if self._block.is_open:
             yield
             return
@@ -319,6 +351,13 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
     def _leave_slow_weights(self) -> None:
         if self._block.is_open:
             self._block.leave(self._count())
+
+    def _check_eager(self, caller: str) -> None:
+        if not tf.compat.v1.executing_eagerly_outside_functions():
+            raise RuntimeError(
+                f"`{caller}` needs eager execution. Received: a call in a graph of TensorFlow 1. Training works there; "
+                f"for `{caller}` load the weights in a program without `tf.compat.v1.disable_eager_execution()`."
+            )
 
     def _check_not_in_slow_weights(self, caller: str) -> None:
         if self._block.is_open:
@@ -354,6 +393,38 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
 
 # In the config of another optimizer, such as a `LossScaleOptimizer`, Keras leaves out the package.
 keras.utils.get_custom_objects().setdefault("Lookahead", Lookahead)
+
+
+@contextlib.contextmanager
+def _appended(optimizer: Any, placed: list[Any]) -> Iterator[None]:
+    """Context manager in which `optimizer` creates slots, that leaves `_weights` as if none had been restored.
+
+    Slots that a checkpoint restores come into being in the order of the checkpoint, and before the step count. But in
+    HDF5 files and `set_weights` weights have no other name than their place. `placed` are slots that keep theirs; those
+    that are created here join them.
+    """
+    created: dict[int, Any] = {}
+    add_slot = optimizer.add_slot
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        slot = add_slot(*args, **kwargs)
+        created[id(slot)] = slot
+        return slot
+
+    optimizer.add_slot = recording
+    try:
+        yield
+    finally:
+        del optimizer.add_slot
+    restored = {id(slot) for slots in optimizer._slots.values() for slot in slots.values()} - set(map(id, placed))
+    others = [one for one in optimizer._weights if id(one) not in created]
+    optimizer._weights = [
+        *(one for one in others if one is optimizer._iterations),
+        *(one for one in others if one is not optimizer._iterations and id(one) not in restored),
+        *created.values(),
+        *(one for one in others if id(one) in restored),
+    ]
+    placed += created.values()
 
 
 def _is_first(steps: Any) -> Any:
