@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest test-tf215 lint types docs bench clean
+.PHONY: help setup demo test test-lowest test-tf215 lint types docs bench bench-quick bench-report clean
 PYTHON ?= python3
 BACKENDS := tensorflow jax torch
 DEV := .venv/bin/
@@ -88,10 +88,18 @@ docs: .venv/.installed  ## Build the documentation into docs/_build.
 	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@
 
-bench: .venv/.installed .venv-peers/.installed  ## Measure what Lookahead adds to an optimizer step.
-	$(DEV)python benchmarks/step.py $(ARGS)
-	.venv-peers/bin/python benchmarks/torch_step.py $(ARGS)
-	$(DEV)python benchmarks/optax_step.py $(ARGS)
+.venv-tf215/.tfa-installed: .venv-tf215/.installed
+	.venv-tf215/bin/python -m pip install --quiet --group tfa
+	touch $@
+
+bench: .venv/.installed .venv-peers/.installed .venv-tf215/.tfa-installed  ## Measure what Lookahead adds to a step, beside its peers.
+	$(DEV)python benchmarks/run.py $(ARGS)
+
+bench-quick: .venv/.installed  ## See in two minutes that the benchmarks run, with what is installed.
+	$(DEV)python benchmarks/run.py --quick $(ARGS)
+
+bench-report: .venv/.installed  ## Make the tables and plots of the docs from RESULTS, a file in benchmarks/results.
+	$(DEV)python benchmarks/report.py $(RESULTS) docs/benchmarks
 
 clean:  ## Remove the environments and everything built.
 	rm -rf .venv .venv-demo .venv-lowest .venv-tf215 .venv-peers docs/_build build dist demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -16,6 +16,7 @@ class Pair(NamedTuple):
     constraint: Callable[[Any], Any] | None
 
 
+@tf.autograph.experimental.do_not_convert
 def _when(steps: Any, due: Callable[[Any], Any], pairs: Sequence[Pair], update: Callable[..., list[Any]]) -> Any:
     """Call `update(slow, fast, constraint, true)` for every pair if `due(steps)`; return a tensor to wait for.
 
@@ -54,6 +55,7 @@ def _when(steps: Any, due: Callable[[Any], Any], pairs: Sequence[Pair], update: 
 def capture(steps: Any, due: Callable[[Any], Any], pairs: Sequence[Pair]) -> Any:
     """Set every slow weight to its fast one if `due(steps)`."""
 
+    @tf.autograph.experimental.do_not_convert
     def update(slow: Any, fast: Any, constraint: Any, true: Any) -> list[Any]:
         old = tf.identity(slow)
         captured = slow.assign(fast, read_value=False)
@@ -74,6 +76,7 @@ def synchronize(
 ) -> Any:
     """Move the slow weights towards the fast ones and restart these from there, if `due(steps)`."""
 
+    @tf.autograph.experimental.do_not_convert
     def update(slow: Any, fast: Any, constraint: Any, true: Any) -> list[Any]:
         if isinstance(slow_step_size, float) and slow_step_size == 1:
             new = tf.identity(fast)

@@ -1,0 +1,98 @@
+"""What is measured: the modes, the cases of each, and the limit of a case."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+SHAPES = {"10 x 1024²": (10, 1024), "400 x 32²": (400, 32)}  # name: (weights, side)
+# Arrays that a bare step reads and writes.
+ARRAYS = {"SGD": 3, "momentum": 5, "Adam": 7}
+MODELS = ("transformer", "ResNet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A front end in one way to run it.
+
+    Args:
+        module: Module of `programs` that makes its programs.
+        environments: Environments in which it runs, which the Makefile makes; the first one that was made is taken.
+        backend: Backend of Keras, if it needs Keras.
+        trains: Whether whole training steps are measured in it.
+        scales: Whether growth with the number and the size of weights is measured in it.
+    """
+
+    module: str
+    environments: tuple[str, ...] = (".venv",)
+    backend: str | None = None
+    trains: bool = False
+    scales: bool = False
+
+
+WITH_PEERS = (".venv-peers", ".venv")
+MODES = {
+    "Keras, TensorFlow eager": Mode("of_keras", backend="tensorflow"),
+    "Keras, TensorFlow graph": Mode("of_keras", backend="tensorflow", scales=True),
+    "Keras, TensorFlow XLA": Mode("of_keras", backend="tensorflow", trains=True),
+    "Keras, JAX": Mode("of_keras", backend="jax", trains=True, scales=True),
+    "Keras, PyTorch": Mode("of_keras", backend="torch", trains=True, scales=True),
+    "tf_keras, graph": Mode("of_tf_keras", trains=True, scales=True),
+    "tf.keras 2.15, graph": Mode("of_tf_keras", (".venv-tf215",)),
+    "PyTorch, foreach": Mode("of_torch", WITH_PEERS, trains=True, scales=True),
+    "PyTorch, fused": Mode("of_torch", WITH_PEERS),
+    "PyTorch, compiled": Mode("of_torch", WITH_PEERS),
+    "Optax": Mode("of_optax", backend="jax", trains=True, scales=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Args:
+        kind: `"step"`, `"training"`, `"memory"` or `"scaling"`.
+        mode: A key of `MODES`.
+        inner: A key of `ARRAYS`.
+        weights: Number of weights, for all kinds but `"training"`.
+        side: They are square, of this side.
+        model: One of `MODELS`, for `"training"`.
+        period: The sync period.
+        cycles: Cycles to time.
+    """
+
+    kind: str
+    mode: str
+    inner: str
+    weights: int = 0
+    side: int = 0
+    model: str = ""
+    period: int = 6
+    cycles: int = 20
+
+
+def full() -> Iterator[Case]:
+    """Return the cases of the whole suite."""
+    for mode, inner, period in itertools.product(MODES, ARRAYS, (1, 5, 6, 20)):
+        # Between 48 and 160 steps of each program.
+        yield Case("step", mode, inner, *SHAPES["10 x 1024²"], period=period, cycles=max(8, 60 // period))
+    for mode, inner in itertools.product(MODES, ARRAYS):
+        yield Case("step", mode, inner, *SHAPES["400 x 32²"], cycles=10)
+    for mode, model, inner in itertools.product(MODES, MODELS, ("SGD", "Adam")):
+        if MODES[mode].trains:
+            yield Case("training", mode, inner, model=model, cycles=10)
+    for mode in MODES:
+        yield Case("memory", mode, "SGD", 10, 1024)
+    for mode in MODES:
+        if MODES[mode].scales:
+            for parameters in (10**4, 10**5, 10**6, 10**7, 10**8):
+                yield Case("scaling", mode, "SGD", 10, round((parameters / 10) ** 0.5), cycles=8)
+            for weights in (1, 10, 100, 1000, 10_000):
+                yield Case("scaling", mode, "SGD", weights, 32, cycles=8)
+
+
+def quick() -> Iterator[Case]:
+    """Return one small case for each mode."""
+    for mode in MODES:
+        yield Case("step", mode, "SGD", 4, 256, cycles=4)
+    yield Case("training", "PyTorch, foreach", "Adam", model="transformer", cycles=4)
+    yield Case("memory", "PyTorch, foreach", "SGD", 10, 1024)

@@ -1,0 +1,97 @@
+"""Programs of Keras 3, on its three backends."""
+
+import keras
+import models
+import numpy as np
+from timing import Program
+
+from lookahead_optim.keras import Lookahead
+
+INNER = {
+    "SGD": lambda: keras.optimizers.SGD(1e-3),
+    "momentum": lambda: keras.optimizers.SGD(1e-3, momentum=0.9),
+    "Adam": lambda: keras.optimizers.Adam(1e-3),
+}
+
+
+def versions():
+    """Return the packages whose versions matter."""
+    return ["keras", keras.config.backend()]
+
+
+def optimizers(case):
+    """Return functions that make the optimizers to compare, by name; the bare one comes first."""
+    return {"bare": INNER[case.inner], "lookahead-optim": lambda: Lookahead(INNER[case.inner](), case.period)}
+
+
+def step_program(case, make):
+    """Return the program of the optimizer's step alone."""
+    rng = np.random.default_rng(0)
+    shape = (case.weights, case.side, case.side)
+    weights = [keras.Variable(value) for value in rng.normal(size=shape).astype("float32")]
+    gradients = [keras.ops.convert_to_tensor(value) for value in rng.normal(size=shape).astype("float32")]
+    optimizer = make()
+    optimizer.build(weights)
+    if keras.config.backend() == "jax":
+        return _jax_program(optimizer, weights, gradients)
+    if keras.config.backend() == "torch":
+        import torch
+
+        def step():
+            with torch.no_grad():
+                optimizer.apply(gradients, weights)
+
+        return Program(step, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+    import tensorflow as tf
+
+    def apply():
+        optimizer.apply(gradients, weights)
+
+    def wait():
+        return weights[0].numpy()
+
+    if case.mode.endswith("eager"):
+        return Program(apply, wait)
+    traced = tf.function(apply, jit_compile=case.mode.endswith("XLA"))
+    return Program(traced, wait, lambda: operations(traced))
+
+
+def operations(traced):
+    """Return the operations in a TensorFlow graph, those of its functions (the bodies of loops, say) included."""
+    graph = traced.get_concrete_function().graph.as_graph_def()
+    return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
+
+
+def _jax_program(optimizer, weights, gradients):
+    import jax
+
+    state = [weight.value for weight in weights], [variable.value for variable in optimizer.variables]
+    jitted = jax.jit(
+        lambda state, gradients: optimizer.stateless_apply(state[1], gradients, state[0]), donate_argnums=0
+    )
+    return jax_program(jitted, state, gradients)
+
+
+def jax_program(jitted, state, gradients):
+    """Return the program of a jitted function of state and gradients that returns the next state."""
+    import jax
+
+    compiled = jitted.lower(state, gradients).compile()
+
+    def step():
+        nonlocal state
+        state = compiled(state, gradients)
+
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(
+        step,
+        lambda: jax.block_until_ready(state),
+        lambda: compiled.as_text().count(" = "),
+        (held + memory.temp_size_in_bytes, memory.temp_size_in_bytes),
+    )
+
+
+def training_program(case, make):
+    """Return the program of `fit`, two cycles a call."""
+    return models.fit_program(keras, case, make())

@@ -1,0 +1,57 @@
+"""Programs of Keras 2: the package `tf_keras`, or the Keras of TensorFlow 2.15, there beside TensorFlow Addons."""
+
+import importlib.util
+
+import models
+import numpy as np
+import tensorflow as tf
+from timing import Program
+
+from lookahead_optim.tf_keras import Lookahead
+from lookahead_optim.tf_keras._keras import keras
+
+INNER = {
+    "SGD": lambda: keras.optimizers.legacy.SGD(1e-3),
+    "momentum": lambda: keras.optimizers.legacy.SGD(1e-3, momentum=0.9),
+    "Adam": lambda: keras.optimizers.legacy.Adam(1e-3),
+}
+
+
+def versions():
+    """Return the packages whose versions matter."""
+    return ["tensorflow", "keras" if keras is getattr(tf, "keras", None) else "tf_keras", "tensorflow_addons"]
+
+
+def optimizers(case):
+    """Return functions that make the optimizers to compare, by name; the bare one comes first."""
+    made = {"bare": INNER[case.inner], "lookahead-optim": lambda: Lookahead(INNER[case.inner](), case.period)}
+    if importlib.util.find_spec("tensorflow_addons"):
+        import tensorflow_addons
+
+        addons = tensorflow_addons.optimizers.Lookahead
+        made["tensorflow_addons"] = lambda: addons(INNER[case.inner](), case.period, 0.5)
+    return made
+
+
+def step_program(case, make):
+    """Return the program of the optimizer's step alone."""
+    rng = np.random.default_rng(0)
+    shape = (case.weights, case.side, case.side)
+    weights = [tf.Variable(value) for value in rng.normal(size=shape).astype("float32")]
+    gradients = [tf.constant(value) for value in rng.normal(size=shape).astype("float32")]
+    optimizer = make()
+
+    @tf.function
+    def step():
+        optimizer.apply_gradients(zip(gradients, weights))
+
+    def size():
+        graph = step.get_concrete_function().graph.as_graph_def()
+        return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
+
+    return Program(step, lambda: weights[0].numpy(), size)
+
+
+def training_program(case, make):
+    """Return the program of `fit`, two cycles a call."""
+    return models.fit_program(keras, case, make())

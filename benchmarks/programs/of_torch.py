@@ -1,0 +1,82 @@
+"""Programs of PyTorch, and its peers. Peers that are not installed are left out."""
+
+import importlib.metadata
+import importlib.util
+
+import models
+import torch
+from timing import Program
+
+from lookahead_optim.torch import Lookahead
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PEERS = ("timm", "pytorch_optimizer", "torch_optimizer")
+
+
+def versions():
+    """Return the packages whose versions matter."""
+    return ["torch", *PEERS]
+
+
+def inner_optimizer(case, weights):
+    options = {"fused": True} if case.mode.endswith("fused") else {"foreach": True}
+    if case.inner == "Adam":
+        return torch.optim.AdamW(weights, 1e-3, **options)
+    return torch.optim.SGD(weights, 1e-3, momentum=0.9 if case.inner == "momentum" else 0, **options)
+
+
+def _peer(name):
+    if name != "timm":
+        return importlib.import_module(name).Lookahead
+    # The module alone: the package needs torchvision, of which there is no build for every PyTorch.
+    path = importlib.metadata.distribution("timm").locate_file("timm/optim/lookahead.py")
+    spec = importlib.util.spec_from_file_location("timm_lookahead", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Lookahead
+
+
+def optimizers(case):
+    """Return functions of the weights that make the optimizers to compare, by name; the bare one comes first."""
+    made = {
+        "bare": lambda weights: inner_optimizer(case, weights),
+        "lookahead-optim": lambda weights: Lookahead(inner_optimizer(case, weights), case.period),
+    }
+    if case.mode.endswith("compiled"):
+        return made
+    for name in PEERS:
+        try:
+            peer = _peer(name)
+        except ImportError:  # `PackageNotFoundError` is one.
+            continue
+        made[name] = lambda weights, peer=peer: peer(inner_optimizer(case, weights), k=case.period, alpha=0.5)
+    return made
+
+
+def wait():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_program(case, make):
+    """Return the program of the optimizer's step alone."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    shape = (case.side, case.side)
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator, device=DEVICE)) for _ in range(case.weights)]
+    for weight in weights:
+        weight.grad = torch.randn(shape, generator=generator, device=DEVICE)
+    optimizer = make(weights)
+    return Program(torch.compile(optimizer.step) if case.mode.endswith("compiled") else optimizer.step, wait)
+
+
+def training_program(case, make):
+    """Return the program of a training loop."""
+    model, x, y = models.of_torch(case.model, DEVICE)
+    optimizer = make(list(model.parameters()))
+
+    def step():
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+        optimizer.step()
+
+    return Program(step, wait)

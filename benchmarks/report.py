@@ -1,0 +1,284 @@
+"""Tables and plots from the results that `run.py` wrote, and from nothing else.
+
+python benchmarks/report.py benchmarks/results/NAME.json docs/benchmarks
+"""
+
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from cases import ARRAYS, MODES, SHAPES
+from rich.console import Console
+from rich.table import Table
+from timing import limit, quartiles, ratios
+
+OURS = "lookahead-optim"
+
+
+def of_kind(run, kind):
+    """Return the results of one kind that have figures."""
+    return [one for one in run["results"] if one["case"]["kind"] == kind and "result" in one]
+
+
+def ratio_of(result, name):
+    """Return the quartiles of a program's ratio to the bare one."""
+    return quartiles(ratios(result[name]["seconds"], result["bare"]["seconds"]))
+
+
+def shown(figures):
+    low, median, high = figures
+    return f"{median:.2f} ({low:.2f}-{high:.2f})"
+
+
+def what(case):
+    return case["model"] or f"{case['weights']} x {case['side']}²"
+
+
+def step_rows(run, kind="step"):
+    """Return header and rows of the table of steps: one row for each program that wraps."""
+    rows = []
+    for one in of_kind(run, kind):
+        case, result = one["case"], one["result"]
+        bare = statistics.median(result["bare"]["seconds"]) * 1e3
+        bound = f"{limit(ARRAYS[case['inner']], case['period']):.2f}" if case["side"] >= 1024 else "-"
+        for name in result:
+            if name != "bare":
+                row = [case["mode"], case["inner"], what(case), str(case["period"]), f"{bare:.2f}", bound]
+                rows.append([*row, name, shown(ratio_of(result, name))])
+    return ["mode", "inner", "weights", "period", "bare, ms", "limit", "program", "over bare"], rows
+
+
+def print_table(run):
+    """Print the steps and the training steps of a run."""
+    for kind, title in (("step", "Optimizer step"), ("training", "Training step")):
+        header, rows = step_rows(run, kind)
+        if rows:
+            table = Table(*header, title=f"{title}: median over bare, quartiles in brackets")
+            for row in rows:
+                table.add_row(*row)
+            Console(width=None if Console().is_terminal else 160).print(table)
+
+
+def markdown(header, rows):
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]) + "\n"
+
+
+def wide_steps(run, shape, period):
+    """Return the table of one shape and period: modes and programs down, inner optimizers across."""
+    weights, side = SHAPES[shape]
+    figures = {}
+    for one in of_kind(run, "step"):
+        case = one["case"]
+        if (case["weights"], case["side"], case["period"]) == (weights, side, period):
+            for name in one["result"]:
+                if name != "bare":
+                    figures.setdefault((case["mode"], name), {})[case["inner"]] = shown(ratio_of(one["result"], name))
+    rows = [[*key, *(by_inner.get(inner, "") for inner in ARRAYS)] for key, by_inner in figures.items()]
+    if side >= 1024:
+        rows.insert(0, ["limit of a separate sync", "", *(f"{limit(one, period):.2f}" for one in ARRAYS.values())])
+    return markdown(["mode", "program", *ARRAYS], rows)
+
+
+def memory(run):
+    """Return the table of memory, in copies of the weights more than the bare optimizer."""
+    planned = {
+        one["case"]["mode"]: one["result"]
+        for one in of_kind(run, "step")
+        if (one["case"]["weights"], one["case"]["inner"], one["case"]["period"]) == (10, "SGD", 6)
+    }
+    rows = []
+    for one in of_kind(run, "memory"):
+        case, result = one["case"], one["result"]
+        copy = case["weights"] * case["side"] ** 2 * 4
+        for name in result:
+            if name == "bare":
+                continue
+            row = [f"{(result[name][moment] - result['bare'][moment]) / copy:.2f}" for moment in ("steady", "peak")]
+            plans = [planned.get(case["mode"], {}).get(program, {}).get("bytes_planned") for program in ("bare", name)]
+            for index in (0, 1):
+                row.append(f"{(plans[1][index] - plans[0][index]) / copy:.2f}" if all(plans) else "-")
+            rows.append([case["mode"], name, *row])
+    return markdown(["mode", "program", "steady", "peak", "planned by the compiler", "of it temporary"], rows)
+
+
+def graphs(run):
+    """Return the table of first calls and graph sizes."""
+    rows = []
+    for one in of_kind(run, "step"):
+        case, result = one["case"], one["result"]
+        if (case["weights"], case["inner"], case["period"]) == (400, "Adam", 6):
+            bare = result["bare"]
+            for name, figures in result.items():
+                size = str(figures["graph_size"] or "-")
+                rows.append([case["mode"], name, f"{figures['first_call']:.2f}", size])
+                if bare["graph_size"]:
+                    rows[-1][-1] += f" ({figures['graph_size'] / bare['graph_size']:.2f})"
+    return markdown(["mode", "program", "first call, s", "operations (over bare)"], rows)
+
+
+def extra_seconds(result):
+    """Return what a step takes longer than the bare one, in seconds, at the median."""
+    ours, bare = (result[name]["seconds"] for name in (OURS, "bare"))
+    return statistics.median(one - other for one, other in zip(ours, bare))
+
+
+def scaling_points(run, mode):
+    """Return points (x, seconds a step more) for numbers of parameters, and for numbers of weights."""
+    by_size, by_number = [], []
+    for one in of_kind(run, "scaling"):
+        case = one["case"]
+        if case["mode"] == mode:
+            if case["side"] == 32:
+                by_number.append((case["weights"], extra_seconds(one["result"])))
+            else:
+                by_size.append((case["weights"] * case["side"] ** 2, extra_seconds(one["result"])))
+    return by_size, by_number
+
+
+def exponent(points):
+    """Return the slope of the least-squares line through the logarithms, of those points that have one."""
+    points = [(math.log(x), math.log(y)) for x, y in points if y > 0]
+    if len(points) < 2:
+        return None
+    return statistics.linear_regression(*zip(*points)).slope
+
+
+def scaling(run):
+    """Return the table of growth."""
+    rows = []
+    for mode in MODES:
+        by_size, by_number = scaling_points(run, mode)
+        if not by_size:
+            continue
+        large = [point for point in by_size if point[0] >= 10**6]
+        slope, largest = exponent(large), large[-1] if large else None
+        row = [mode, f"{slope:.2f}" if slope is not None else "-"]
+        row.append(f"{largest[1] / largest[0] * 1e9:.3f}" if largest else "-")
+        most = [point for point in by_number if point[0] >= 100]
+        slope = exponent(most)
+        row.append(f"{slope:.2f}" if slope is not None else "-")
+        row.append(f"{most[-1][1] / most[-1][0] * 1e6:.2f} (at {most[-1][0]:,})" if most else "-")
+        rows.append(row)
+    header = ["mode", "exponent, parameters", "ns a parameter", "exponent, weights", "µs a weight"]
+    return markdown(header, rows)
+
+
+def failures(run):
+    """Return the cases without a figure, and why."""
+    rows = [
+        [one["case"]["mode"], one["case"]["kind"], one["case"]["inner"], what(one["case"]), one["failed"]]
+        for one in run["results"]
+        if "failed" in one
+    ]
+    return markdown(["mode", "kind", "inner", "weights", "why"], rows) if rows else "None.\n"
+
+
+def about(run):
+    """Return the sentences on the machine and the versions."""
+    machine, versions = run["machine"], {}
+    for one in run["results"]:
+        versions |= one.get("versions", {}) if "2.15" not in one["case"]["mode"] else {}
+    old = next((one["versions"] for one in run["results"] if "2.15" in one["case"]["mode"] and "versions" in one), {})
+    text = (
+        f"Measured on {run['date']} with `{run['command']}`: {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['system']}, Python {machine['python']}, accelerator: {machine['accelerator']}, allocator: "
+        f"{machine['allocator']}. Versions: {', '.join(f'{name} {one}' for name, one in sorted(versions.items()))}"
+    )
+    if old:
+        text += f"; for tf.keras 2.15: {', '.join(f'{name} {one}' for name, one in sorted(old.items()))}"
+    return text + ".\n"
+
+
+def plot_steps(run, path):
+    """Draw the ratios at period 6: a panel for each shape and inner optimizer, quartiles as bars."""
+    from matplotlib.figure import Figure
+
+    inners = ("SGD", "Adam")
+    figure = Figure(figsize=(11, 10), layout="constrained")
+    panels = figure.subplots(len(SHAPES), len(inners), squeeze=False)
+    for (row, shape), (column, inner) in itertools.product(enumerate(SHAPES), enumerate(inners)):
+        axes, (weights, side) = panels[row][column], SHAPES[shape]
+        labels = []
+        for one in of_kind(run, "step"):
+            case = one["case"]
+            if (case["weights"], case["side"], case["inner"], case["period"]) != (weights, side, inner, 6):
+                continue
+            for name in one["result"]:
+                if name == "bare":
+                    continue
+                low, median, high = ratio_of(one["result"], name)
+                mine = name.startswith(OURS)
+                axes.plot([low, high], [len(labels)] * 2, color="C0" if mine else "C1", linewidth=1)
+                axes.plot(median, len(labels), "o" if mine else "s", color="C0" if mine else "C1", markersize=4)
+                form = "" if name == OURS else f": {name.removeprefix(OURS + ', ')}"
+                labels.append(case["mode"] + form)
+        axes.set_yticks(range(len(labels)), labels, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xscale("log", base=2)
+        ticks = [1, 1.1, 1.25, 1.5, 2, 3, 5]
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+        axes.axvline(1, color="0.7", linewidth=0.8)
+        if side >= 1024:
+            axes.axvline(limit(ARRAYS[inner], 6), color="C2", linestyle="--", linewidth=1)
+        axes.set_title(f"{inner}, {shape}", fontsize=9)
+        axes.set_xlabel("step over bare, period 6", fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def plot_scaling(run, path):
+    """Draw the seconds that a step takes longer, against parameters and against weights."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for mode in MODES:
+        for axes, points in zip((left, right), scaling_points(run, mode)):
+            # A difference can be below zero where noise is larger than it is.
+            points = [(x, y) for x, y in points if y > 0]
+            if points:
+                axes.loglog(*zip(*points), "o-", markersize=3, linewidth=1, label=mode)
+    left.set(xlabel="parameters, in ten weights", ylabel="seconds a step more than bare")
+    right.set(xlabel="weights of 32 x 32", ylabel="seconds a step more than bare")
+    if left.lines:
+        left.legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def write(run, folder):
+    """Write all tables and plots into a folder."""
+    import matplotlib as mpl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "about": about(run),
+        "large": wide_steps(run, "10 x 1024²", 6),
+        "small": wide_steps(run, "400 x 32²", 6),
+        "every_step": markdown(*step_rows(run)),
+        "training": markdown(*step_rows(run, "training")),
+        "memory": memory(run),
+        "graphs": graphs(run),
+        "scaling": scaling(run),
+        "failures": failures(run),
+    }
+    for name, text in tables.items():
+        (folder / f"{name}.md").write_text(text)
+    with mpl.rc_context({"svg.hashsalt": "lookahead-optim"}):
+        plot_steps(run, folder / "steps.svg")
+        plot_scaling(run, folder / "scaling.svg")
+
+
+def main(
+    results: Annotated[Path, typer.Argument(help="A JSON file that `run.py` wrote.", exists=True)],
+    folder: Annotated[Path, typer.Argument(help="Where to write Markdown tables and SVG plots.")],
+) -> None:
+    """Make tables and plots of results."""
+    write(json.loads(results.read_text()), folder)
+
+
+if __name__ == "__main__":
+    typer.run(main)

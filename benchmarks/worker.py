@@ -1,0 +1,96 @@
+"""Measures cases of one mode in this process: reads them as JSON from standard input, prints one line for each.
+
+python worker.py MODULE            times programs in turn
+python worker.py MODULE PROGRAM    runs one program alone, and reads the memory of the process
+"""
+
+import gc
+import importlib
+import importlib.metadata
+import json
+import sys
+import time
+from pathlib import Path
+
+from cases import Case
+from timing import in_turn, timed
+
+
+def measure(programs, case):
+    """Return what a case gives: seconds per step for each cycle, seconds of the first call, sizes, by program."""
+    kind = programs.training_program if case.kind == "training" else programs.step_program
+    made, first = {}, {}
+    optimizers = programs.optimizers(case)
+    if case.kind == "scaling":
+        optimizers = {name: make for name, make in optimizers.items() if name in ("bare", "lookahead-optim")}
+    # What the framework does once in a process is no part of the first call.
+    timed(kind(case, optimizers["bare"]), 1)
+    for name, make in optimizers.items():
+        start = time.perf_counter()
+        made[name] = kind(case, make)
+        timed(made[name], 1)
+        first[name] = time.perf_counter() - start
+    calls = 1 if made["bare"].steps > 1 else case.period
+    times = in_turn(made, calls, case.cycles)
+    return {
+        name: {
+            "seconds": times[name],
+            "first_call": first[name],
+            "graph_size": program.size() if program.size else None,
+            "bytes_planned": program.bytes_planned,
+        }
+        for name, program in made.items()
+    }
+
+
+def memory_of(programs, case, name):
+    """Return bytes that the process holds after a cycle, and the most that it held during further ones."""
+    program = programs.step_program(case, programs.optimizers(case)[name])
+    timed(program, 2 * case.period)
+    gc.collect()
+    # Begins a new peak.
+    Path("/proc/self/clear_refs").write_text("5")
+    timed(program, 2 * case.period)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {"steady": _bytes(status["VmRSS"]), "peak": _bytes(status["VmHWM"])}
+
+
+def _bytes(kibibytes):
+    return int(kibibytes.split()[0]) * 1024
+
+
+def installed(names):
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def threads():
+    """Return the numbers of threads of the numeric libraries that are loaded and say so."""
+    return {"torch": sys.modules["torch"].get_num_threads()} if "torch" in sys.modules else {}
+
+
+def main(module, name=None):
+    """Measure the cases on standard input."""
+    programs = importlib.import_module(f"programs.{module}")
+    about = {"versions": installed(programs.versions()), "threads": threads()}
+    for line in sys.stdin:
+        case = Case(**json.loads(line))
+        if name:
+            result = memory_of(programs, case, name)
+        elif case.kind == "memory":
+            result = list(programs.optimizers(case))
+        else:
+            result = measure(programs, case)
+            gc.collect()
+        # Frameworks print, too.
+        print("\nRESULT " + json.dumps({"result": result, **about}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
