@@ -44,7 +44,7 @@ endef
 
 test: .venv/.installed  ## Run all tests.
 	@failed=; \
-	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py docs/*.md \
+	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py docs/*.md \
 	    $(addprefix src/lookahead_optim/,torch optax tf_keras) || failed="package"; \
 	$(call run-native-tests,$(DEV)python,,tests/test_optax tests/test_tf_keras); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md)

@@ -17,6 +17,14 @@ from rich.table import Table
 from timing import limit, quartiles, ratios
 
 OURS = "lookahead-optim"
+# What a peer does otherwise, so that its time is not that of the same work.
+NOTES = {
+    "timm": "the first sync only captures; weights without a gradient are left out",
+    "pytorch_optimizer": "weights without a gradient are left out",
+    "torch_optimizer": "syncs at steps 1, k + 1, 2k + 1",
+    "tensorflow_addons": "weights without a gradient are left out",
+    "optax": "pairs of parameters in place of parameters",
+}
 
 
 def of_kind(run, kind):
@@ -44,7 +52,7 @@ def step_rows(run, kind="step"):
     for one in of_kind(run, kind):
         case, result = one["case"], one["result"]
         bare = statistics.median(result["bare"]["seconds"]) * 1e3
-        bound = f"{limit(ARRAYS[case['inner']], case['period']):.2f}" if case["side"] >= 1024 else "-"
+        bound = "-" if kind == "training" else f"{limit(ARRAYS[case['inner']], case['period']):.2f}"
         for name in result:
             if name != "bare":
                 row = [case["mode"], case["inner"], what(case), str(case["period"]), f"{bare:.2f}", bound]
@@ -77,10 +85,10 @@ def wide_steps(run, shape, period):
             for name in one["result"]:
                 if name != "bare":
                     figures.setdefault((case["mode"], name), {})[case["inner"]] = shown(ratio_of(one["result"], name))
-    rows = [[*key, *(by_inner.get(inner, "") for inner in ARRAYS)] for key, by_inner in figures.items()]
-    if side >= 1024:
-        rows.insert(0, ["limit of a separate sync", "", *(f"{limit(one, period):.2f}" for one in ARRAYS.values())])
-    return markdown(["mode", "program", *ARRAYS], rows)
+    rows = [["limit of a separate sync", "", *(f"{limit(one, period):.2f}" for one in ARRAYS.values()), ""]]
+    for (mode, name), by_inner in figures.items():
+        rows.append([mode, name, *(by_inner.get(inner, "") for inner in ARRAYS), NOTES.get(name, "")])
+    return markdown(["mode", "program", *ARRAYS, "differs"], rows)
 
 
 def memory(run):
@@ -134,9 +142,9 @@ def scaling_points(run, mode):
         if case["mode"] == mode:
             if case["side"] == 32:
                 by_number.append((case["weights"], extra_seconds(one["result"])))
-            else:
+            if case["weights"] == 10:
                 by_size.append((case["weights"] * case["side"] ** 2, extra_seconds(one["result"])))
-    return by_size, by_number
+    return sorted(by_size), sorted(by_number)
 
 
 def exponent(points):
@@ -185,12 +193,15 @@ def about(run):
     old = next((one["versions"] for one in run["results"] if "2.15" in one["case"]["mode"] and "versions" in one), {})
     text = (
         f"Measured on {run['date']} with `{run['command']}`: {machine['processor']}, {machine['cores']} cores, "
-        f"{machine['system']}, Python {machine['python']}, accelerator: {machine['accelerator']}, allocator: "
-        f"{machine['allocator']}. Versions: {', '.join(f'{name} {one}' for name, one in sorted(versions.items()))}"
+        f"{machine['system'].split('-')[0]}, Python {machine['python']}, accelerator: {machine['accelerator']}, "
+        f"allocator: {machine['allocator']}. "
+        f"Versions: {', '.join(f'{name} {one}' for name, one in sorted(versions.items()))}"
     )
     if old:
         text += f"; for tf.keras 2.15: {', '.join(f'{name} {one}' for name, one in sorted(old.items()))}"
-    return text + ".\n"
+    threads = {name: count for one in run["results"] for name, count in one.get("threads", {}).items()}
+    text += f". Threads: {', '.join(f'{name} {count}' for name, count in threads.items())}" if threads else ""
+    return text + "; otherwise as many as the framework takes by itself.\n"
 
 
 def plot_steps(run, path):

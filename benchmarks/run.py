@@ -5,12 +5,14 @@ measured in turn, one whole cycle at a time. Everything measured goes to one JSO
 plots of such files.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -40,8 +42,16 @@ def machine():
         "system": platform.platform(),
         "python": platform.python_version(),
         "allocator": preloaded or "the system's",
-        "accelerator": "none",
+        "accelerator": accelerator(),
     }
+
+
+def accelerator():
+    """Return the names of NVIDIA's devices, or "none"."""
+    if shutil.which("nvidia-smi") is None:
+        return "none"
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "none"
 
 
 def interpreter(mode):
@@ -73,11 +83,9 @@ def ask(mode, asked, *arguments):
         for number, case in enumerate(asked):
             timer = threading.Timer(TIMEOUT, process.kill)
             timer.start()
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(dataclasses.asdict(case)) + "\n")
                 process.stdin.flush()
-            except BrokenPipeError:
-                pass
             lines = iter(process.stdout.readline, "")
             answer = next((line for line in lines if line.startswith("RESULT ")), None)
             late = not timer.is_alive()
@@ -93,6 +101,10 @@ def ask(mode, asked, *arguments):
     finally:
         process.kill()
         process.wait()
+        reader.join()
+        for pipe in (process.stdout, process.stderr, process.stdin):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
 
 def measure(case):

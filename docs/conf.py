@@ -9,4 +9,5 @@ myst_heading_anchors = 2
 autodoc_member_order = "bysource"
 html_theme = "furo"
 html_title = f"lookahead-optim {release}"
-exclude_patterns = ["_build"]
+# Parts of the page on benchmarks.
+exclude_patterns = ["_build", "benchmarks"]

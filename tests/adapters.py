@@ -1,10 +1,6 @@
 """Adapters by which the front ends join the conformance suite.
 
-An adapter is a class with the constructor `(weights, inner, settings, sync_period, slow_step_size)`, the class methods
-`bare(weights, inner, settings)` and `nested(weights, inner, settings, periods, slow_step_sizes)`, innermost first, and
-the methods used below. Arrays are NumPy's, copied in and out. `oracle_settings` make the oracle's inner optimizers
-like the framework's; `without_gradient` returns what stands for a gradient that is missing. Where a sync is not
-`exact`, it ends one rounding beside the slow weights that it computes.
+Arrays are NumPy's, copied in and out.
 
 With `KERAS_BACKEND` set, that of Keras 3 joins, as it has one backend per process; otherwise all others do that are
 installed.
@@ -22,6 +18,59 @@ import numpy as np
 ADAPTERS = []
 
 
+class Adapter:
+    """A training run of a few weights with a front end: made by the constructor, `bare` or `nested`, innermost first.
+
+    `oracle_settings` make the oracle's inner optimizers like the framework's. Where a sync is not `exact`, it ends one
+    rounding beside the slow weights that it computes. What is here suits the optimizers of Keras.
+    """
+
+    oracle_settings: ClassVar = {}
+    exact = True
+
+    def __init__(self, weights, inner, settings, sync_period, slow_step_size):
+        self._start(weights, inner, settings, [(sync_period, slow_step_size)])
+
+    @classmethod
+    def bare(cls, weights, inner, settings):
+        return cls.nested(weights, inner, settings, [], [])
+
+    @classmethod
+    def nested(cls, weights, inner, settings, periods, slow_step_sizes):
+        run = cls.__new__(cls)
+        run._start(weights, inner, settings, zip(periods, slow_step_sizes))
+        return run
+
+    def _start(self, weights, inner, settings, wrappers):
+        self.set_weights(weights)
+        self.optimizer = self.make_inner(inner, settings)
+        for period, step_size in wrappers:
+            self.optimizer = self.lookahead(self.optimizer, period, step_size)
+        self.build()
+
+    @staticmethod
+    def without_gradient(gradient):
+        """Return what stands for a gradient that is missing."""
+        return
+
+    def load_fast(self, weights):
+        for variable, weight in zip(self.variables, weights):
+            variable.assign(weight)
+
+    def save(self):
+        return self.fast(), self.optimizer.get_weights()
+
+    def load(self, saved):
+        self.load_fast(saved[0])
+        self.optimizer.set_weights(saved[1])
+
+    def sync(self):
+        self.optimizer.sync()
+
+    def reset_slow_weights(self):
+        self.optimizer.reset_slow_weights()
+
+
 def _joins(framework):
     return "KERAS_BACKEND" not in os.environ and importlib.util.find_spec(framework) is not None
 
@@ -31,39 +80,17 @@ if "KERAS_BACKEND" in os.environ:
 
     import lookahead_optim.keras
 
-    def _inner(name, settings):
-        return (keras.optimizers.Adam if name == "adam" else keras.optimizers.SGD)(**settings)
+    class Keras(Adapter):
+        lookahead = lookahead_optim.keras.Lookahead
 
-    class Keras:
-        oracle_settings: ClassVar = {}
-        exact = True
-
-        @staticmethod
-        def without_gradient(gradient):
-            return None
-
-        def __init__(self, weights, inner, settings, sync_period, slow_step_size):
-            self._start(weights, lookahead_optim.keras.Lookahead(_inner(inner, settings), sync_period, slow_step_size))
-
-        def _start(self, weights, optimizer):
+        def set_weights(self, weights):
             self.variables = [keras.Variable(weight) for weight in weights]
-            self.optimizer = optimizer
+
+        def make_inner(self, name, settings):
+            return (keras.optimizers.Adam if name == "adam" else keras.optimizers.SGD)(**settings)
+
+        def build(self):
             self.optimizer.build(self.variables)
-
-        @classmethod
-        def bare(cls, weights, inner, settings):
-            run = cls.__new__(cls)
-            run._start(weights, _inner(inner, settings))
-            return run
-
-        @classmethod
-        def nested(cls, weights, inner, settings, periods, slow_step_sizes):
-            optimizer = _inner(inner, settings)
-            for period, step_size in zip(periods, slow_step_sizes):
-                optimizer = lookahead_optim.keras.Lookahead(optimizer, period, step_size)
-            run = cls.__new__(cls)
-            run._start(weights, optimizer)
-            return run
 
         def apply(self, gradients):
             tensors = [None if one is None else keras.ops.convert_to_tensor(one) for one in gradients]
@@ -77,23 +104,6 @@ if "KERAS_BACKEND" in os.environ:
         def slow(self):
             return [np.array(keras.ops.convert_to_numpy(one.value)) for one in self.optimizer.slow_variables]
 
-        def load_fast(self, weights):
-            for variable, weight in zip(self.variables, weights):
-                variable.assign(weight)
-
-        def save(self):
-            return self.fast(), self.optimizer.get_weights()
-
-        def load(self, saved):
-            self.load_fast(saved[0])
-            self.optimizer.set_weights(saved[1])
-
-        def sync(self):
-            self.optimizer.sync()
-
-        def reset_slow_weights(self):
-            self.optimizer.reset_slow_weights()
-
     ADAPTERS.append(Keras)
 
 if _joins("torch"):
@@ -101,41 +111,20 @@ if _joins("torch"):
 
     import lookahead_optim.torch
 
-    def _inner_optimizer(parameters, name, settings):
-        names = {"learning_rate": "lr", "epsilon": "eps"}
-        settings = {names.get(key, key): value for key, value in settings.items()}
-        return (torch.optim.Adam if name == "adam" else torch.optim.SGD)(parameters, **settings)
-
-    class Torch:
+    class Torch(Adapter):
         oracle_settings: ClassVar = {"adam": {"pytorch": True}}
-        exact = True
+        lookahead = lookahead_optim.torch.Lookahead
 
-        @staticmethod
-        def without_gradient(gradient):
-            return None
-
-        def __init__(self, weights, inner, settings, sync_period, slow_step_size):
-            self._start(weights)
-            self.optimizer = lookahead_optim.torch.Lookahead(
-                _inner_optimizer(self.parameters, inner, settings), sync_period, slow_step_size
-            )
-
-        def _start(self, weights):
+        def set_weights(self, weights):
             self.parameters = [torch.nn.Parameter(torch.tensor(weight)) for weight in weights]
 
-        @classmethod
-        def bare(cls, weights, inner, settings):
-            run = cls.__new__(cls)
-            run._start(weights)
-            run.optimizer = _inner_optimizer(run.parameters, inner, settings)
-            return run
+        def make_inner(self, name, settings):
+            names = {"learning_rate": "lr", "epsilon": "eps"}
+            settings = {names.get(key, key): value for key, value in settings.items()}
+            return (torch.optim.Adam if name == "adam" else torch.optim.SGD)(self.parameters, **settings)
 
-        @classmethod
-        def nested(cls, weights, inner, settings, periods, slow_step_sizes):
-            run = cls.bare(weights, inner, settings)
-            for period, step_size in zip(periods, slow_step_sizes):
-                run.optimizer = lookahead_optim.torch.Lookahead(run.optimizer, period, step_size)
-            return run
+        def build(self):
+            pass
 
         def apply(self, gradients):
             for parameter, gradient in zip(self.parameters, gradients):
@@ -163,12 +152,6 @@ if _joins("torch"):
             self.load_fast(saved[0])
             self.optimizer.load_state_dict(saved[1])
 
-        def sync(self):
-            self.optimizer.sync()
-
-        def reset_slow_weights(self):
-            self.optimizer.reset_slow_weights()
-
     ADAPTERS.append(Torch)
 
 if _joins("optax"):
@@ -178,43 +161,29 @@ if _joins("optax"):
 
     import lookahead_optim.optax
 
-    def _inner_transformation(name, settings):
-        settings = dict(settings)
-        if name == "adam":
-            settings["eps"] = settings.pop("epsilon")
-        return (optax.adam if name == "adam" else optax.sgd)(**settings)
-
-    class Optax:
+    class Optax(Adapter):
         oracle_settings: ClassVar = {"adam": {"pytorch": True}}
         exact = False
+        lookahead = staticmethod(lookahead_optim.optax.lookahead)
 
         @staticmethod
         def without_gradient(gradient):
             return np.zeros_like(gradient)
 
-        def __init__(self, weights, inner, settings, sync_period, slow_step_size):
-            inner = _inner_transformation(inner, settings)
-            self._start(weights, lookahead_optim.optax.lookahead(inner, sync_period, slow_step_size))
-
-        def _start(self, weights, optimizer):
+        def set_weights(self, weights):
             self.params = [jnp.array(weight) for weight in weights]
-            self.state = optimizer.init(self.params)
-            self._update = jax.jit(optimizer.update)
 
-        @classmethod
-        def bare(cls, weights, inner, settings):
-            run = cls.__new__(cls)
-            run._start(weights, _inner_transformation(inner, settings))
-            return run
+        load_fast = set_weights
 
-        @classmethod
-        def nested(cls, weights, inner, settings, periods, slow_step_sizes):
-            optimizer = _inner_transformation(inner, settings)
-            for period, step_size in zip(periods, slow_step_sizes):
-                optimizer = lookahead_optim.optax.lookahead(optimizer, period, step_size)
-            run = cls.__new__(cls)
-            run._start(weights, optimizer)
-            return run
+        def make_inner(self, name, settings):
+            settings = dict(settings)
+            if name == "adam":
+                settings["eps"] = settings.pop("epsilon")
+            return (optax.adam if name == "adam" else optax.sgd)(**settings)
+
+        def build(self):
+            self.state = self.optimizer.init(self.params)
+            self._update = jax.jit(self.optimizer.update)
 
         def apply(self, gradients):
             updates, self.state = self._update(gradients, self.state, self.params)
@@ -225,9 +194,6 @@ if _joins("optax"):
 
         def slow(self):
             return [np.array(one) for one in lookahead_optim.optax.slow_params(self.state, self.params)]
-
-        def load_fast(self, weights):
-            self.params = [jnp.array(weight) for weight in weights]
 
         def save(self):
             return self.fast(), jax.tree.map(np.array, self.state)
@@ -247,18 +213,16 @@ if _joins("optax"):
 
         exact = True
 
-        def _start(self, weights, optimizer):
-            super()._start(weights, optimizer)
-            self._step = jax.jit(
-                getattr(optimizer, "apply_gradients", lambda *args: _apply_gradients(optimizer, *args))
-            )
+        def build(self):
+            super().build()
+            self._step = jax.jit(getattr(self.optimizer, "apply_gradients", self._apply_updates))
+
+        def _apply_updates(self, gradients, state, params):
+            updates, state = self.optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
 
         def apply(self, gradients):
             self.params, self.state = self._step(gradients, self.state, self.params)
-
-    def _apply_gradients(optimizer, gradients, state, params):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
 
     ADAPTERS += [Optax, OptaxApplyGradients]
 
@@ -269,41 +233,18 @@ if _joins("tf_keras") or (_joins("tensorflow") and importlib.metadata.version("t
     import lookahead_optim.tf_keras
     from lookahead_optim.tf_keras._keras import keras as keras_2
 
-    def _legacy_optimizer(name, settings):
-        optimizers = keras_2.optimizers.legacy
-        return (optimizers.Adam if name == "adam" else optimizers.SGD)(**settings)
+    class TfKeras(Adapter):
+        lookahead = lookahead_optim.tf_keras.Lookahead
 
-    class TfKeras:
-        oracle_settings: ClassVar = {}
-        exact = True
-
-        @staticmethod
-        def without_gradient(gradient):
-            return None
-
-        def __init__(self, weights, inner, settings, sync_period, slow_step_size):
-            inner = _legacy_optimizer(inner, settings)
-            self._start(weights, lookahead_optim.tf_keras.Lookahead(inner, sync_period, slow_step_size))
-
-        def _start(self, weights, optimizer):
+        def set_weights(self, weights):
             self.variables = [tf.Variable(weight) for weight in weights]
-            self.optimizer = optimizer
+
+        def make_inner(self, name, settings):
+            optimizers = keras_2.optimizers.legacy
+            return (optimizers.Adam if name == "adam" else optimizers.SGD)(**settings)
+
+        def build(self):
             self.optimizer._create_all_weights(self.variables)
-
-        @classmethod
-        def bare(cls, weights, inner, settings):
-            run = cls.__new__(cls)
-            run._start(weights, _legacy_optimizer(inner, settings))
-            return run
-
-        @classmethod
-        def nested(cls, weights, inner, settings, periods, slow_step_sizes):
-            optimizer = _legacy_optimizer(inner, settings)
-            for period, step_size in zip(periods, slow_step_sizes):
-                optimizer = lookahead_optim.tf_keras.Lookahead(optimizer, period, step_size)
-            run = cls.__new__(cls)
-            run._start(weights, optimizer)
-            return run
 
         def apply(self, gradients):
             tensors = [None if one is None else tf.constant(one) for one in gradients]
@@ -314,22 +255,5 @@ if _joins("tf_keras") or (_joins("tensorflow") and importlib.metadata.version("t
 
         def slow(self):
             return [self.optimizer.get_slot(one, "slow").numpy() for one in self.variables]
-
-        def load_fast(self, weights):
-            for variable, weight in zip(self.variables, weights):
-                variable.assign(weight)
-
-        def save(self):
-            return self.fast(), self.optimizer.get_weights()
-
-        def load(self, saved):
-            self.load_fast(saved[0])
-            self.optimizer.set_weights(saved[1])
-
-        def sync(self):
-            self.optimizer.sync()
-
-        def reset_slow_weights(self):
-            self.optimizer.reset_slow_weights()
 
     ADAPTERS.append(TfKeras)

@@ -525,6 +525,20 @@ def test_frozen_weights_stay_after_a_reset():
     assert_same_bits([frozen], [np.array([9.0, 9.0], "float32")])
 
 
+@pytest.mark.parametrize("wrap", [lambda one: one, lambda one: Lookahead(one, 100)], ids=["single", "inner"])
+def test_a_period_set_after_the_first_steps_takes_the_weights_as_they_are_then(wrap):
+    switched = Lookahead(legacy.SGD(0.1), 0)
+    optimizer, variable = wrap(switched), tf.Variable([1.0])
+    path = []
+    for t in range(5):
+        if t == 2:
+            switched.sync_period = 2
+        optimizer.apply_gradients([(tf.constant([1.0]), variable)])
+        path.append(float(variable[0]))
+    # The third step begins at .8, the fourth is one of a sync.
+    np.testing.assert_allclose(path, [0.9, 0.8, 0.7, 0.7, 0.6], rtol=1e-6)
+
+
 def test_a_model_that_is_gone_is_not_kept():
     optimizer = Lookahead(legacy.SGD(0.1), 2)
     variable, other = tf.Variable([1.0]), tf.Variable([2.0])

@@ -208,12 +208,11 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         inner._iterations = self.iterations
         if isinstance(inner, Lookahead):
             inner._applied_steps = self._applied_steps
-        if all(id(variable) in self._complete for variable in var_list):
-            return
-        with contextlib.nullcontext() if isinstance(inner, Lookahead) else _appended(inner, self._placed):
+        complete = all(id(variable) in self._complete for variable in var_list)
+        with contextlib.nullcontext() if complete or isinstance(inner, Lookahead) else _appended(inner, self._placed):
             inner._create_slots(var_list)
         if self.sync_period:
-            with _appended(self, self._placed):
+            with contextlib.nullcontext() if complete else _appended(self, self._placed):
                 for variable in var_list:
                     # In a graph of TensorFlow 1 it need not have its value yet; the first step captures it.
                     self.add_slot(variable, "slow", initializer=variable if tf.executing_eagerly() else "zeros")

@@ -1,0 +1,74 @@
+"""The benchmark suite measures in turn, tells what failed, and makes the docs' tables of its results alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import report  # noqa: E402
+import run  # noqa: E402
+from cases import MODES, Case, full, quick  # noqa: E402
+from timing import Program, in_turn, limit, quartiles, ratios  # noqa: E402
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("20*.json"))[-1]
+
+
+def test_programs_run_in_turn_one_cycle_at_a_time_and_are_waited_for():
+    calls = []
+    programs = {
+        name: Program(lambda name=name: calls.append(name), lambda name=name: calls.append(f"wait for {name}"))
+        for name in ("bare", "wrapped")
+    }
+    times = in_turn(programs, calls=3, cycles=2, warm_up=1)
+    turn = ["bare"] * 3 + ["wait for bare"] + ["wrapped"] * 3 + ["wait for wrapped"]
+    assert calls == turn * 3
+    assert {name: len(seconds) for name, seconds in times.items()} == {"bare": 2, "wrapped": 2}
+
+
+def test_times_are_seconds_a_step(monkeypatch):
+    clock = iter(range(0, 1000, 12))
+    monkeypatch.setattr("timing.time.perf_counter", lambda: next(clock))
+    # Every cycle takes twelve seconds, for three calls of two steps each.
+    assert in_turn({"bare": Program(lambda: None, steps=2)}, calls=3, cycles=2) == {"bare": [2.0, 2.0]}
+
+
+def test_ratios_are_of_the_same_turn_and_the_limit_is_that_of_the_bytes():
+    assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (1.5, 3.0, 4.5)
+    assert round(limit(3, 6), 2) == 1.22
+    assert round(limit(7, 6), 2) == 1.10
+    assert limit(3, 6, fused=True) == 1 + 2 / 18
+
+
+def test_growth_is_fitted_in_logarithms():
+    assert report.exponent([(10, 3.0), (100, 30.0), (1000, 300.0)]) == pytest.approx(1.0)
+    assert report.exponent([(10, 3.0), (100, 300.0), (1000, -1.0)]) == pytest.approx(2.0)
+    assert report.exponent([(10, 3.0)]) is None
+
+
+@pytest.mark.parametrize("cases", [full, quick])
+def test_every_mode_has_a_case_and_no_case_comes_twice(cases):
+    listed = list(cases())
+    assert {case.mode for case in listed if case.kind == "step"} == set(MODES)
+    assert len(set(listed)) == len(listed)
+
+
+def test_a_case_that_fails_says_why_and_the_next_one_runs():
+    good = Case("step", "Optax", "SGD", weights=2, side=4, cycles=4)
+    bad = Case("step", "Optax", "unknown", weights=2, side=4, cycles=4)
+    failed, passed = run.ask("Optax", [bad, good])
+    assert "KeyError: 'unknown'" in failed["failed"]
+    assert {len(program["seconds"]) for program in passed["result"].values()} == {4}
+    assert passed["versions"].keys() == {"optax", "jax"}
+
+
+def test_the_tables_of_the_docs_are_made_of_the_committed_results(tmp_path):
+    report.write(json.loads(RESULTS.read_text()), tmp_path)
+    for table in tmp_path.glob("*.md"):
+        assert (ROOT / "docs" / "benchmarks" / table.name).read_text() == table.read_text(), table.name
+    plots = [{one.name for one in folder.glob("*.svg")} for folder in (tmp_path, ROOT / "docs" / "benchmarks")]
+    assert plots[0] == plots[1]
