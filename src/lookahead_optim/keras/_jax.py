@@ -8,7 +8,7 @@ __all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synch
 
 
 def _when(iterations, due, pairs, update):
-    """Assign `update(slow, fast, constraint)`, a new `(slow, fast)`, to every pair if `due(iterations)`.
+    """Assign `update(slow, fast, constraint)`, a new `(slow, fast)`, to each of `pairs()` if `due(iterations)`.
 
     The barriers make all weights pass through both branches of the conditional. Without them JAX hands on the ones
     that a branch leaves alone from outside, and XLA then copies these before the inner optimizer updates them.
@@ -18,27 +18,31 @@ def _when(iterations, due, pairs, update):
         return [update(slow, fast, variable.constraint) for (slow, fast), (_, variable) in zip(values, pairs)]
 
     pending = due(jnp.asarray(iterations))
+    traced = isinstance(pending, jax.core.Tracer)
+    if not (traced or pending):
+        return
+    pairs = pairs()
     values = [(slow.value, fast.value) for slow, fast in pairs]
-    if isinstance(pending, jax.core.Tracer):
+    if not values:
+        return
+    if traced:
         barrier = jax.lax.optimization_barrier
         values = jax.lax.cond(pending, lambda values: update_all(barrier(values)), barrier, values)
-    elif pending:
-        values = update_all(values)
     else:
-        return
+        values = update_all(values)
     for variables, new in zip(pairs, values):
         for variable, value in zip(variables, new):
             variable.assign(value)
 
 
 def capture(iterations, due, pairs):
-    """Set every slow weight to its fast one if `due(iterations)`."""
+    """Set every slow weight of `pairs()` to its fast one if `due(iterations)`."""
     # Without the copy two variables would share a buffer, which cannot be donated twice.
     _when(iterations, due, pairs, lambda slow, fast, constraint: (jnp.copy(fast), fast))
 
 
 def synchronize(iterations, due, pairs, slow_step_size):
-    """Move the slow weights towards the fast ones and restart these from there, if `due(iterations)`."""
+    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
 
     def update(slow, fast, constraint):
         if slow_step_size == 1:

@@ -13,16 +13,16 @@ def _native(variable):
 
 
 def _pairs(pairs):
-    return [_tensorflow.Pair(_native(slow), _native(fast), fast.constraint) for slow, fast in pairs]
+    return [_tensorflow.Pair(_native(slow), _native(fast), fast.constraint) for slow, fast in pairs()]
 
 
 def capture(iterations, due, pairs):
-    """Set every slow weight to its fast one if `due(iterations)`."""
+    """Set every slow weight of `pairs()` to its fast one if `due(iterations)`."""
     _tensorflow.capture(iterations, due, _pairs(pairs))
 
 
 def synchronize(iterations, due, pairs, slow_step_size):
-    """Move the slow weights towards the fast ones and restart these from there, if `due(iterations)`."""
+    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
     _tensorflow.synchronize(iterations, due, _pairs(pairs), slow_step_size)
 
 

@@ -8,6 +8,11 @@ import torch
 __all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synchronize"]
 
 
+# On the CPU a `foreach` operation is a loop. In batches of this size, what one wrote is still in the
+# cache when the next one reads it.
+_CPU_BATCH_BYTES = 2**20
+
+
 def _native(variables):
     return [variable.value for variable in variables]
 
@@ -17,6 +22,21 @@ def _host_count(iterations):
     count = iterations.value
     version, noted = getattr(count, "_lookahead_noted", (None, None))
     return noted if version == count._version else int(count)
+
+
+def _batches(pairs):
+    """Yield lists of slow and fast weights and constraints, on the CPU of weights that fit into its cache together."""
+    slow, fast, constraints, size = [], [], [], 0
+    for slow_variable, variable in pairs:
+        slow.append(slow_variable.value)
+        fast.append(variable.value)
+        constraints.append(variable.constraint)
+        size += slow[-1].nbytes if slow[-1].is_cpu else 0
+        if size >= _CPU_BATCH_BYTES:
+            yield slow, fast, constraints
+            slow, fast, constraints, size = [], [], [], 0
+    if slow:
+        yield slow, fast, constraints
 
 
 @torch.compiler.disable
@@ -31,28 +51,24 @@ def increment(iterations):
 @torch.compiler.disable
 @torch.no_grad()
 def capture(iterations, due, pairs):
-    """Set every slow weight to its fast one if `due(iterations)`."""
-    if pairs and due(_host_count(iterations)):
-        slow, fast = map(_native, zip(*pairs))
+    """Set every slow weight of `pairs()` to its fast one if `due(iterations)`."""
+    if due(_host_count(iterations)) and (found := pairs()):
+        slow, fast = map(_native, zip(*found))
         torch._foreach_copy_(slow, fast)
 
 
 @torch.compiler.disable
 @torch.no_grad()
 def synchronize(iterations, due, pairs, slow_step_size):
-    """Move the slow weights towards the fast ones and restart these from there, if `due(iterations)`."""
-    if not (pairs and due(_host_count(iterations))):
+    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
+    if not due(_host_count(iterations)):
         return
-    # On the CPU a `foreach` operation is a loop: there, one weight after the other stays in the cache.
-    fused = pairs[0][0].value.device.type != "cpu"
-    for group in [pairs] if fused else [[pair] for pair in pairs]:
-        slow, fast = map(_native, zip(*group))
+    for slow, fast, constraints in _batches(pairs()):
         torch._foreach_lerp_(slow, fast, slow_step_size)
-        for slow_variable, variable in group:
-            if variable.constraint is not None:
-                slow_variable.assign(variable.constraint(slow_variable.value))
-        # In a stateless scope the assignment has made new values.
-        torch._foreach_copy_(fast, _native(slow_variable for slow_variable, _ in group))
+        for weight, constraint in zip(slow, constraints):
+            if constraint is not None:
+                weight.copy_(constraint(weight))
+        torch._foreach_copy_(fast, slow)
 
 
 def copy_of(variable):

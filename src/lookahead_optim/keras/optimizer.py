@@ -176,11 +176,9 @@ class Lookahead(keras.optimizers.Optimizer):
         return [pair for wrapper in wrappers for pair in wrapper._trainable_pairs()]
 
     def _synchronize(self, due: Callable[[Any], Any]) -> None:
-        _backend.synchronize(self._iterations, due, self._trainable_pairs(), self.slow_step_size)
+        _backend.synchronize(self._iterations, due, self._trainable_pairs, self.slow_step_size)
         # Left as they are, an inner wrapper's slow weights would draw the fast ones back at its next sync.
-        inner_pairs = self._inner_pairs()
-        if inner_pairs:
-            _backend.capture(self._iterations, due, inner_pairs)
+        _backend.capture(self._iterations, due, self._inner_pairs)
 
     def _is_first_update(self, count: Any) -> Any:
         return count < accumulation_steps(self.inner_optimizer)
@@ -228,7 +226,7 @@ class Lookahead(keras.optimizers.Optimizer):
             self._check_variables_are_known(trainable_variables)
         self._check_ready("apply(grads)")
         if self.sync_period:
-            _backend.capture(self._iterations, self._is_first_update, self._pairs())
+            _backend.capture(self._iterations, self._is_first_update, self._pairs)
         self.inner_optimizer.apply(grads, trainable_variables)
         _backend.increment(self._iterations)
         if self.sync_period:
@@ -281,7 +279,7 @@ class Lookahead(keras.optimizers.Optimizer):
             RuntimeError: inside a `slow_weights()` block.
         """
         self._check_ready("sync()")
-        _backend.capture(self._iterations, self._is_first_update, self._pairs())
+        _backend.capture(self._iterations, self._is_first_update, self._pairs)
         self._synchronize(lambda count: True)
 
     def reset_slow_weights(self) -> None:
@@ -292,7 +290,7 @@ class Lookahead(keras.optimizers.Optimizer):
             RuntimeError: inside a `slow_weights()` block.
         """
         self._check_ready("reset_slow_weights()")
-        _backend.capture(self._iterations, lambda count: True, self._pairs() + self._inner_pairs())
+        _backend.capture(self._iterations, lambda count: True, lambda: self._pairs() + self._inner_pairs())
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
@@ -309,7 +307,7 @@ class Lookahead(keras.optimizers.Optimizer):
             yield
             return
         self._check_ready("slow_weights()")
-        _backend.capture(self._iterations, self._is_first_update, self._pairs())
+        _backend.capture(self._iterations, self._is_first_update, self._pairs)
         with self._block.run(self._trainable_pairs(), _backend.copy_of, self._count()):
             yield
 
