@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import processes  # noqa: E402
 import report  # noqa: E402
-import run  # noqa: E402
 from cases import MODES, Case, full, quick  # noqa: E402
 from timing import Program, in_turn, limit, quartiles, ratios  # noqa: E402
 
@@ -60,7 +60,7 @@ def test_every_mode_has_a_case_and_no_case_comes_twice(cases):
 def test_a_case_that_fails_says_why_and_the_next_one_runs():
     good = Case("step", "Optax", "SGD", weights=2, side=4, cycles=4)
     bad = Case("step", "Optax", "unknown", weights=2, side=4, cycles=4)
-    failed, passed = run.ask("Optax", [bad, good])
+    failed, passed = processes.ask("Optax", [bad, good])
     assert "KeyError: 'unknown'" in failed["failed"]
     assert {len(program["seconds"]) for program in passed["result"].values()} == {4}
     assert passed["versions"].keys() == {"optax", "jax"}

@@ -44,6 +44,8 @@ def step_program(case, make):
         return Program(step, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
     import tensorflow as tf
 
+    from programs.tensorflow_graphs import operations
+
     def apply():
         optimizer.apply(gradients, weights)
 
@@ -54,12 +56,6 @@ def step_program(case, make):
         return Program(apply, wait)
     traced = tf.function(apply, jit_compile=case.mode.endswith("XLA"))
     return Program(traced, wait, lambda: operations(traced))
-
-
-def operations(traced):
-    """Return the operations in a TensorFlow graph, those of its functions (the bodies of loops, say) included."""
-    graph = traced.get_concrete_function().graph.as_graph_def()
-    return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
 
 
 def _jax_program(optimizer, weights, gradients):

@@ -9,6 +9,7 @@ from timing import Program
 
 from lookahead_optim.tf_keras import Lookahead
 from lookahead_optim.tf_keras._keras import keras
+from programs.tensorflow_graphs import operations
 
 INNER = {
     "SGD": lambda: keras.optimizers.legacy.SGD(1e-3),
@@ -45,11 +46,7 @@ def step_program(case, make):
     def step():
         optimizer.apply_gradients(zip(gradients, weights))
 
-    def size():
-        graph = step.get_concrete_function().graph.as_graph_def()
-        return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
-
-    return Program(step, lambda: weights[0].numpy(), size)
+    return Program(step, lambda: weights[0].numpy(), lambda: operations(step))
 
 
 def training_program(case, make):

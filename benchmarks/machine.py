@@ -1,0 +1,30 @@
+"""What the results depend on beside the programs."""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+
+def describe():
+    """Return what the results depend on beside the programs."""
+    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in cpus if line.startswith("model name")]
+    preloaded = [Path(one).name for one in os.environ.get("LD_PRELOAD", "").split()]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "allocator": preloaded or "the system's",
+        "accelerator": accelerator(),
+    }
+
+
+def accelerator():
+    """Return the names of NVIDIA's devices, or "none"."""
+    if shutil.which("nvidia-smi") is None:
+        return "none"
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "none"
