@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest test-tf215 lint types docs bench bench-quick bench-report clean
+.PHONY: help setup demo test test-lowest test-tf215 lint types docs bench bench-quick bench-report experiments peers clean
 PYTHON ?= python3
 BACKENDS := tensorflow jax torch
 DEV := .venv/bin/
@@ -44,10 +44,10 @@ endef
 
 test: .venv/.installed  ## Run all tests.
 	@failed=; \
-	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py docs/*.md \
+	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py tests/test_experiments.py tests/test_troubleshooting.py docs/*.md docs/experiments/*.md \
 	    $(addprefix src/lookahead_optim/,torch optax tf_keras) || failed="package"; \
 	$(call run-native-tests,$(DEV)python,,tests/test_optax tests/test_tf_keras); \
-	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md)
+	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md docs/keras.md)
 
 .venv-lowest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
@@ -78,7 +78,7 @@ types: .venv/.installed  ## Check types.
 	$(DEV)mypy
 
 docs: .venv/.installed  ## Build the documentation into docs/_build.
-	KERAS_BACKEND=jax $(DEV)sphinx-build --fail-on-warning --quiet docs docs/_build
+	KERAS_BACKEND=jax $(DEV)sphinx-build --fresh-env --fail-on-warning --quiet docs docs/_build
 
 # timm without its dependencies: its Lookahead needs none, and not every PyTorch has a torchvision.
 .venv-peers/.installed: pyproject.toml constraints.txt
@@ -98,9 +98,21 @@ bench: .venv/.installed .venv-peers/.installed .venv-tf215/.tfa-installed  ## Me
 bench-quick: .venv/.installed  ## See in two minutes that the benchmarks run, with what is installed.
 	$(DEV)python benchmarks/run.py --quick $(ARGS)
 
-bench-report: .venv/.installed  ## Make the tables and plots of the docs from RESULTS, a file in benchmarks/results.
-	$(DEV)python benchmarks/report.py $(RESULTS) docs/benchmarks
+RESULTS ?= $(sort $(wildcard benchmarks/results/20*.json))
+
+bench-report: .venv/.installed  ## Make the tables and plots of the docs from RESULTS, those in benchmarks/results.
+	$(DEV)python benchmarks/report.py docs/benchmarks $(RESULTS)
+
+EXPERIMENTS := noisy_quadratic deterministic_quadratic bilinear_game digits characters loss_surface
+
+experiments: .venv/.installed  ## Reproduce the paper's claims; results in experiments/results, plots in docs/experiments/drawn.
+	@for one in $(EXPERIMENTS); do echo "== $$one"; $(DEV)python experiments/$$one.py $(ARGS) || exit 1; done
+
+# CODE is a file with the paper's own PyTorch code, which is no package.
+peers: .venv/.installed .venv-peers/.installed .venv-tf215/.tfa-installed  ## Ask other implementations what they compute; for the docs.
+	rm -f experiments/results/peers.json
+	for one in .venv-peers .venv .venv-tf215; do $$one/bin/python -W ignore experiments/peers.py experiments/results $(CODE) || exit 1; done
 
 clean:  ## Remove the environments and everything built.
-	rm -rf .venv .venv-demo .venv-lowest .venv-tf215 .venv-peers docs/_build build dist demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-demo .venv-lowest .venv-tf215 .venv-peers docs/_build build dist demo-output experiments/quick .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Tables and plots from the results that `run.py` wrote, and from nothing else.
 
-python benchmarks/report.py benchmarks/results/NAME.json docs/benchmarks
+python benchmarks/report.py docs/benchmarks benchmarks/results/*.json
 """
 
 import itertools
@@ -193,7 +193,7 @@ def about(run):
         versions |= one.get("versions", {}) if "2.15" not in one["case"]["mode"] else {}
     old = next((one["versions"] for one in run["results"] if "2.15" in one["case"]["mode"] and "versions" in one), {})
     text = (
-        f"Measured on {run['date']} with `{run['command']}`: {machine['processor']}, {machine['cores']} cores, "
+        f"Measured on {run['date']} with {run['command']}: {machine['processor']}, {machine['cores']} cores, "
         f"{machine['system'].split('-')[0]}, Python {machine['python']}, accelerator: {machine['accelerator']}, "
         f"allocator: {machine['allocator']}. "
         f"Versions: {', '.join(f'{name} {one}' for name, one in sorted(versions.items()))}"
@@ -284,12 +284,26 @@ def write(run, folder):
         plot_scaling(run, folder / "scaling.svg")
 
 
+def merged(runs):
+    """Return several runs on one machine as one, in which a case has its last result.
+
+    Raises:
+        ValueError: if they are of different machines, whose times do not belong in one table.
+    """
+    machines = {(one["machine"]["processor"], one["machine"]["cores"]) for one in runs}
+    if len(machines) > 1:
+        raise ValueError(f"`runs` must be of one machine. Received: runs of {sorted(machines)}")
+    results = {json.dumps(one["case"], sort_keys=True): one for run in runs for one in run["results"]}
+    commands = " and ".join(f"`{run['command']}`" for run in runs)
+    return {**runs[-1], "command": commands, "results": list(results.values())}
+
+
 def main(
-    results: Annotated[Path, typer.Argument(help="A JSON file that `run.py` wrote.", exists=True)],
     folder: Annotated[Path, typer.Argument(help="Where to write Markdown tables and SVG plots.")],
+    results: Annotated[list[Path], typer.Argument(help="JSON files of `run.py`, the oldest first.", exists=True)],
 ) -> None:
     """Make tables and plots of results."""
-    write(json.loads(results.read_text()), folder)
+    write(merged([json.loads(path.read_text()) for path in results]), folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import string
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 FOLDER = Path(__file__).resolve().parent
+
+
+def unused_name(date):
+    """Return the name of a file of results that does not exist yet, later ones coming later in the alphabet."""
+    names = (f"{date}{letter}.json" for letter in ["", *string.ascii_lowercase[1:]])
+    return next(name for name in names if not (FOLDER / "results" / name).exists())
 
 
 def main(
@@ -45,7 +52,14 @@ def main(
     chosen = [case for case in chosen if case.mode not in missing]
     if not chosen:
         raise SystemExit(f"No case is left. Received: --only {only!r} --kind {kind!r}. Modes: {', '.join(MODES)}")
-    results = []
+    run = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "machine": machine.describe(),
+        "results": [],
+    }
+    output = output or FOLDER / "results" / ("quick.json" if quick else unused_name(run["date"]))
+    output.parent.mkdir(parents=True, exist_ok=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=len(chosen))
@@ -56,20 +70,13 @@ def main(
             shared = case_kind in ("step", "training")
             answers = ask(mode, group) if shared else itertools.chain.from_iterable(map(measure, group))
             for case, answer in zip(group, answers):
-                results.append({"case": dataclasses.asdict(case), **answer})
+                run["results"].append({"case": dataclasses.asdict(case), **answer})
                 progress.advance(task)
-    run = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
-        "machine": machine.describe(),
-        "results": results,
-    }
-    output = output or FOLDER / "results" / f"{'quick' if quick else run['date']}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(run, indent=None, separators=(",", ":")) + "\n")
+            # A run that is stopped keeps what it has.
+            output.write_text(json.dumps(run, indent=None, separators=(",", ":")) + "\n")
     print_table(run)
     console.print(f"Wrote {output}")
-    failed = [one for one in results if "failed" in one]
+    failed = [one for one in run["results"] if "failed" in one]
     for one in failed:
         console.print(f"Failed: {one['case']}\n{one['failed']}")
     # A case that takes too long is a result; anything else is an error.

@@ -14,7 +14,7 @@ import report  # noqa: E402
 from cases import MODES, Case, full, quick  # noqa: E402
 from timing import Program, in_turn, limit, quartiles, ratios  # noqa: E402
 
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("20*.json"))[-1]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("20*.json"))
 
 
 def test_programs_run_in_turn_one_cycle_at_a_time_and_are_waited_for():
@@ -44,6 +44,19 @@ def test_ratios_are_of_the_same_turn_and_the_limit_is_that_of_the_bytes():
     assert limit(3, 6, fused=True) == 1 + 2 / 18
 
 
+def test_of_two_runs_the_last_result_of_a_case_counts():
+    def made(command, cores=2, **results):
+        machine = {"processor": "any", "cores": cores}
+        results = [{"case": {"mode": mode}, "result": result} for mode, result in results.items()]
+        return {"command": command, "machine": machine, "results": results}
+
+    run = report.merged([made("first", a=1, b=2), made("second", b=3)])
+    assert {one["case"]["mode"]: one["result"] for one in run["results"]} == {"a": 1, "b": 3}
+    assert run["command"] == "`first` and `second`"
+    with pytest.raises(ValueError, match="of one machine"):
+        report.merged([made("first"), made("second", cores=16)])
+
+
 def test_growth_is_fitted_in_logarithms():
     assert report.exponent([(10, 3.0), (100, 30.0), (1000, 300.0)]) == pytest.approx(1.0)
     assert report.exponent([(10, 3.0), (100, 300.0), (1000, -1.0)]) == pytest.approx(2.0)
@@ -67,7 +80,7 @@ def test_a_case_that_fails_says_why_and_the_next_one_runs():
 
 
 def test_the_tables_of_the_docs_are_made_of_the_committed_results(tmp_path):
-    report.write(json.loads(RESULTS.read_text()), tmp_path)
+    report.write(report.merged([json.loads(path.read_text()) for path in RESULTS]), tmp_path)
     for table in tmp_path.glob("*.md"):
         assert (ROOT / "docs" / "benchmarks" / table.name).read_text() == table.read_text(), table.name
     plots = [{one.name for one in folder.glob("*.svg")} for folder in (tmp_path, ROOT / "docs" / "benchmarks")]

@@ -1,6 +1,7 @@
 """The package as it is installed: its imports, its version, its wheel."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 import zipfile
@@ -65,6 +66,12 @@ def test_version_is_that_of_the_distribution():
 
 def test_changelog_has_the_version():
     assert f"## {lookahead_optim.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text())
+    assert links
+    assert [one for one in links if not (ROOT / one).exists()] == []
 
 
 def test_no_runtime_dependency_beyond_the_extras():

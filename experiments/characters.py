@@ -1,0 +1,184 @@
+"""A character language model on Python's own source: Adam bare and in Lookahead, over learning rates.
+
+A small transformer learns the standard library's source text, which is on every machine that has Python. Measured with
+the PyTorch front end: validation loss of the bare weights, and of fast and slow ones, at a constant and at a decayed
+learning rate.
+"""
+
+import hashlib
+import math
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import BARE, FAST, SLOW, command, markdown
+from matplotlib.figure import Figure
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from lookahead_optim.torch import Lookahead
+
+CONTEXT, BATCH, WIDTH = 64, 32, 64
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+PERIOD, STEP_SIZE = 5, 0.5
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def load():
+    """Return training and validation text as integers, and the text's digest; every tenth file is for validation."""
+    numbers = {character: number for number, character in enumerate(CHARACTERS)}
+    parts = [[], []]
+    for index, path in enumerate(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))):
+        text = path.read_text(encoding="utf-8", errors="ignore").replace("\t", "    ")
+        parts[index % 10 == 0].extend(numbers[one] for one in text if one in numbers)
+    training, validation = (np.array(part, dtype=np.int64) for part in parts)
+    digest = hashlib.sha256(training.tobytes() + validation.tobytes()).hexdigest()[:16]
+    return torch.from_numpy(training), torch.from_numpy(validation), digest
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(len(CHARACTERS), WIDTH)
+        self.position = nn.Parameter(torch.randn(CONTEXT, WIDTH) * 0.02)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.out = nn.Linear(WIDTH, len(CHARACTERS))
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT), persistent=False)
+
+    def forward(self, text):
+        """Return logits of shape (batch, length, characters) for integers of shape (batch, length)."""
+        x = self.embed(text) + self.position
+        return self.out(self.norm(self.layers(x, mask=self.mask, is_causal=True)))
+
+
+def batch(text, generator, size):
+    """Return random pieces of text, and the same a character later."""
+    starts = torch.randint(len(text) - CONTEXT - 1, (size,), generator=generator)
+    pieces = text[starts[:, None] + torch.arange(CONTEXT + 1)]
+    return pieces[:, :-1], pieces[:, 1:]
+
+
+def loss_of(model, inputs, targets):
+    """Return the mean cross-entropy, in nats a character."""
+    return nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def validate(model, text):
+    """Return the loss on the same 512 pieces each time."""
+    return float(loss_of(model, *batch(text, torch.Generator().manual_seed(0), 512)))
+
+
+def train(texts, rate, wrapped, decayed, seed, steps, advance):
+    """Train a new model; return validation losses at six steps of the run, by the weights evaluated."""
+    training, validation = texts
+    torch.manual_seed(seed)
+    model = Transformer()
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+    if wrapped:
+        optimizer = Lookahead(optimizer, PERIOD, STEP_SIZE)
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2 if decayed else 1.0
+    )
+    generator = torch.Generator().manual_seed(1000 + seed)
+    curves = {"fast": [], "slow": []} if wrapped else {"bare": []}
+    at = []
+    # A few steps after a sync, so that fast and slow weights differ.
+    ends = [round(steps * part / 6) // PERIOD * PERIOD - 2 for part in range(1, 7)]
+    for step in range(1, ends[-1] + 1):
+        optimizer.zero_grad()
+        loss_of(model, *batch(training, generator, BATCH)).backward()
+        optimizer.step()
+        decay.step()
+        if step in ends:
+            at.append(step)
+            curves["fast" if wrapped else "bare"].append(validate(model, validation))
+            if wrapped:
+                with optimizer.slow_weights():
+                    curves["slow"].append(validate(model, validation))
+        advance()
+    return {name: [round(one, 4) for one in curve] for name, curve in curves.items()}, at
+
+
+def run(quick):
+    """Return the results of the experiment."""
+    training, validation, digest = load()
+    rates, seeds, steps = ((3e-3,), 1, 50) if quick else (RATES, 3, 300)
+    results = {
+        "text": {"training": len(training), "validation": len(validation), "sha256": digest},
+        "rates": rates,
+        "seeds": seeds,
+        "constant": {"bare": [], "fast": [], "slow": []},
+        "decayed": {"bare": [], "fast": [], "slow": []},
+    }
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=2 * 2 * len(rates) * seeds * (steps // PERIOD * PERIOD - 2))
+        for decayed in (False, True):
+            kind = results["decayed" if decayed else "constant"]
+            for rate in rates:
+                progress.update(task, description=f"learning rate {rate:g}, {'decayed' if decayed else 'constant'}")
+                runs = {"bare": [], "fast": [], "slow": []}
+                for seed in range(seeds):
+                    for wrapped in (False, True):
+                        curves, results["steps"] = train(
+                            (training, validation), rate, wrapped, decayed, seed, steps, lambda: progress.advance(task)
+                        )
+                        for name, curve in curves.items():
+                            runs[name].append(curve)
+                for name, curves in runs.items():
+                    kind[name].append(curves)
+    return results
+
+
+def spread(values):
+    """Return mean and standard deviation over seeds in words."""
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def tables(results):
+    """Return the tables of the experiment's page."""
+    rows = []
+    for schedule in ("constant", "decayed"):
+        # (rates, seeds, times)
+        last = {name: np.array(curves)[:, :, -1] for name, curves in results[schedule].items()}
+        for index, rate in enumerate(results["rates"]):
+            rows.append([schedule, f"{rate:g}", *(spread(last[name][index]) for name in ("bare", "fast", "slow"))])
+        best = [last[name][last[name].mean(axis=1).argmin()] for name in ("bare", "fast", "slow")]
+        rows.append([schedule, "the best", *map(spread, best)])
+    text = results["text"]
+    return {
+        "losses": markdown(["schedule", "learning rate", "bare", "Lookahead, fast", "Lookahead, slow"], rows),
+        "text": f"{text['training']:,} characters for training, {text['validation']:,} for validation (digest "
+        f"{text['sha256']}), {results['seeds']} seeds, {results['steps'][-1]} steps.\n",
+    }
+
+
+def plots(results):
+    """Return the figures of the experiment's page."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    names = {"bare": ("Adam", BARE), "fast": ("Lookahead, fast", FAST), "slow": ("Lookahead, slow", SLOW)}
+    for axes, schedule in ((left, "constant"), (middle, "decayed")):
+        for name, (label, color) in names.items():
+            last = np.array(results[schedule][name])[:, :, -1]
+            error = last.std(axis=1, ddof=1) if last.shape[1] > 1 else None
+            axes.errorbar(results["rates"], last.mean(axis=1), error, color=color, label=label, capsize=2, linewidth=1)
+        axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a character)", title=schedule)
+    left.legend()
+    index = len(results["rates"]) // 2
+    for name, (label, color) in names.items():
+        curves = np.array(results["constant"][name])[index]
+        right.plot(results["steps"], curves.mean(axis=0), ".-", color=color, label=label, linewidth=1)
+    right.set(xlabel="steps", ylabel="validation loss", title=f"constant learning rate {results['rates'][index]:g}")
+    return {"losses": figure}
+
+
+if __name__ == "__main__":
+    command(sys.modules[__name__], ["lookahead-optim", "torch", "numpy"])

@@ -1,0 +1,221 @@
+"""Every experiment runs, agrees with its closed form, and its committed tables are made of its committed results."""
+
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "experiments"
+sys.path.insert(0, str(FOLDER))
+
+import cifar  # noqa: E402
+import common  # noqa: E402
+
+NAMES = ["noisy_quadratic", "deterministic_quadratic", "bilinear_game", "digits", "characters", "loss_surface"]
+
+
+def run_script(name, *arguments):
+    """Run an experiment as its users do, and return what it printed."""
+    found = subprocess.run(
+        [sys.executable, FOLDER / f"{name}.py", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Return a function that runs an experiment once, in its quick form, and returns its folder."""
+    folder = tmp_path_factory.mktemp("quick")
+
+    def run(name):
+        if not (folder / f"{name}.json").exists():
+            run_script(name, "--quick", "--output", folder, "--drawn", folder)
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_runs_write_results_and_draw_them(quick, name):
+    folder = quick(name)
+    content = json.loads((folder / f"{name}.json").read_text())
+    assert content["experiment"] == name
+    assert content["command"].endswith(f"{name}.py --quick")
+    assert list(folder.glob(f"{name}_*.svg"))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "cifar"])
+def test_every_experiment_has_help(name):
+    assert "--output" in run_script(name, "--help")
+
+
+def results_of(quick, name):
+    return json.loads((quick(name) / f"{name}.json").read_text())["results"]
+
+
+def test_variances_and_losses_of_the_noisy_quadratic_are_the_closed_forms(quick):
+    results = results_of(quick, "noisy_quadratic")
+    for one in results["variances"]:
+        assert one["slow"] == pytest.approx(one["slow_expected"], rel=0.02)
+        assert one["fast"] == pytest.approx(one["fast_expected"], rel=0.02)
+    assert results["variances"][0]["slow_expected"] == pytest.approx(0.442973, abs=1e-6)
+    for curve in results["curves"]["curves"].values():
+        np.testing.assert_allclose(curve["measured"], curve["expected"], rtol=0.05)
+
+
+def test_rates_on_the_deterministic_quadratic_are_the_spectral_radius(quick):
+    module = importlib.import_module("deterministic_quadratic")
+    # v <- 0.9 v + x, x <- x - 0.3 v.
+    assert module.rates(0.3, 0.9, 5, np.ones(1))[0] == pytest.approx(0.9179757811, abs=1e-10)
+    assert module.rates(0.3, 0.9, 0, np.ones(1))[0] == pytest.approx(0.9486832981, abs=1e-10)
+    for one in results_of(quick, "deterministic_quadratic"):
+        assert np.log(one["measured"]) == pytest.approx(np.log(one["rate"]), rel=0.1)
+
+
+def test_the_bilinear_game_grows_as_its_closed_form(quick):
+    rates = {one["period"]: one["measured"] for one in results_of(quick, "bilinear_game")["grid"]}
+    expected = {1: 1.0012492197, 5: 0.9813269142 ** (1 / 5), 60: 1.1607691949 ** (1 / 60)}
+    assert rates == pytest.approx(expected, abs=1e-10)
+
+
+def test_accuracies_of_digits_are_of_every_setting_and_seed(quick):
+    results = results_of(quick, "digits")
+    for found in results["inner"].values():
+        for kind, weights in (("bare", "bare"), ("wrapped", "fast"), ("wrapped", "slow")):
+            accuracies = np.array(found[kind][f"{weights}, test"])
+            assert accuracies.shape == (2, 2, 2)
+            # Two epochs are enough to do better than chance.
+            assert accuracies.max() > 50
+
+
+def test_fast_and_slow_weights_of_digits_are_those_of_mid_cycle():
+    results = json.loads((FOLDER / "results" / "digits.json").read_text())["results"]
+    wrapped = results["inner"]["30% label noise, constant"]["wrapped"]
+    assert wrapped["fast, test"] != wrapped["slow, test"]
+
+
+def test_settings_are_chosen_in_validation_and_reported_in_test():
+    module = importlib.import_module("digits")
+    found = {"slow, validation": [[1.0, 1.0], [3.0, 3.0]], "slow, test": [[9.0, 9.0], [5.0, 7.0]]}
+    index, test = module.chosen(found, "slow")
+    assert index == (1,)
+    assert test.tolist() == [5.0, 7.0]
+
+
+def test_the_character_model_learns(quick):
+    results = results_of(quick, "characters")
+    for name in ("bare", "fast", "slow"):
+        (curve,) = results["constant"][name][0]
+        assert curve[-1] < curve[0] < np.log(96) + 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_committed_tables_are_made_of_the_committed_results(tmp_path, name):
+    content = json.loads((FOLDER / "results" / f"{name}.json").read_text())
+    assert "--quick" not in content["command"]
+    common.draw(importlib.import_module(name), content, tmp_path)
+    drawn = ROOT / "docs" / "experiments" / "drawn"
+    for path in tmp_path.glob("*.md"):
+        assert (drawn / path.name).read_text() == path.read_text(), path.name
+    assert {one.name for one in drawn.glob(f"{name}_*")} == {one.name for one in tmp_path.iterdir()}
+
+
+def test_the_table_of_other_implementations_is_made_of_what_they_answered():
+    module = importlib.import_module("peers")
+    content = json.loads((FOLDER / "results" / "peers.json").read_text())
+    assert (ROOT / "docs" / "experiments" / "drawn" / "peers.md").read_text() == module.table(content)
+    for name in ("torch", "optax", "tf_keras"):
+        answers = content["answers"][f"lookahead_optim.{name}"]
+        assert answers["path"] == [0.9, 0.8, 0.7, 0.6, 0.75, 0.65, 0.55, 0.45, 0.35, 0.5]
+        assert (answers["loaded_later"], answers["resumed"]) == (4.75, 0)
+
+
+def write_cifar(folder, classes, per_file=40):
+    """Write files as CIFAR's authors do; the first pixel of an image says its class."""
+    training, test, key, _ = cifar.FILES[folder.name]
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name in training + test:
+        labels = generator.integers(0, classes, per_file)
+        images = generator.integers(0, 256, (per_file, 3072), dtype=np.uint8)
+        images[:, :1024] = labels[:, None] * (255 // classes)
+        content = {b"batch_label": b"made", b"data": images, key: labels.tolist()}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+
+
+@pytest.mark.parametrize(("name", "classes", "files"), [("cifar-10-batches-py", 10, 5), ("cifar-100-python", 100, 1)])
+def test_cifar_is_read_as_its_authors_distribute_it(tmp_path, name, classes, files):
+    write_cifar(tmp_path / name, classes)
+    (images, labels), (test_images, test_labels), found = cifar.load(tmp_path / name)
+    assert found == classes
+    assert images.shape == (40 * files, 3, 32, 32)
+    assert images.dtype == torch.uint8
+    assert test_images.shape == (40, 3, 32, 32)
+    # Channels come first, rows next: the first channel is the class.
+    for part, of in ((images, labels), (test_images, test_labels)):
+        assert torch.equal(part[:, 0, 3, 7].long(), of * (255 // classes))
+
+
+def test_cifar_refuses_other_files(tmp_path):
+    with pytest.raises(ValueError, match="`folder` must be named"):
+        cifar.load(tmp_path)
+    write_cifar(tmp_path / "cifar-100-python", 100)
+    (tmp_path / "cifar-100-python" / "test").unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        cifar.load(tmp_path / "cifar-100-python")
+    (tmp_path / "cifar-100-python" / "test").write_bytes(pickle.dumps(Path("a")))
+    with pytest.raises(pickle.UnpicklingError, match="holds arrays only"):
+        cifar.load(tmp_path / "cifar-100-python")
+
+
+def test_crops_and_flips_keep_rows_and_values():
+    # The value says row and column, so that a crop or flip can be read off.
+    image = (torch.arange(32)[:, None] * 100 + torch.arange(32) + 1.0).expand(1, 3, 32, 32)
+    moved = set()
+    for seed in range(200):
+        (found,) = cifar.augment(image, torch.Generator().manual_seed(seed))
+        inside = found[0] > 0
+        rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+        assert len(rows) >= 28
+        assert len(columns) >= 28
+        steps = found[0][rows[0], columns].diff()
+        assert steps.abs().eq(1).all()
+        assert found[0][rows, columns[0]].diff().eq(100).all()
+        moved.add((int(found[0][16, 16] // 100), bool(steps[0] < 0)))
+    assert len(moved) == 18
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_cifar_trains_a_resnet(tmp_path, lookahead):
+    write_cifar(tmp_path / "cifar-10-batches-py", 10, per_file=160)
+    data = cifar.load(tmp_path / "cifar-10-batches-py")
+    curves = cifar.train(
+        data, lookahead=lookahead, rate=0.05, weight_decay=1e-3, seed=0, epochs=8, device="cpu", width=8, period=3
+    )
+    assert curves.keys() == ({"fast", "slow"} if lookahead else {"bare"})
+    for curve in curves.values():
+        assert len(curve) == 8
+        assert max(curve) > 30
+
+
+def test_cifar_runs_as_a_command_and_draws_its_curves(tmp_path):
+    write_cifar(tmp_path / "cifar-100-python", 100)
+    output = tmp_path / "found.json"
+    few = ("--rates", "0.1", "--seeds", 1, "--epochs", 2, "--width", 4, "--validation", 10)
+    run_script("cifar", tmp_path / "cifar-100-python", *few, "--output", output)
+    content = json.loads(output.read_text())
+    assert content["accuracy"] == "10 held-out images"
+    assert [sorted(one["curves"]) for one in content["results"]] == [["bare"], ["fast", "slow"]]
+    assert output.with_suffix(".svg").exists()
+
+
+def test_resnet18_has_its_usual_number_of_parameters():
+    assert sum(one.numel() for one in cifar.resnet18(10).parameters()) == 11_173_962
