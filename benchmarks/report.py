@@ -193,7 +193,7 @@ def about(run):
         versions |= one.get("versions", {}) if "2.15" not in one["case"]["mode"] else {}
     old = next((one["versions"] for one in run["results"] if "2.15" in one["case"]["mode"] and "versions" in one), {})
     text = (
-        f"Measured on {run['date']} with {run['command']}: {machine['processor']}, {machine['cores']} cores, "
+        f"Measured with {run['command']}: {machine['processor']}, {machine['cores']} cores, "
         f"{machine['system'].split('-')[0]}, Python {machine['python']}, accelerator: {machine['accelerator']}, "
         f"allocator: {machine['allocator']}. "
         f"Versions: {', '.join(f'{name} {one}' for name, one in sorted(versions.items()))}"
@@ -294,7 +294,7 @@ def merged(runs):
     if len(machines) > 1:
         raise ValueError(f"`runs` must be of one machine. Received: runs of {sorted(machines)}")
     results = {json.dumps(one["case"], sort_keys=True): one for run in runs for one in run["results"]}
-    commands = " and ".join(f"`{run['command']}`" for run in runs)
+    commands = ", ".join(f"`{run['command']}` ({run['date']})" for run in runs)
     return {**runs[-1], "command": commands, "results": list(results.values())}
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import shlex
 import string
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def main(
         raise SystemExit(f"No case is left. Received: --only {only!r} --kind {kind!r}. Modes: {', '.join(MODES)}")
     run = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
         "machine": machine.describe(),
         "results": [],
     }

@@ -109,7 +109,7 @@ def train(texts, rate, wrapped, decayed, seed, steps, advance):
 def run(quick):
     """Return the results of the experiment."""
     training, validation, digest = load()
-    rates, seeds, steps = ((3e-3,), 1, 50) if quick else (RATES, 3, 300)
+    rates, seeds, steps = ((3e-3,), 1, 36) if quick else (RATES, 3, 300)
     results = {
         "text": {"training": len(training), "validation": len(validation), "sha256": digest},
         "rates": rates,

@@ -48,11 +48,11 @@ def test_of_two_runs_the_last_result_of_a_case_counts():
     def made(command, cores=2, **results):
         machine = {"processor": "any", "cores": cores}
         results = [{"case": {"mode": mode}, "result": result} for mode, result in results.items()]
-        return {"command": command, "machine": machine, "results": results}
+        return {"command": command, "date": "today", "machine": machine, "results": results}
 
     run = report.merged([made("first", a=1, b=2), made("second", b=3)])
     assert {one["case"]["mode"]: one["result"] for one in run["results"]} == {"a": 1, "b": 3}
-    assert run["command"] == "`first` and `second`"
+    assert run["command"] == "`first` (today), `second` (today)"
     with pytest.raises(ValueError, match="of one machine"):
         report.merged([made("first"), made("second", cores=16)])
 
