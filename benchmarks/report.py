@@ -290,10 +290,14 @@ def merged(runs):
     Raises:
         ValueError: if they are of different machines, whose times do not belong in one table.
     """
-    machines = {(one["machine"]["processor"], one["machine"]["cores"]) for one in runs}
+    machines = {json.dumps(one["machine"], sort_keys=True) for one in runs}
     if len(machines) > 1:
         raise ValueError(f"`runs` must be of one machine. Received: runs of {sorted(machines)}")
-    results = {json.dumps(one["case"], sort_keys=True): one for run in runs for one in run["results"]}
+    results = {}
+    for run in runs:
+        for one in run["results"]:
+            # A case is the same however many cycles of it were timed.
+            results[json.dumps({**one["case"], "cycles": None}, sort_keys=True)] = one
     commands = ", ".join(f"`{run['command']}` ({run['date']})" for run in runs)
     return {**runs[-1], "command": commands, "results": list(results.values())}
 

@@ -43,6 +43,10 @@ def optimizers(case):
         "lookahead-optim": lambda weights: Lookahead(inner_optimizer(case, weights), case.period),
     }
     if case.mode.endswith("compiled"):
+        # Otherwise the compiler would give up in silence after a few cases, and run steps as they are.
+        torch.compiler.reset()
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         return made
     for name in PEERS:
         try:

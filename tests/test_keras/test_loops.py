@@ -401,3 +401,22 @@ def test_stateless_apply_holds_a_constraint_in_both_copies():
     weights, state = optimizer.stateless_apply(state, [keras.ops.ones(3)], [keras.ops.copy(weight.value)])
     np.testing.assert_allclose(keras.ops.convert_to_numpy(weights[0]), np.full(3, 0.3), rtol=1e-6)
     assert_same_bits([weights[0]], [state[1]])
+
+
+class ClipInNumPy(keras.constraints.Constraint):
+    def __call__(self, value):
+        return np.clip(keras.ops.convert_to_numpy(value), -0.3, 0.3)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="a constraint of NumPy is none in a graph")
+def test_constraint_holds_for_its_own_weight_of_several_and_may_return_an_array_of_numpy():
+    weights = [
+        keras.Variable(np.full(size, 0.5, dtype)) for size, dtype in ((3, "float32"), (2, "float16"), (4, "float32"))
+    ]
+    weights[2].constraint = ClipInNumPy()
+    optimizer = Lookahead(keras.optimizers.SGD(0.0), sync_period=1, slow_step_size=0.5)
+    optimizer.apply([keras.ops.ones(weight.shape, weight.dtype) for weight in weights], weights)
+    expected = [np.full(3, 0.5, "float32"), np.full(2, 0.5, "float16"), np.full(4, 0.3, "float32")]
+    for weight, slow, value in zip(weights, optimizer.slow_variables, expected):
+        np.testing.assert_array_equal(values([weight])[0], value)
+        np.testing.assert_array_equal(values([slow])[0], value)

@@ -25,18 +25,18 @@ def _host_count(iterations):
 
 
 def _batches(pairs):
-    """Yield lists of slow and fast weights and constraints, on the CPU of weights that fit into its cache together."""
-    slow, fast, constraints, size = [], [], [], 0
-    for slow_variable, variable in pairs:
-        slow.append(slow_variable.value)
-        fast.append(variable.value)
-        constraints.append(variable.constraint)
+    """Yield lists of pairs, slow and fast weights, on the CPU of weights that fit into its cache together."""
+    batch, slow, fast, size = [], [], [], 0
+    for pair in pairs:
+        batch.append(pair)
+        slow.append(pair[0].value)
+        fast.append(pair[1].value)
         size += slow[-1].nbytes if slow[-1].is_cpu else 0
         if size >= _CPU_BATCH_BYTES:
-            yield slow, fast, constraints
-            slow, fast, constraints, size = [], [], [], 0
-    if slow:
-        yield slow, fast, constraints
+            yield batch, slow, fast
+            batch, slow, fast, size = [], [], [], 0
+    if batch:
+        yield batch, slow, fast
 
 
 @torch.compiler.disable
@@ -63,11 +63,13 @@ def synchronize(iterations, due, pairs, slow_step_size):
     """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
     if not due(_host_count(iterations)):
         return
-    for slow, fast, constraints in _batches(pairs()):
+    for batch, slow, fast in _batches(pairs()):
         torch._foreach_lerp_(slow, fast, slow_step_size)
-        for weight, constraint in zip(slow, constraints):
-            if constraint is not None:
-                weight.copy_(constraint(weight))
+        for index, (slow_variable, variable) in enumerate(batch):
+            if variable.constraint is not None:
+                slow_variable.assign(variable.constraint(slow[index]))
+                # In a stateless scope the assignment has made a new value.
+                slow[index] = slow_variable.value
         torch._foreach_copy_(fast, slow)
 
 
