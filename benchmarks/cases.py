@@ -89,7 +89,7 @@ def full() -> Iterator[Case]:
             # Ten of them are among those above.
             for weights in (1, 100, 1000, 10_000):
                 yield Case("scaling", mode, "SGD", weights, 32, cycles=8)
-    # Last, as they take as long as all that came before: every call traces hundreds of weights anew.
+    # Last, as they take long and say least: each traces hundreds of weights anew.
     for mode, inner, period in itertools.product(MODES, ("SGD", "Adam"), (1, 5, 20)):
         yield Case("step", mode, inner, *SHAPES["400 x 32²"], period=period, cycles=max(6, 60 // period))
 

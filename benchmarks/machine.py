@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def describe():
-    """Return what the results depend on beside the programs."""
+    """Return processor, cores, system, Python, allocator and accelerator, by name."""
     cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in cpus if line.startswith("model name")]
     preloaded = [Path(one).name for one in os.environ.get("LD_PRELOAD", "").split()]
