@@ -420,3 +420,25 @@ def test_constraint_holds_for_its_own_weight_of_several_and_may_return_an_array_
     for weight, slow, value in zip(weights, optimizer.slow_variables, expected):
         np.testing.assert_array_equal(values([weight])[0], value)
         np.testing.assert_array_equal(values([slow])[0], value)
+
+
+@only_torch
+def test_weights_larger_than_the_cache_are_synchronised_in_parts(monkeypatch):
+    import torch
+
+    from lookahead_optim import _torch
+
+    monkeypatch.setattr(_torch, "_BYTES_PER_THREAD", 2**13 // torch.get_num_threads())
+    rng = np.random.default_rng(0)
+    starts = [rng.normal(size=shape).astype("float32") for shape in ((70, 101), (3,), (4099,), (2, 2))]
+    weights = [keras.Variable(start) for start in starts]
+    weights[2].constraint = Clip()
+    gradients = [rng.normal(size=start.shape).astype("float32") for start in starts]
+    optimizer = Lookahead(keras.optimizers.SGD(1.0), sync_period=1, slow_step_size=0.25)
+    optimizer.apply(list(map(torch.as_tensor, gradients)), weights)
+    # Products with 0.25 are exact.
+    expected = [start + np.float32(0.25) * ((start - gradient) - start) for start, gradient in zip(starts, gradients)]
+    clipped = np.clip(starts[2] - gradients[2], -0.3, 0.3)
+    expected[2] = np.clip(starts[2] + np.float32(0.25) * (clipped - starts[2]), -0.3, 0.3)
+    assert_same_bits(weights, expected)
+    assert_same_bits(optimizer.slow_variables, expected)

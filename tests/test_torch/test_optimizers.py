@@ -7,6 +7,7 @@ import pytest
 import torch
 from by_hand import ByHand, assert_same_bits, parameters, set_gradients
 
+from lookahead_optim import _torch
 from lookahead_optim.torch import Lookahead
 
 # As a product with a power of two is exact, lerp is slow + a (fast - slow) bit for bit, however it is computed.
@@ -239,6 +240,28 @@ def test_parameters_without_dimensions_and_without_elements(name):
 
 def test_parameters_without_elements_alone():
     assert assert_as_by_hand(lambda: parameters((0,)), maker("adam"))
+
+
+def large_and_small():
+    """Return parameters of several layouts and dtypes, most of which have more than 8 KiB."""
+    shapes = (70, 101), (3,), (2, 2), (101, 70), (5, 16, 9, 9), (4099,), (70, 101)
+    dtypes = [torch.float32, *[torch.bfloat16] * 2, *[torch.float32] * 3, torch.float64]
+    made = [parameters(shape, seed=seed, dtype=dtype)[0] for seed, (shape, dtype) in enumerate(zip(shapes, dtypes))]
+    made[3].data = made[3].data.t()
+    made[4].data = made[4].data.contiguous(memory_format=torch.channels_last)
+    return made
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_weights_larger_than_the_cache_are_synchronised_in_parts(name, monkeypatch):
+    monkeypatch.setattr(_torch, "_BYTES_PER_THREAD", 2**13 // torch.get_num_threads())
+    fast = large_and_small()
+    slow = [one.detach().clone() for one in fast]
+    cut = [one for _, piece in _torch.cut(fast, slow) for one in piece]
+    assert sum(one.numel() for one in cut) == sum(one.numel() for one in fast)
+    # What is not laid out as it is numbered stays whole.
+    assert [one.nbytes for one in cut if one.nbytes > 2**13] == [slow[3].nbytes, slow[4].nbytes]
+    assert assert_as_by_hand(large_and_small, maker(name))
 
 
 def views_of_one_buffer(*slices, split=False):

@@ -5,12 +5,9 @@ Nothing here belongs into a graph that `torch.compile` makes: its guards on the 
 
 import torch
 
+from lookahead_optim._torch import cut
+
 __all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synchronize"]
-
-
-# On the CPU a `foreach` operation is a loop. In batches of this size, what one wrote is still in the
-# cache when the next one reads it.
-_CPU_BATCH_BYTES = 2**20
 
 
 def _native(variables):
@@ -22,21 +19,6 @@ def _host_count(iterations):
     count = iterations.value
     version, noted = getattr(count, "_lookahead_noted", (None, None))
     return noted if version == count._version else int(count)
-
-
-def _batches(pairs):
-    """Yield lists of pairs, slow and fast weights, on the CPU of weights that fit into its cache together."""
-    batch, slow, fast, size = [], [], [], 0
-    for pair in pairs:
-        batch.append(pair)
-        slow.append(pair[0].value)
-        fast.append(pair[1].value)
-        size += slow[-1].nbytes if slow[-1].is_cpu else 0
-        if size >= _CPU_BATCH_BYTES:
-            yield batch, slow, fast
-            batch, slow, fast, size = [], [], [], 0
-    if batch:
-        yield batch, slow, fast
 
 
 @torch.compiler.disable
@@ -63,14 +45,17 @@ def synchronize(iterations, due, pairs, slow_step_size):
     """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
     if not due(_host_count(iterations)):
         return
-    for batch, slow, fast in _batches(pairs()):
+    found = pairs()
+    free = [(fast, slow) for slow, fast in found if fast.constraint is None]
+    for fast, slow in cut(*map(_native, zip(*free))) if free else ():
         torch._foreach_lerp_(slow, fast, slow_step_size)
-        for index, (slow_variable, variable) in enumerate(batch):
-            if variable.constraint is not None:
-                slow_variable.assign(variable.constraint(slow[index]))
-                # In a stateless scope the assignment has made a new value.
-                slow[index] = slow_variable.value
         torch._foreach_copy_(fast, slow)
+    for slow, fast in found:
+        if fast.constraint is not None:
+            slow.value.lerp_(fast.value, slow_step_size)
+            slow.assign(fast.constraint(slow.value))
+            # In a stateless scope the assignment has made a new value.
+            fast.value.copy_(slow.value)
 
 
 def copy_of(variable):

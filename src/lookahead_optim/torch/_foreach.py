@@ -1,25 +1,19 @@
 """Lists of fast and slow weights, as `foreach` operations take them."""
 
-from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from lookahead_optim._torch import Piece, cut
 
 __all__ = ["Plan", "copy", "local", "make_plan", "share_memory"]
-
-# On the CPU a `foreach` operation is a loop. In batches of this size, what one wrote is still in the
-# cache when the next one reads it.
-_CPU_BATCH_BYTES = 2**20
-
-Batch: TypeAlias = tuple[list[Tensor], list[Tensor]]
 
 
 class Plan(NamedTuple):
     """The pairs of a group as a sync found them, which takes longer than to see that they still hold."""
 
-    batches: list[Batch]
+    pieces: list[Piece]
     storages: list[int]
     places: tuple[list[int], list[torch.Size], list[torch.dtype]]
     slow: list[Tensor]
@@ -33,7 +27,7 @@ class Plan(NamedTuple):
 def make_plan(fast: list[Tensor], slow: list[Tensor]) -> Plan:
     """Return the plan to synchronise lists of weights."""
     return Plan(
-        batches=list(cut(fast, slow)),
+        pieces=list(cut(fast, slow)),
         # Some kinds of tensors have no memory of their own.
         storages=[one.untyped_storage().data_ptr() if one.data_ptr() else id(one) for one in fast],
         places=places(fast),
@@ -63,17 +57,3 @@ def copy(destinations: list[Tensor], sources: list[Tensor]) -> None:
     """Copy `sources` into `destinations`, whatever their devices and dtypes."""
     if destinations:
         torch._foreach_copy_(destinations, sources)
-
-
-def cut(fast: list[Tensor], slow: list[Tensor]) -> Iterator[Batch]:
-    """Cut lists of weights into pieces for `foreach` operations."""
-    if not all(one.is_cpu for one in fast):
-        groups = Optimizer._group_tensors_by_device_and_dtype([fast, slow])  # type: ignore[list-item]
-        yield from (tuple(tensors) for tensors, _ in groups.values())  # type: ignore[misc]
-        return
-    start = size = 0
-    for end, one in enumerate(slow, 1):
-        size += one.nbytes
-        if size >= _CPU_BATCH_BYTES or end == len(slow):
-            yield fast[start:end], slow[start:end]
-            start, size = end, 0

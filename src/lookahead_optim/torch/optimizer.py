@@ -270,9 +270,9 @@ class Lookahead(Optimizer):
         plans = [self._plan(index, group) for index, group in due]
         restarts = [inner._pairs([group for _, group in due]) for inner in _chain(self.inner_optimizer)]
         step_sizes = [group[self._names.slow_step_size] for _, group in due]
-        batches = [(step_size, *batch) for step_size, plan in zip(step_sizes, plans) for batch in plan.batches]
+        pieces = [(step_size, *piece) for step_size, plan in zip(step_sizes, plans) for piece in plan.pieces]
         # Weights that share memory must all have been read before one of them is written.
-        for together in [batches] if _foreach.share_memory(plans) else [[one] for one in batches]:
+        for together in [pieces] if _foreach.share_memory(plans) else [[one] for one in pieces]:
             for step_size, fast, slow in together:
                 if step_size == 1:
                     # That of two large weights of opposite sign can overflow.
