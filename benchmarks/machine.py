@@ -22,6 +22,12 @@ def describe():
     }
 
 
+def commit():
+    """Return the commit that is measured, with a mark if files differ from it, or "unknown"."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=10"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def accelerator():
     """Return the names of NVIDIA's devices, or "none"."""
     if shutil.which("nvidia-smi") is None:

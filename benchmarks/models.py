@@ -40,10 +40,10 @@ def of_keras(keras, name):
     return keras.Model(inputs, outputs), *data(name)
 
 
-def fit_program(keras, case, optimizer):
+def fit_program(keras, case, optimizer, **compile_arguments):
     """Return the program of `fit`, two cycles a call."""
     model, *_ = of_keras(keras, case.model)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), **compile_arguments)
     batches = 2 * case.period
     x, y = data(case.model, batches)
     return Program(lambda: model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0), steps=batches)

@@ -12,7 +12,7 @@ from cases import MODES
 
 FOLDER = Path(__file__).resolve().parent
 # Seconds that one case may take, compilation included.
-TIMEOUT = 150
+TIMEOUT = 200
 
 
 def interpreter(mode):

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cases import ARRAYS, MODES, SHAPES
+from cases import ARRAYS, MODELS, MODES, SHAPES
 from rich.console import Console
 from rich.table import Table
 from timing import limit, quartiles, ratios
 
 OURS = "lookahead-optim"
+# Ratios to the bare step that this library aims at, at period 6, by inner optimizer: of ten large weights (looser where
+# updates leave the optimizer before they are added), of four hundred small ones, and of a training step.
+LARGE_AIMS = {"SGD": 1.30, "Adam": 1.10}
+UPDATES_AIMS = {"SGD": 2.00, "Adam": 1.30}
+SMALL_AIMS = {"SGD": 1.15, "Adam": 1.10}
+TRAINING_AIM = 1.02
 # What a peer does otherwise, so that its time is not that of the same work.
 NOTES = {
     "timm": "the first sync only captures; weights without a gradient are left out",
@@ -46,18 +52,24 @@ def what(case):
     return case["model"] or f"{case['weights']} x {case['side']}²"
 
 
+def form(name):
+    """Return what of a program's name tells it from others of its mode."""
+    return "" if name == OURS else f": {name.removeprefix(OURS + ', ')}"
+
+
 def step_rows(run, kind="step"):
     """Return header and rows of the table of steps: one row for each program that wraps."""
     rows = []
     for one in of_kind(run, kind):
         case, result = one["case"], one["result"]
         bare = statistics.median(result["bare"]["seconds"]) * 1e3
-        bound = "-" if kind == "training" else f"{limit(ARRAYS[case['inner']], case['period']):.2f}"
+        bounds = [f"{limit(ARRAYS[case['inner']], case['period'], fused):.2f}" for fused in (False, True)]
+        bound = "-" if kind == "training" else ", ".join(bounds)
         for name in result:
             if name != "bare":
                 row = [case["mode"], case["inner"], what(case), str(case["period"]), f"{bare:.2f}", bound]
                 rows.append([*row, name, shown(ratio_of(result, name))])
-    return ["mode", "inner", "weights", "period", "bare, ms", "limit", "program", "over bare"], rows
+    return ["mode", "inner", "weights", "period", "bare, ms", "limit: separate, fused", "program", "over bare"], rows
 
 
 def print_table(run):
@@ -85,10 +97,51 @@ def wide_steps(run, shape, period):
             for name in one["result"]:
                 if name != "bare":
                     figures.setdefault((case["mode"], name), {})[case["inner"]] = shown(ratio_of(one["result"], name))
-    rows = [["limit of a separate sync", "", *(f"{limit(one, period):.2f}" for one in ARRAYS.values()), ""]]
+    rows = [
+        [f"limit of a {kind} sync", "", *(f"{limit(one, period, kind == 'fused'):.2f}" for one in ARRAYS.values()), ""]
+        for kind in ("separate", "fused")
+    ]
     for (mode, name), by_inner in figures.items():
         rows.append([mode, name, *(by_inner.get(inner, "") for inner in ARRAYS), NOTES.get(name, "")])
     return markdown(["mode", "program", *ARRAYS, "differs"], rows)
+
+
+def verdict(figures, count, aim):
+    """Return the median beside an aim, and whether it is met: open if the aim is as near as the median is uncertain.
+
+    Args:
+        figures: Quartiles.
+        count: Of how many values.
+        aim: The most that the median should be.
+    """
+    low, median, high = figures
+    # Half the width of the notch of a box plot, about a 95% interval (McGill, Tukey and Larsen, 1978).
+    uncertainty = 1.57 * (high - low) / math.sqrt(count)
+    met = "open" if abs(median - aim) < uncertainty else "yes" if median <= aim else "no"
+    return f"{median:.2f} / {aim:.2f} {met}"
+
+
+def aims(run):
+    """Return the table of aims: rows of modes, columns of what is measured."""
+    cells = {}
+    for one in [*of_kind(run, "step"), *of_kind(run, "training")]:
+        case, result = one["case"], one["result"]
+        if case["period"] != 6 or case["inner"] not in LARGE_AIMS:
+            continue
+        for name in result:
+            if name.startswith(OURS):
+                if case["kind"] == "training":
+                    aim = TRAINING_AIM
+                elif case["side"] < 1024:
+                    aim = SMALL_AIMS[case["inner"]]
+                else:
+                    aim = (UPDATES_AIMS if (case["mode"], name) == ("Optax", OURS) else LARGE_AIMS)[case["inner"]]
+                row = cells.setdefault((case["mode"], name), {})
+                row[what(case), case["inner"]] = verdict(ratio_of(result, name), len(result[name]["seconds"]), aim)
+    columns = [*itertools.product([f"{weights} x {side}²" for weights, side in SHAPES.values()], LARGE_AIMS)]
+    columns += itertools.product(MODELS, LARGE_AIMS)
+    rows = [[mode + form(name), *(row.get(column, "-") for column in columns)] for (mode, name), row in cells.items()]
+    return markdown(["median / aim, met", *(" ".join(column) for column in columns)], rows)
 
 
 def memory(run):
@@ -156,6 +209,12 @@ def exponent(points):
     return statistics.linear_regression(*zip(*points)).slope
 
 
+def fitted(points):
+    """Return the exponent, and of how many points."""
+    slope = exponent(points)
+    return "-" if slope is None else f"{slope:.2f} ({sum(y > 0 for _, y in points)} points)"
+
+
 def scaling(run):
     """Return the table of growth."""
     rows = []
@@ -164,12 +223,11 @@ def scaling(run):
         if not by_size:
             continue
         large = [point for point in by_size if point[0] >= 10**6]
-        slope, largest = exponent(large), large[-1] if large else None
-        row = [mode, f"{slope:.2f}" if slope is not None else "-"]
+        largest = large[-1] if large else None
+        row = [mode, fitted(large)]
         row.append(f"{largest[1] / largest[0] * 1e9:.3f}" if largest else "-")
         most = [point for point in by_number if point[0] >= 100]
-        slope = exponent(most)
-        row.append(f"{slope:.2f}" if slope is not None else "-")
+        row.append(fitted(most))
         row.append(f"{most[-1][1] / most[-1][0] * 1e6:.2f} (at {most[-1][0]:,})" if most else "-")
         rows.append(row)
     header = ["mode", "exponent, parameters", "ns a parameter", "exponent, weights", "µs a weight"]
@@ -200,6 +258,8 @@ def about(run):
     )
     if old:
         text += f"; for tf.keras 2.15: {', '.join(f'{name} {one}' for name, one in sorted(old.items()))}"
+    commits = sorted({one.get("commit", "unknown") for one in run["results"]})
+    text += f". Commit: {', '.join(commits)}" if commits else ""
     threads = {name: count for one in run["results"] for name, count in one.get("threads", {}).items()}
     text += f". Threads: {', '.join(f'{name} {count}' for name, count in threads.items())}" if threads else ""
     return text + "; otherwise as many as the framework takes by itself.\n"
@@ -226,8 +286,7 @@ def plot_steps(run, path):
                 mine = name.startswith(OURS)
                 axes.plot([low, high], [len(labels)] * 2, color="C0" if mine else "C1", linewidth=1)
                 axes.plot(median, len(labels), "o" if mine else "s", color="C0" if mine else "C1", markersize=4)
-                form = "" if name == OURS else f": {name.removeprefix(OURS + ', ')}"
-                labels.append(case["mode"] + form)
+                labels.append(case["mode"] + form(name))
         axes.set_yticks(range(len(labels)), labels, fontsize=7)
         axes.invert_yaxis()
         axes.set_xscale("log", base=2)
@@ -271,6 +330,7 @@ def write(run, folder):
         "large": wide_steps(run, "10 x 1024²", 6),
         "small": wide_steps(run, "400 x 32²", 6),
         "every_step": markdown(*step_rows(run)),
+        "aims": aims(run),
         "training": markdown(*step_rows(run, "training")),
         "memory": memory(run),
         "graphs": graphs(run),
@@ -296,8 +356,9 @@ def merged(runs):
     results = {}
     for run in runs:
         for one in run["results"]:
-            # A case is the same however many cycles of it were timed.
-            results[json.dumps({**one["case"], "cycles": None}, sort_keys=True)] = one
+            # A case is the same however often it was timed.
+            key = {name: value for name, value in one["case"].items() if name not in ("cycles", "placements")}
+            results[json.dumps(key, sort_keys=True)] = {**one, "commit": run.get("commit", "unknown")}
     commands = ", ".join(f"`{run['command']}` ({run['date']})" for run in runs)
     return {**runs[-1], "command": commands, "results": list(results.values())}
 

@@ -56,6 +56,7 @@ def main(
     run = {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "commit": machine.commit(),
         "machine": machine.describe(),
         "results": [],
     }

@@ -1,6 +1,7 @@
 """A program to measure, the timing of several in turn, and the limit."""
 
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -36,13 +37,18 @@ def timed(program: Program, calls: int) -> float:
 
 
 def in_turn(programs: Mapping[str, Program], calls: int, cycles: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Time cycles of `calls` calls, of each program in turn; return seconds per step, one number for each cycle."""
+    """Time cycles of `calls` calls, of each program in turn; return seconds per step, one number for each cycle.
+
+    Each turn has an order of its own, as what ran before leaves its mark in the caches.
+    """
     for _ in range(warm_up):
         for program in programs.values():
             timed(program, calls)
     times: dict[str, list[float]] = {name: [] for name in programs}
+    order, rng = list(programs.items()), random.Random(0)
     for _ in range(cycles):
-        for name, program in programs.items():
+        rng.shuffle(order)
+        for name, program in order:
             times[name].append(timed(program, calls) / calls / program.steps)
     return times
 

@@ -23,10 +23,14 @@ def test_programs_run_in_turn_one_cycle_at_a_time_and_are_waited_for():
         name: Program(lambda name=name: calls.append(name), lambda name=name: calls.append(f"wait for {name}"))
         for name in ("bare", "wrapped")
     }
-    times = in_turn(programs, calls=3, cycles=2, warm_up=1)
-    turn = ["bare"] * 3 + ["wait for bare"] + ["wrapped"] * 3 + ["wait for wrapped"]
-    assert calls == turn * 3
-    assert {name: len(seconds) for name, seconds in times.items()} == {"bare": 2, "wrapped": 2}
+    times = in_turn(programs, calls=3, cycles=20, warm_up=1)
+    cycles = [calls[start : start + 4] for start in range(0, len(calls), 4)]
+    assert all(cycle == [cycle[0]] * 3 + [f"wait for {cycle[0]}"] for cycle in cycles)
+    # Each turn has all programs, in an order of its own.
+    turns = [(one[0], other[0]) for one, other in zip(cycles[::2], cycles[1::2])]
+    assert len(turns) == 21
+    assert {*turns} == {("bare", "wrapped"), ("wrapped", "bare")}
+    assert {name: len(seconds) for name, seconds in times.items()} == {"bare": 20, "wrapped": 20}
 
 
 def test_times_are_seconds_a_step(monkeypatch):
@@ -55,6 +59,15 @@ def test_of_two_runs_the_last_result_of_a_case_counts():
     assert run["command"] == "`first` (today), `second` (today)"
     with pytest.raises(ValueError, match="of one machine"):
         report.merged([made("first"), made("second", cores=16)])
+
+
+def test_an_aim_is_met_missed_or_open_as_far_as_the_median_is_known():
+    quarter = (1.1, 1.2, 1.3)
+    assert report.verdict(quarter, 100, aim=1.25) == "1.20 / 1.25 yes"
+    assert report.verdict(quarter, 100, aim=1.15) == "1.20 / 1.15 no"
+    # 1.57 times 0.2 over 2 is 0.157.
+    assert report.verdict(quarter, 4, aim=1.05) == "1.20 / 1.05 open"
+    assert report.verdict(quarter, 4, aim=1.04) == "1.20 / 1.04 no"
 
 
 def test_growth_is_fitted_in_logarithms():

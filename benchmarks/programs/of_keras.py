@@ -90,4 +90,7 @@ def jax_program(jitted, state, gradients):
 
 def training_program(case, make):
     """Return the program of `fit`, two cycles a call."""
-    return models.fit_program(keras, case, make())
+    # By itself Keras would have XLA compile in every mode of TensorFlow.
+    on_tensorflow = keras.config.backend() == "tensorflow"
+    options = {"jit_compile": case.mode.endswith("XLA")} if on_tensorflow else {}
+    return models.fit_program(keras, case, make(), **options)

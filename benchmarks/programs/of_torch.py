@@ -26,10 +26,11 @@ def inner_optimizer(case, weights):
 
 
 def _peer(name):
+    package = importlib.metadata.distribution(name)
     if name != "timm":
         return importlib.import_module(name).Lookahead
     # The module alone: the package needs torchvision, of which there is no build for every PyTorch.
-    path = importlib.metadata.distribution("timm").locate_file("timm/optim/lookahead.py")
+    path = package.locate_file("timm/optim/lookahead.py")
     spec = importlib.util.spec_from_file_location("timm_lookahead", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -51,7 +52,7 @@ def optimizers(case):
     for name in PEERS:
         try:
             peer = _peer(name)
-        except ImportError:  # `PackageNotFoundError` is one.
+        except importlib.metadata.PackageNotFoundError:
             continue
         made[name] = lambda weights, peer=peer: peer(inner_optimizer(case, weights), k=case.period, alpha=0.5)
     return made

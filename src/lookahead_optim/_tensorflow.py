@@ -17,8 +17,10 @@ class Pair(NamedTuple):
 
 
 @tf.autograph.experimental.do_not_convert
-def _when(steps: Any, due: Callable[[Any], Any], pairs: Sequence[Pair], update: Callable[..., list[Any]]) -> Any:
-    """Call `update(slow, fast, constraint, true)` for every pair if `due(steps)`; return a tensor to wait for.
+def _when(
+    steps: Any, due: Callable[[Any], Any], pairs: Callable[[], Sequence[Pair]], update: Callable[..., list[Any]]
+) -> Any:
+    """Call `update(slow, fast, constraint, true)` for each of `pairs()` if `due(steps)`; return a tensor to wait for.
 
     Inside a graph this is a loop of zero or one rounds: XLA copies every variable around a conditional, but updates
     the state of a loop in place. `true` is always true, which the compiler cannot know.
@@ -27,7 +29,7 @@ def _when(steps: Any, due: Callable[[Any], Any], pairs: Sequence[Pair], update: 
     def update_all(strategy: Any, true: Any) -> list[Any]:
         return [
             strategy.extended.update(slow, update, args=(fast, constraint, true), group=False)
-            for slow, fast, constraint in pairs
+            for slow, fast, constraint in found
         ]
 
     def in_cross_replica_context(strategy: Any) -> Any:
@@ -44,16 +46,27 @@ def _when(steps: Any, due: Callable[[Any], Any], pairs: Sequence[Pair], update: 
 
         return tf.while_loop(lambda pending: pending, body, (pending,))[0]
 
-    if not pairs:
+    in_scope = tf.distribute.has_strategy()
+    # To list many weights takes longer than to see that nothing is due.
+    if tf.executing_eagerly() and not in_scope and not due(tf.convert_to_tensor(steps)):
         return None
-    strategy = getattr(pairs[0].slow, "distribute_strategy", tf.distribute.get_strategy())
-    if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():
+    found = pairs()
+    if not found:
+        return None
+    default = tf.distribute.get_strategy()
+    strategy = getattr(found[0].slow, "distribute_strategy", default)
+    if in_scope and not tf.distribute.in_cross_replica_context():
         return tf.__internal__.distribute.interim.maybe_merge_call(in_cross_replica_context, strategy)
+    if tf.executing_eagerly() and not in_scope and strategy is default:
+        # What the default strategy would do, without its contexts for each weight.
+        for slow, fast, constraint in found:
+            update(slow, fast, constraint, True)
+        return None
     return in_cross_replica_context(strategy)
 
 
-def capture(steps: Any, due: Callable[[Any], Any], pairs: Sequence[Pair]) -> Any:
-    """Set every slow weight to its fast one if `due(steps)`."""
+def capture(steps: Any, due: Callable[[Any], Any], pairs: Callable[[], Sequence[Pair]]) -> Any:
+    """Set every slow weight of `pairs()` to its fast one if `due(steps)`."""
 
     @tf.autograph.experimental.do_not_convert
     def update(slow: Any, fast: Any, constraint: Any, true: Any) -> list[Any]:
@@ -70,11 +83,11 @@ def capture(steps: Any, due: Callable[[Any], Any], pairs: Sequence[Pair]) -> Any
 def synchronize(
     steps: Any,
     due: Callable[[Any], Any],
-    pairs: Sequence[Pair],
+    pairs: Callable[[], Sequence[Pair]],
     slow_step_size: Any,
     constrain_slow: bool = True,
 ) -> Any:
-    """Move the slow weights towards the fast ones and restart these from there, if `due(steps)`."""
+    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(steps)`."""
 
     @tf.autograph.experimental.do_not_convert
     def update(slow: Any, fast: Any, constraint: Any, true: Any) -> list[Any]:
@@ -82,9 +95,16 @@ def synchronize(
             new = tf.identity(fast)
         else:
             dtype = tf.float32 if slow.dtype.size < 4 else slow.dtype
-            start = tf.cast(slow, dtype)
             # `tf.cast` would take a Python number through float32.
-            step_size = slow_step_size if isinstance(slow_step_size, float) else tf.cast(slow_step_size, dtype)
+            convert = tf.constant if isinstance(slow_step_size, float) else tf.cast
+            step_size = convert(slow_step_size, dtype)
+            if constraint is None and slow.dtype in (tf.float32, tf.float64):
+                # In place, which spares an array: slow - step_size (slow - fast) has the bits of the formula below.
+                moved = tf.raw_ops.ResourceApplyGradientDescent(var=slow.handle, alpha=step_size, delta=slow - fast)
+                with tf.control_dependencies([moved]):
+                    restarted = fast.assign(slow, read_value=False)
+                return [] if tf.executing_eagerly() else [moved, restarted]
+            start = tf.cast(slow, dtype)
             new = tf.cast(start + step_size * (tf.cast(fast, dtype) - start), slow.dtype)
         constrained = new if constraint is None else constraint(new)
         values = (constrained if constrain_slow else new), constrained

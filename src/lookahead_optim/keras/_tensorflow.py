@@ -12,18 +12,18 @@ def _native(variable):
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-def _pairs(pairs):
-    return [_tensorflow.Pair(_native(slow), _native(fast), fast.constraint) for slow, fast in pairs()]
+def _native_pairs(pairs):
+    return lambda: [_tensorflow.Pair(_native(slow), _native(fast), fast.constraint) for slow, fast in pairs()]
 
 
 def capture(iterations, due, pairs):
     """Set every slow weight of `pairs()` to its fast one if `due(iterations)`."""
-    _tensorflow.capture(iterations, due, _pairs(pairs))
+    _tensorflow.capture(iterations, due, _native_pairs(pairs))
 
 
 def synchronize(iterations, due, pairs, slow_step_size):
     """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
-    _tensorflow.synchronize(iterations, due, _pairs(pairs), slow_step_size)
+    _tensorflow.synchronize(iterations, due, _native_pairs(pairs), slow_step_size)
 
 
 def increment(iterations):

@@ -250,8 +250,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         return self._optimizer._transform_gradients(super()._transform_gradients(grads_and_vars))
 
     def _distributed_apply(self, distribution: Any, grads_and_vars: Any, apply_state: Any, name: str | None) -> Any:
-        pairs = self._pairs()
-        captured = _tensorflow.capture(self._steps, _is_first, pairs)
+        captured = _tensorflow.capture(self._steps, _is_first, self._pairs)
         with _after(captured):
             applied = self._optimizer._distributed_apply(distribution, grads_and_vars, apply_state, name)
         if self._applied_steps is not None and not isinstance(self._optimizer, Lookahead):
@@ -277,12 +276,12 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         if not self.sync_period:
             return None
         done = _tensorflow.synchronize(
-            self._steps, due, self._pairs(), self._get_hyper("slow_step_size"), constrain_slow=False
+            self._steps, due, self._pairs, self._get_hyper("slow_step_size"), constrain_slow=False
         )
         inner = self._optimizer
         while isinstance(inner, Lookahead):
             with _after(done):
-                done = _tensorflow.capture(self._steps, due, inner._pairs())
+                done = _tensorflow.capture(self._steps, due, inner._pairs)
             inner = inner._optimizer
         return done
 
@@ -301,7 +300,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         """
         self._check_eager("sync()")
         self._check_not_in_slow_weights("sync()")
-        _tensorflow.capture(self._steps, _is_first, self._pairs())
+        _tensorflow.capture(self._steps, _is_first, self._pairs)
         self._synchronize(lambda steps: True)
 
     def reset_slow_weights(self) -> None:
@@ -314,7 +313,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         self._check_not_in_slow_weights("reset_slow_weights()")
         optimizer = self
         while isinstance(optimizer, Lookahead):
-            _tensorflow.capture(self._steps, lambda steps: True, optimizer._pairs())
+            _tensorflow.capture(self._steps, lambda steps: True, optimizer._pairs)
             optimizer = optimizer._optimizer
 
     @contextlib.contextmanager
@@ -333,7 +332,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         if self._block.is_open:
             yield
             return
-        _tensorflow.capture(self._steps, _is_first, self._pairs())
+        _tensorflow.capture(self._steps, _is_first, self._pairs)
         with self._block.run(self._pairs(), tf.identity, self._count()):
             yield
 
