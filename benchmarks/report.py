@@ -29,6 +29,7 @@ NOTES = {
     "pytorch_optimizer": "weights without a gradient are left out",
     "torch_optimizer": "syncs at steps 1, k + 1, 2k + 1",
     "tensorflow_addons": "weights without a gradient are left out",
+    "bare, one more copy carried": "no Lookahead: what it costs to pass slow parameters to a step",
     "optax": "pairs of parameters in place of parameters",
 }
 

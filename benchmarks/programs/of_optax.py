@@ -36,6 +36,19 @@ def _with_apply_gradients(optimizer):
     return lambda params, state, grads: optimizer.apply_gradients(grads, state, params), optimizer.init, lambda one: one
 
 
+def _carrying(optimizer):
+    """Return a step that takes and returns one more array for each parameter, and leaves it as it is."""
+    step, init, to_params = _with_updates(optimizer)
+
+    def carrying(params, state, grads):
+        inner_state, carried = state
+        params, inner_state = step(params, inner_state, grads)
+        # JAX would hand on what it knows to be unchanged.
+        return params, (inner_state, jax.lax.optimization_barrier(carried))
+
+    return carrying, lambda params: (init(params), jax.tree.map(jnp.copy, params)), to_params
+
+
 def _with_pairs(optimizer):
     def pair(params):
         return optax.LookaheadParams(fast=params, slow=jax.tree.map(jnp.copy, params))
@@ -51,6 +64,7 @@ def optimizers(case):
         "bare": lambda: _with_updates(inner()),
         "lookahead-optim": lambda: _with_updates(lookahead(inner(), case.period)),
         "lookahead-optim, apply_gradients": lambda: _with_apply_gradients(lookahead(inner(), case.period)),
+        "bare, one more copy carried": lambda: _carrying(inner()),
         "optax": lambda: _with_pairs(optax.lookahead(inner(), case.period, 0.5)),
     }
 
