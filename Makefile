@@ -93,7 +93,7 @@ docs: .venv/.installed  ## Build the documentation into docs/_build.
 	touch $@
 
 bench: .venv/.installed .venv-peers/.installed  ## Measure what Lookahead adds to a step, beside its peers.
-	$(MAKE) .venv-tf215/.tfa-installed || echo "Going on without TensorFlow 2.15, which needs Python 3.9 to 3.11."
+	$(MAKE) .venv-tf215/.tfa-installed || echo "Going on without TensorFlow Addons: its environment was not made. It needs Python 3.9 to 3.11."
 	$(DEV)python benchmarks/run.py $(ARGS)
 
 bench-quick: .venv/.installed  ## See in two minutes that the benchmarks run, with what is installed.

@@ -24,6 +24,8 @@ def describe():
 
 def commit():
     """Return the commit that is measured, with a mark if files differ from it, or "unknown"."""
+    if shutil.which("git") is None:
+        return "unknown"
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=10"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 

@@ -17,8 +17,8 @@ TIMEOUT = 200
 
 def interpreter(mode):
     """Return the Python of the first environment of a mode that was made, or None."""
-    paths = [FOLDER.parent / one / "bin" / "python" for one in MODES[mode].environments]
-    return next((path for path in paths if path.exists()), None)
+    environments = [FOLDER.parent / one for one in MODES[mode].environments]
+    return next((one / "bin" / "python" for one in environments if (one / ".installed").exists()), None)
 
 
 def ask(mode, asked, *arguments):

@@ -23,6 +23,8 @@ LARGE_AIMS = {"SGD": 1.30, "Adam": 1.10}
 UPDATES_AIMS = {"SGD": 2.00, "Adam": 1.30}
 SMALL_AIMS = {"SGD": 1.15, "Adam": 1.10}
 TRAINING_AIM = 1.02
+# How many times as long a step of TensorFlow Addons takes.
+ADDONS_AIMS = {"SGD": 4.00, "Adam": 2.00}
 # What a peer does otherwise, so that its time is not that of the same work.
 NOTES = {
     "timm": "the first sync only captures; weights without a gradient are left out",
@@ -107,19 +109,38 @@ def wide_steps(run, shape, period):
     return markdown(["mode", "program", *ARRAYS, "differs"], rows)
 
 
-def verdict(figures, count, aim):
+def verdict(figures, count, aim, at_least=False):
     """Return the median beside an aim, and whether it is met: open if the aim is as near as the median is uncertain.
 
     Args:
         figures: Quartiles.
         count: Of how many values.
-        aim: The most that the median should be.
+        aim: The most that the median should be, or with `at_least` the least.
     """
     low, median, high = figures
-    # Half the width of the notch of a box plot, about a 95% interval (McGill, Tukey and Larsen, 1978).
-    uncertainty = 1.57 * (high - low) / math.sqrt(count)
-    met = "open" if abs(median - aim) < uncertainty else "yes" if median <= aim else "no"
+    # Half of a 95% interval of the median of normal values: 1.96 times 1.253 standard errors of the mean.
+    uncertainty = 1.82 * (high - low) / math.sqrt(count)
+    met = "open" if abs(median - aim) < uncertainty else "yes" if (median <= aim) != at_least else "no"
     return f"{median:.2f} / {aim:.2f} {met}"
+
+
+def addons_over_ours(run):
+    """Return the verdicts on how much longer a step of TensorFlow Addons takes, in one process, by column of `aims`."""
+    cells = {}
+    for one in of_kind(run, "step"):
+        case, result = one["case"], one["result"]
+        if (
+            "tensorflow_addons" in result
+            and case["side"] >= 1024
+            and case["period"] == 6
+            and case["inner"] in ADDONS_AIMS
+        ):
+            seconds = [result[name]["seconds"] for name in ("tensorflow_addons", OURS)]
+            figures = quartiles(ratios(*seconds))
+            cells[what(case), case["inner"]] = verdict(
+                figures, len(seconds[0]), ADDONS_AIMS[case["inner"]], at_least=True
+            )
+    return cells
 
 
 def aims(run):
@@ -142,6 +163,7 @@ def aims(run):
     columns = [*itertools.product([f"{weights} x {side}²" for weights, side in SHAPES.values()], LARGE_AIMS)]
     columns += itertools.product(MODELS, LARGE_AIMS)
     rows = [[mode + form(name), *(row.get(column, "-") for column in columns)] for (mode, name), row in cells.items()]
+    rows.append(["TensorFlow Addons over ours, at least", *(addons_over_ours(run).get(one, "-") for one in columns)])
     return markdown(["median / aim, met", *(" ".join(column) for column in columns)], rows)
 
 
@@ -285,8 +307,9 @@ def plot_steps(run, path):
                     continue
                 low, median, high = ratio_of(one["result"], name)
                 mine = name.startswith(OURS)
-                axes.plot([low, high], [len(labels)] * 2, color="C0" if mine else "C1", linewidth=1)
-                axes.plot(median, len(labels), "o" if mine else "s", color="C0" if mine else "C1", markersize=4)
+                color = "C0" if mine else "0.5" if name.startswith("bare") else "C1"
+                axes.plot([low, high], [len(labels)] * 2, color=color, linewidth=1)
+                axes.plot(median, len(labels), "o" if mine else "s", color=color, markersize=4)
                 labels.append(case["mode"] + form(name))
         axes.set_yticks(range(len(labels)), labels, fontsize=7)
         axes.invert_yaxis()
@@ -346,14 +369,11 @@ def write(run, folder):
 
 
 def merged(runs):
-    """Return several runs on one machine as one, in which a case has its last result.
+    """Return the runs on the machine of the last one as one run, in which a case has its last result.
 
-    Raises:
-        ValueError: if they are of different machines, whose times do not belong in one table.
+    Times of different machines do not belong in one table.
     """
-    machines = {json.dumps(one["machine"], sort_keys=True) for one in runs}
-    if len(machines) > 1:
-        raise ValueError(f"`runs` must be of one machine. Received: runs of {sorted(machines)}")
+    runs = [one for one in runs if one["machine"] == runs[-1]["machine"]]
     results = {}
     for run in runs:
         for one in run["results"]:

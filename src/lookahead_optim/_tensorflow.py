@@ -54,15 +54,15 @@ def _when(
     if not found:
         return None
     default = tf.distribute.get_strategy()
-    strategy = getattr(found[0].slow, "distribute_strategy", default)
+    strategies = [getattr(slow, "distribute_strategy", default) for slow, _, _ in found]
     if in_scope and not tf.distribute.in_cross_replica_context():
-        return tf.__internal__.distribute.interim.maybe_merge_call(in_cross_replica_context, strategy)
-    if tf.executing_eagerly() and not in_scope and strategy is default:
+        return tf.__internal__.distribute.interim.maybe_merge_call(in_cross_replica_context, strategies[0])
+    if tf.executing_eagerly() and not in_scope and all(one is default for one in strategies):
         # What the default strategy would do, without its contexts for each weight.
         for slow, fast, constraint in found:
             update(slow, fast, constraint, True)
         return None
-    return in_cross_replica_context(strategy)
+    return in_cross_replica_context(strategies[0])
 
 
 def capture(steps: Any, due: Callable[[Any], Any], pairs: Callable[[], Sequence[Pair]]) -> Any:
@@ -98,9 +98,12 @@ def synchronize(
             # `tf.cast` would take a Python number through float32.
             convert = tf.constant if isinstance(slow_step_size, float) else tf.cast
             step_size = convert(slow_step_size, dtype)
-            if constraint is None and slow.dtype in (tf.float32, tf.float64):
-                # In place, which spares an array: slow - step_size (slow - fast) has the bits of the formula below.
-                moved = tf.raw_ops.ResourceApplyGradientDescent(var=slow.handle, alpha=step_size, delta=slow - fast)
+            if constraint is None and slow.dtype in (tf.float32, tf.float64) and "CPU" in slow.device:
+                # In place, which spares an array, and with the bits of the formula below, zeros' signs included. On
+                # other devices this kernel may multiply and add at once, which rounds otherwise.
+                moved = tf.raw_ops.ResourceApplyGradientDescent(
+                    var=slow.handle, alpha=-step_size, delta=tf.subtract(fast, slow)
+                )
                 with tf.control_dependencies([moved]):
                     restarted = fast.assign(slow, read_value=False)
                 return [] if tf.executing_eagerly() else [moved, restarted]

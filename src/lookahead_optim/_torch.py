@@ -1,17 +1,19 @@
 """What PyTorch's front ends share: lists of weights, cut so that the CPU finds in its cache what it needs twice."""
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Piece", "cut"]
+__all__ = ["Piece", "cut", "is_cut"]
 
 # Of the slow weights, and of as many fast ones: what one core's cache holds.
 _BYTES_PER_THREAD = 2**18
 
-Piece = tuple[list[Tensor], list[Tensor]]
+# Fast weights, and their slow ones.
+Piece: TypeAlias = tuple[list[Tensor], list[Tensor]]
 
 
 def cut(fast: list[Tensor], slow: list[Tensor]) -> Iterator[Piece]:
@@ -24,25 +26,35 @@ def cut(fast: list[Tensor], slow: list[Tensor]) -> Iterator[Piece]:
         groups = Optimizer._group_tensors_by_device_and_dtype([fast, slow])  # type: ignore[list-item]
         yield from (tuple(tensors) for tensors, _ in groups.values())  # type: ignore[misc]
         return
-    limit = _BYTES_PER_THREAD * torch.get_num_threads()
     piece: Piece = [], []
     size = 0
     for weight in zip(fast, slow):
-        for part in _parts(*weight, limit):
+        for part in zip(*map(_parts, weight)) if is_cut(*weight) else [weight]:
             for tensors, tensor in zip(piece, part):
                 tensors.append(tensor)
             size += part[1].nbytes
-            if size >= limit:
+            if size >= _limit():
                 yield piece
                 piece, size = ([], []), 0
     if size:
         yield piece
 
 
-def _parts(fast: Tensor, slow: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return a weight, or views of its parts if it has more bytes than `limit` and can be cut."""
-    simple = type(fast) in (Tensor, torch.nn.Parameter) and fast.is_contiguous() and slow.is_contiguous()
-    if slow.nbytes <= limit or not simple:
-        return iter([(fast, slow)])
-    length = limit // slow.element_size()
-    return zip(fast.view(-1).split(length), slow.view(-1).split(length))
+def is_cut(fast: Tensor, slow: Tensor) -> bool:
+    """Return whether a weight is cut: it is larger than a piece, and is laid out as its elements are numbered."""
+    return (
+        slow.nbytes > _limit()
+        and type(fast) in (Tensor, torch.nn.Parameter)
+        and fast.is_cpu
+        and fast.is_contiguous()
+        and slow.is_contiguous()
+    )
+
+
+def _limit() -> int:
+    """Return the bytes of a piece."""
+    return _BYTES_PER_THREAD * torch.get_num_threads()
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.view(-1).split(_limit() // tensor.element_size())

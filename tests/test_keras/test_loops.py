@@ -442,3 +442,47 @@ def test_weights_larger_than_the_cache_are_synchronised_in_parts(monkeypatch):
     expected[2] = np.clip(starts[2] + np.float32(0.25) * (clipped - starts[2]), -0.3, 0.3)
     assert_same_bits(weights, expected)
     assert_same_bits(optimizer.slow_variables, expected)
+
+
+@only_tensorflow
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_slow_step_in_place_has_the_bits_of_its_formula(mode, dtype):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    start, gradient = rng.normal(size=(2, 500)).astype(dtype)
+    # A weight that stays at -0 becomes 0, as the sum of -0 and 0 is.
+    start[:2], gradient[:2] = -0.0, 0.0
+    weight = keras.Variable(start, dtype=dtype)
+    optimizer = Lookahead(keras.optimizers.SGD(1.0), sync_period=1, slow_step_size=0.3)
+    optimizer.build([weight])
+
+    def apply():
+        optimizer.apply([tf.constant(gradient)], [weight])
+
+    (tf.function(apply) if mode == "graph" else apply)()
+    expected = start + np.array(0.3, dtype) * ((start - gradient) - start)
+    assert_same_bits([weight], [expected])
+    assert_same_bits(optimizer.slow_variables, [expected])
+
+
+@only_tensorflow
+def test_eager_steps_list_no_weights_before_a_sync_is_due(monkeypatch):
+    weight = keras.Variable(np.ones(3, "float32"))
+    optimizer = Lookahead(keras.optimizers.SGD(0.1), sync_period=3)
+    listed = []
+    pairs = Lookahead._trainable_pairs
+    monkeypatch.setattr(Lookahead, "_trainable_pairs", lambda self: listed.append(int(self.iterations)) or pairs(self))
+    for _ in range(7):
+        optimizer.apply([keras.ops.ones(3)], [weight])
+    assert listed == [3, 6]
+
+
+def test_a_whole_slow_step_does_not_overflow():
+    weight = keras.Variable(np.full(2, 3e38, "float32"))
+    optimizer = Lookahead(keras.optimizers.SGD(1.0), sync_period=2, slow_step_size=1)
+    for _ in range(2):
+        optimizer.apply([keras.ops.full((2,), 3e38)], [weight])
+    np.testing.assert_array_equal(values([weight])[0], np.full(2, -3e38, "float32"))
+    assert_same_bits(optimizer.slow_variables, [weight])

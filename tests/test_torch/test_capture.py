@@ -7,6 +7,7 @@ import torch
 from by_hand import ByHand, assert_same_bits, parameters, set_gradients
 
 import reference
+from lookahead_optim import _torch
 from lookahead_optim.torch import Lookahead
 
 
@@ -244,6 +245,16 @@ def test_parameter_moved_to_other_memory_of_the_same_shape_goes_on(steps):
     assert_trains_as_by_hand(optimizer, hand, range(1, steps + 1))
     fast[1].data = fast[1].data.t().clone().t()
     assert_trains_as_by_hand(optimizer, hand, range(steps + 1, steps + 8))
+
+
+def test_large_parameter_that_changes_its_layout_in_place_goes_on(monkeypatch):
+    monkeypatch.setattr(_torch, "_BYTES_PER_THREAD", 16)
+    fast, expected = (parameters((40, 40)) for _ in range(2))
+    optimizer, hand = Lookahead(plain_sgd(fast), 3, 0.25), ByHand(plain_sgd(expected), 3, 0.25)
+    assert_trains_as_by_hand(optimizer, hand, range(1, 5))
+    for weight in (*fast, *expected):
+        weight.data, weight.grad = weight.data.t(), None
+    assert_trains_as_by_hand(optimizer, hand, range(5, 12))
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4])

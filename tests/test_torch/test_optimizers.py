@@ -283,7 +283,11 @@ def views_of_one_buffer(*slices, split=False):
     ],
     ids=["halves", "interleaved", "overlapping", "same", "nested"],
 )
-def test_parameters_that_share_memory_are_synchronised_as_their_memory_would_be(slices, split):
+@pytest.mark.parametrize("bytes_per_thread", [2**18, 16])
+def test_parameters_that_share_memory_are_synchronised_as_their_memory_would_be(
+    slices, split, bytes_per_thread, monkeypatch
+):
+    monkeypatch.setattr(_torch, "_BYTES_PER_THREAD", bytes_per_thread)
     buffer, fast, groups = views_of_one_buffer(*slices, split=split)
     expected_buffer, expected, expected_groups = views_of_one_buffer(*slices, split=split)
     optimizer = Lookahead(torch.optim.SGD(groups, 0.1, momentum=0.9), SYNC_PERIOD, SLOW_STEP_SIZE)

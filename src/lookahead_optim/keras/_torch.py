@@ -39,6 +39,14 @@ def capture(iterations, due, pairs):
         torch._foreach_copy_(slow, fast)
 
 
+def _move(slow, fast, slow_step_size):
+    if slow_step_size == 1:
+        # That of two large weights of opposite sign can overflow.
+        torch._foreach_copy_(slow, fast)
+    else:
+        torch._foreach_lerp_(slow, fast, slow_step_size)
+
+
 @torch.compiler.disable
 @torch.no_grad()
 def synchronize(iterations, due, pairs, slow_step_size):
@@ -48,11 +56,11 @@ def synchronize(iterations, due, pairs, slow_step_size):
     found = pairs()
     free = [(fast, slow) for slow, fast in found if fast.constraint is None]
     for fast, slow in cut(*map(_native, zip(*free))) if free else ():
-        torch._foreach_lerp_(slow, fast, slow_step_size)
+        _move(slow, fast, slow_step_size)
         torch._foreach_copy_(fast, slow)
     for slow, fast in found:
         if fast.constraint is not None:
-            slow.value.lerp_(fast.value, slow_step_size)
+            _move([slow.value], [fast.value], slow_step_size)
             slow.assign(fast.constraint(slow.value))
             # In a stateless scope the assignment has made a new value.
             fast.value.copy_(slow.value)

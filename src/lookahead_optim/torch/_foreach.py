@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lookahead_optim._torch import Piece, cut
+from lookahead_optim._torch import Piece, cut, is_cut
 
 __all__ = ["Plan", "copy", "local", "make_plan", "share_memory"]
 
@@ -18,10 +18,16 @@ class Plan(NamedTuple):
     places: tuple[list[int], list[torch.Size], list[torch.dtype]]
     slow: list[Tensor]
     pointers: list[int]
+    # Their pieces are views, which are right for the layout that they had.
+    contiguous: list[Tensor]
 
     def holds(self, parameters: list[Tensor]) -> bool:
         """Return whether all parameters, and their slow weights, are where and what they were."""
-        return self.places == places(parameters) and self.pointers == [one.data_ptr() for one in self.slow]
+        return (
+            self.places == places(parameters)
+            and self.pointers == [one.data_ptr() for one in self.slow]
+            and all(one.is_contiguous() for one in self.contiguous)
+        )
 
 
 def make_plan(fast: list[Tensor], slow: list[Tensor]) -> Plan:
@@ -33,6 +39,7 @@ def make_plan(fast: list[Tensor], slow: list[Tensor]) -> Plan:
         places=places(fast),
         slow=slow,
         pointers=[one.data_ptr() for one in slow],
+        contiguous=[one for pair in zip(fast, slow) if is_cut(*pair) for one in pair],
     )
 
 
