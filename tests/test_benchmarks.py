@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import processes  # noqa: E402
 import report  # noqa: E402
 from cases import MODES, Case, full, quick  # noqa: E402
+from report import OURS  # noqa: E402
 from timing import Program, in_turn, limit, quartiles, ratios  # noqa: E402
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("20*.json"))
@@ -100,3 +101,33 @@ def test_the_tables_of_the_docs_are_made_of_the_committed_results(tmp_path):
         assert (ROOT / "docs" / "benchmarks" / table.name).read_text() == table.read_text(), table.name
     plots = [{one.name for one in folder.glob("*.svg")} for folder in (tmp_path, ROOT / "docs" / "benchmarks")]
     assert plots[0] == plots[1]
+
+
+# Rows of the README's table, and whose figures stand in each cell.
+README = {
+    "Keras on TensorFlow: graph, XLA": [("Keras, TensorFlow graph", OURS), ("Keras, TensorFlow XLA", OURS)],
+    "Keras on JAX, PyTorch": [("Keras, JAX", OURS), ("Keras, PyTorch", OURS)],
+    "Keras 2, graph, TensorFlow 2.21 and 2.15": [("tf_keras, graph", OURS), ("tf.keras 2.15, graph", OURS)],
+    "*TensorFlow Addons 0.23, TensorFlow 2.15*": [("tf.keras 2.15, graph", "tensorflow_addons")],
+    "PyTorch: `foreach`, fused": [("PyTorch, foreach", OURS), ("PyTorch, fused", OURS)],
+    "*timm, pytorch_optimizer, torch_optimizer: fused*": [
+        ("PyTorch, fused", peer) for peer in ("timm", "pytorch_optimizer", "torch_optimizer")
+    ],
+    "Optax: updates, `apply_gradients`": [("Optax", OURS), ("Optax", f"{OURS}, apply_gradients")],
+    "*`optax.lookahead`*": [("Optax", "optax")],
+}
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results():
+    medians = {}
+    for one in report.of_kind(report.merged([json.loads(path.read_text()) for path in RESULTS]), "step"):
+        case = one["case"]
+        if case["period"] == 6:
+            for name in one["result"]:
+                key = case["mode"], name, case["weights"], case["inner"]
+                medians[key] = f"{report.ratio_of(one['result'], name)[1]:.2f}"
+    lines = [line.strip("|\n ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines()]
+    rows = {line[0]: line[1:] for line in lines if line[0] in README}
+    columns = [(weights, inner) for weights in (10, 400) for inner in ("SGD", "Adam")]
+    for label, programs in README.items():
+        assert rows[label] == [", ".join(medians[(*one, *column)] for one in programs) for column in columns], label
