@@ -20,7 +20,7 @@ class Mode:
         backend: Backend of Keras, if it needs Keras.
         trains: Whether whole training steps are measured in it.
         scales: Whether growth with the number and the size of weights is measured in it.
-        traces: Whether a step is traced or compiled before it runs, which takes long for many weights.
+        slow_with_many: Whether many weights take long, a step of them or its tracing.
     """
 
     module: str
@@ -28,20 +28,20 @@ class Mode:
     backend: str | None = None
     trains: bool = False
     scales: bool = False
-    traces: bool = True
+    slow_with_many: bool = True
 
 
 WITH_PEERS = (".venv-peers", ".venv")
 MODES = {
-    "Keras, TensorFlow eager": Mode("of_keras", backend="tensorflow", traces=False),
+    "Keras, TensorFlow eager": Mode("of_keras", backend="tensorflow"),
     "Keras, TensorFlow graph": Mode("of_keras", backend="tensorflow", trains=True, scales=True),
     "Keras, TensorFlow XLA": Mode("of_keras", backend="tensorflow", trains=True),
     "Keras, JAX": Mode("of_keras", backend="jax", trains=True, scales=True),
-    "Keras, PyTorch": Mode("of_keras", backend="torch", trains=True, scales=True, traces=False),
+    "Keras, PyTorch": Mode("of_keras", backend="torch", trains=True, scales=True, slow_with_many=False),
     "tf_keras, graph": Mode("of_tf_keras", trains=True, scales=True),
     "tf.keras 2.15, graph": Mode("of_tf_keras", (".venv-tf215",)),
-    "PyTorch, foreach": Mode("of_torch", WITH_PEERS, trains=True, scales=True, traces=False),
-    "PyTorch, fused": Mode("of_torch", WITH_PEERS, trains=True, traces=False),
+    "PyTorch, foreach": Mode("of_torch", WITH_PEERS, trains=True, scales=True, slow_with_many=False),
+    "PyTorch, fused": Mode("of_torch", WITH_PEERS, trains=True, slow_with_many=False),
     "PyTorch, compiled": Mode("of_torch", WITH_PEERS),
     "Optax": Mode("of_optax", backend="jax", trains=True, scales=True),
 }
@@ -82,9 +82,7 @@ def full() -> Iterator[Case]:
         cycles, placements = (10, 3) if period == 6 else (max(6, 60 // period), 1)
         yield Case("step", mode, inner, *large, period=period, cycles=cycles, placements=placements)
     for mode, inner in itertools.product(MODES, ARRAYS):
-        # A step of TensorFlow without a graph takes as long as others take to be traced.
-        quick_to_make = "PyTorch" in mode and not MODES[mode].traces
-        yield Case("step", mode, inner, *small, cycles=10, placements=3 if quick_to_make else 1)
+        yield Case("step", mode, inner, *small, cycles=10, placements=1 if MODES[mode].slow_with_many else 3)
     for mode, period in itertools.product(MODES, (1, 5, 20)):
         yield Case("step", mode, "SGD", *small, period=period, cycles=max(6, 60 // period))
     for mode, model, inner in itertools.product(MODES, MODELS, ("SGD", "Adam")):
@@ -97,7 +95,9 @@ def full() -> Iterator[Case]:
             for parameters in (10**4, 10**5, 10**6, 10**7, 10**8):
                 yield Case("scaling", mode, "SGD", 10, round((parameters / 10) ** 0.5), cycles=8)
             # Ten of them are among those above.
-            for weights in (1, 100, 300, 1000, 3000) if MODES[mode].traces else (1, 100, 300, 1000, 3000, 10_000):
+            for weights in (
+                (1, 100, 300, 1000, 3000) if MODES[mode].slow_with_many else (1, 100, 300, 1000, 3000, 10_000)
+            ):
                 yield Case("scaling", mode, "SGD", weights, 32, cycles=8)
 
 

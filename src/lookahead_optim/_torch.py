@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Piece", "cut", "is_cut"]
+__all__ = ["Piece", "cut", "is_cut", "move"]
 
 # Of the slow weights, and of as many fast ones: what one core's cache holds.
 _BYTES_PER_THREAD = 2**18
@@ -49,6 +49,15 @@ def is_cut(fast: Tensor, slow: Tensor) -> bool:
         and fast.is_contiguous()
         and slow.is_contiguous()
     )
+
+
+def move(slow: list[Tensor], fast: list[Tensor], slow_step_size: float) -> None:
+    """Move slow weights towards the fast ones."""
+    if slow_step_size == 1:
+        # The difference of two large weights of opposite sign can overflow.
+        torch._foreach_copy_(slow, fast)
+    else:
+        torch._foreach_lerp_(slow, fast, slow_step_size)
 
 
 def _limit() -> int:

@@ -5,7 +5,7 @@ Nothing here belongs into a graph that `torch.compile` makes: its guards on the 
 
 import torch
 
-from lookahead_optim._torch import cut
+from lookahead_optim._torch import cut, move
 
 __all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synchronize"]
 
@@ -39,14 +39,6 @@ def capture(iterations, due, pairs):
         torch._foreach_copy_(slow, fast)
 
 
-def _move(slow, fast, slow_step_size):
-    if slow_step_size == 1:
-        # That of two large weights of opposite sign can overflow.
-        torch._foreach_copy_(slow, fast)
-    else:
-        torch._foreach_lerp_(slow, fast, slow_step_size)
-
-
 @torch.compiler.disable
 @torch.no_grad()
 def synchronize(iterations, due, pairs, slow_step_size):
@@ -56,11 +48,11 @@ def synchronize(iterations, due, pairs, slow_step_size):
     found = pairs()
     free = [(fast, slow) for slow, fast in found if fast.constraint is None]
     for fast, slow in cut(*map(_native, zip(*free))) if free else ():
-        _move(slow, fast, slow_step_size)
+        move(slow, fast, slow_step_size)
         torch._foreach_copy_(fast, slow)
     for slow, fast in found:
         if fast.constraint is not None:
-            _move([slow.value], [fast.value], slow_step_size)
+            move([slow.value], [fast.value], slow_step_size)
             slow.assign(fast.constraint(slow.value))
             # In a stateless scope the assignment has made a new value.
             fast.value.copy_(slow.value)

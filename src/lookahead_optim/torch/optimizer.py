@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
+from lookahead_optim._torch import move
 from lookahead_optim.torch import _foreach
 from lookahead_optim.torch._fsdp import gathered_anew
 from lookahead_optim.torch._state import State
@@ -274,11 +275,7 @@ class Lookahead(Optimizer):
         # Weights that share memory must all have been read before one of them is written.
         for together in [pieces] if _foreach.share_memory(plans) else [[one] for one in pieces]:
             for step_size, fast, slow in together:
-                if step_size == 1:
-                    # That of two large weights of opposite sign can overflow.
-                    torch._foreach_copy_(slow, fast)
-                else:
-                    torch._foreach_lerp_(slow, fast, step_size)
+                move(slow, fast, step_size)
             for _, fast, slow in together:
                 torch._foreach_copy_(fast, slow)
         for fast, slow in restarts:
