@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest test-tf215 lint types docs bench bench-quick bench-report experiments peers clean
+.PHONY: help setup demo test test-lowest test-tf215 lint types docs bench bench-quick bench-designs bench-report experiments peers clean
 PYTHON ?= python3
 BACKENDS := tensorflow jax torch
 DEV := .venv/bin/
@@ -98,6 +98,9 @@ bench: .venv/.installed .venv-peers/.installed  ## Measure what Lookahead adds t
 
 bench-quick: .venv/.installed  ## See in two minutes that the benchmarks run, with what is installed.
 	$(DEV)python benchmarks/run.py --quick $(ARGS)
+
+bench-designs: .venv/.installed .venv-peers/.installed  ## Measure designs of a sync beside the one that was kept.
+	$(DEV)python benchmarks/run.py --designs $(ARGS)
 
 RESULTS ?= $(sort $(wildcard benchmarks/results/20*.json))
 

@@ -18,7 +18,7 @@ class Mode:
         module: Module of `programs` that makes its programs.
         environments: Environments in which it runs, which the Makefile makes; the first one that was made is taken.
         backend: Backend of Keras, if it needs Keras.
-        trains: Whether whole training steps are measured in it.
+        loops: How whole training steps are run: by `fit`, or in a loop written by hand.
         scales: Whether growth with the number and the size of weights is measured in it.
         slow_with_many: Whether many weights take long, a step of them or its tracing.
     """
@@ -26,24 +26,25 @@ class Mode:
     module: str
     environments: tuple[str, ...] = (".venv",)
     backend: str | None = None
-    trains: bool = False
+    loops: tuple[str, ...] = ("by hand",)
     scales: bool = False
     slow_with_many: bool = True
 
 
+KERAS_LOOPS = ("fit", "by hand")
 WITH_PEERS = (".venv-peers", ".venv")
 MODES = {
     "Keras, TensorFlow eager": Mode("of_keras", backend="tensorflow"),
-    "Keras, TensorFlow graph": Mode("of_keras", backend="tensorflow", trains=True, scales=True),
-    "Keras, TensorFlow XLA": Mode("of_keras", backend="tensorflow", trains=True),
-    "Keras, JAX": Mode("of_keras", backend="jax", trains=True, scales=True),
-    "Keras, PyTorch": Mode("of_keras", backend="torch", trains=True, scales=True, slow_with_many=False),
-    "tf_keras, graph": Mode("of_tf_keras", trains=True, scales=True),
-    "tf.keras 2.15, graph": Mode("of_tf_keras", (".venv-tf215",)),
-    "PyTorch, foreach": Mode("of_torch", WITH_PEERS, trains=True, scales=True, slow_with_many=False),
-    "PyTorch, fused": Mode("of_torch", WITH_PEERS, trains=True, slow_with_many=False),
+    "Keras, TensorFlow graph": Mode("of_keras", backend="tensorflow", loops=KERAS_LOOPS, scales=True),
+    "Keras, TensorFlow XLA": Mode("of_keras", backend="tensorflow", loops=KERAS_LOOPS, scales=True),
+    "Keras, JAX": Mode("of_keras", backend="jax", loops=KERAS_LOOPS, scales=True),
+    "Keras, PyTorch": Mode("of_keras", backend="torch", loops=KERAS_LOOPS, scales=True, slow_with_many=False),
+    "tf_keras, graph": Mode("of_tf_keras", loops=KERAS_LOOPS, scales=True),
+    "tf.keras 2.15, graph": Mode("of_tf_keras", (".venv-tf215",), loops=KERAS_LOOPS),
+    "PyTorch, foreach": Mode("of_torch", WITH_PEERS, scales=True, slow_with_many=False),
+    "PyTorch, fused": Mode("of_torch", WITH_PEERS, scales=True, slow_with_many=False),
     "PyTorch, compiled": Mode("of_torch", WITH_PEERS),
-    "Optax": Mode("of_optax", backend="jax", trains=True, scales=True),
+    "Optax": Mode("of_optax", backend="jax", scales=True),
 }
 
 
@@ -52,12 +53,13 @@ class Case:
     """One measurement.
 
     Args:
-        kind: `"step"`, `"training"`, `"memory"` or `"scaling"`.
+        kind: `"step"`, `"training"`, `"memory"`, `"scaling"` or `"design"`.
         mode: A key of `MODES`.
         inner: A key of `ARRAYS`.
         weights: Number of weights, for all kinds but `"training"`.
         side: They are square, of this side.
         model: One of `MODELS`, for `"training"`.
+        loop: One of its mode's `loops`, for `"training"`.
         period: The sync period.
         cycles: Cycles to time, with each placement.
         placements: How often the programs are made anew: where in memory their weights lie changes their times.
@@ -69,9 +71,22 @@ class Case:
     weights: int = 0
     side: int = 0
     model: str = ""
+    loop: str = ""
     period: int = 6
     cycles: int = 20
     placements: int = 1
+
+    @property
+    def timeout(self) -> int:
+        """Seconds that it may take, compilation included."""
+        if self.weights >= 10_000:
+            return 1500
+        return 600 if self.kind == "design" else 200
+
+    @property
+    def module(self) -> str:
+        """The module of its programs."""
+        return f"{'designs' if self.kind == 'design' else 'programs'}.{MODES[self.mode].module}"
 
 
 def full() -> Iterator[Case]:
@@ -83,27 +98,36 @@ def full() -> Iterator[Case]:
         yield Case("step", mode, inner, *large, period=period, cycles=cycles, placements=placements)
     for mode, inner in itertools.product(MODES, ARRAYS):
         yield Case("step", mode, inner, *small, cycles=10, placements=1 if MODES[mode].slow_with_many else 3)
-    for mode, period in itertools.product(MODES, (1, 5, 20)):
-        yield Case("step", mode, "SGD", *small, period=period, cycles=max(6, 60 // period))
+    for mode, inner, period in itertools.product(MODES, ARRAYS, (1, 5, 20)):
+        yield Case("step", mode, inner, *small, period=period, cycles=max(3, 20 // period))
     for mode, model, inner in itertools.product(MODES, MODELS, ("SGD", "Adam")):
-        if MODES[mode].trains:
-            yield Case("training", mode, inner, model=model, cycles=20)
+        for loop in MODES[mode].loops:
+            yield Case("training", mode, inner, model=model, loop=loop, cycles=12)
+    for mode, period in itertools.product(MODES, (1, 20)):
+        yield Case(
+            "training", mode, "SGD", model="transformer", loop="by hand", period=period, cycles=max(3, 20 // period)
+        )
     for mode in MODES:
         yield Case("memory", mode, "SGD", *large)
     for mode in MODES:
         if MODES[mode].scales:
-            for parameters in (10**4, 10**5, 10**6, 10**7, 10**8):
-                yield Case("scaling", mode, "SGD", 10, round((parameters / 10) ** 0.5), cycles=8)
+            for parameters in (10**4, 10**5, 10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8):
+                yield Case("scaling", mode, "SGD", 10, round((parameters / 10) ** 0.5), cycles=12)
             # Ten of them are among those above.
-            for weights in (
-                (1, 100, 300, 1000, 3000) if MODES[mode].slow_with_many else (1, 100, 300, 1000, 3000, 10_000)
-            ):
-                yield Case("scaling", mode, "SGD", weights, 32, cycles=8)
+            for weights in (1, 100, 300, 1000, 3000, 10_000):
+                yield Case("scaling", mode, "SGD", weights, 32, cycles=12)
+
+
+def designs() -> Iterator[Case]:
+    """Return the cases that compare designs of a sync."""
+    for mode in ("PyTorch, foreach", "PyTorch, fused", "Keras, TensorFlow graph", "Keras, TensorFlow XLA", "Optax"):
+        for shape, inner in itertools.product(SHAPES.values(), ("SGD", "Adam")):
+            yield Case("design", mode, inner, *shape)
 
 
 def quick() -> Iterator[Case]:
     """Return one small case for each mode."""
     for mode in MODES:
         yield Case("step", mode, "SGD", 4, 256, cycles=4)
-    yield Case("training", "PyTorch, foreach", "Adam", model="transformer", cycles=4)
+    yield Case("training", "PyTorch, foreach", "Adam", model="transformer", loop="by hand", cycles=4)
     yield Case("memory", "PyTorch, foreach", "SGD", 10, 1024)

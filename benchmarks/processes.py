@@ -11,8 +11,6 @@ from pathlib import Path
 from cases import MODES
 
 FOLDER = Path(__file__).resolve().parent
-# Seconds that one case may take, compilation included.
-TIMEOUT = 200
 
 
 def interpreter(mode):
@@ -22,7 +20,7 @@ def interpreter(mode):
 
 
 def ask(mode, asked, *arguments):
-    """Run a process of a mode for some cases; yield the result of each, or the reason why there is none."""
+    """Run a process of a mode for cases of one module; yield the result of each, or the reason why there is none."""
     if not asked:
         return
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
@@ -30,7 +28,7 @@ def ask(mode, asked, *arguments):
     if MODES[mode].backend:
         environment["KERAS_BACKEND"] = MODES[mode].backend
     process = subprocess.Popen(
-        [interpreter(mode), FOLDER / "worker.py", MODES[mode].module, *arguments],
+        [interpreter(mode), FOLDER / "worker.py", asked[0].module, *arguments],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -42,7 +40,7 @@ def ask(mode, asked, *arguments):
     reader.start()
     try:
         for number, case in enumerate(asked):
-            timer = threading.Timer(TIMEOUT, process.kill)
+            timer = threading.Timer(case.timeout, process.kill)
             timer.start()
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(dataclasses.asdict(case)) + "\n")
@@ -54,7 +52,7 @@ def ask(mode, asked, *arguments):
             if answer is None:
                 process.wait()
                 reader.join()
-                reason = f"not done in {TIMEOUT} s" if late else "".join(errors)[-2000:]
+                reason = f"not done in {case.timeout} s" if late else "".join(errors)[-2000:]
                 yield {"failed": reason}
                 yield from ask(mode, asked[number + 1 :], *arguments)
                 return

@@ -52,7 +52,7 @@ def shown(figures):
 
 
 def what(case):
-    return case["model"] or f"{case['weights']} x {case['side']}²"
+    return f"{case['model']}, {case['loop']}" if case["model"] else f"{case['weights']} x {case['side']}²"
 
 
 def form(name):
@@ -109,6 +109,19 @@ def wide_steps(run, shape, period):
     return markdown(["mode", "program", *ARRAYS, "differs"], rows)
 
 
+def designs(run):
+    """Return the table of designs: modes and designs down, shapes and inner optimizers across."""
+    figures = {}
+    for one in of_kind(run, "design"):
+        case, result = one["case"], one["result"]
+        for name in result:
+            if name != "bare":
+                figures.setdefault((case["mode"], name), {})[what(case), case["inner"]] = shown(ratio_of(result, name))
+    columns = list(dict.fromkeys(column for row in figures.values() for column in row))
+    rows = [[*labels, *(row.get(column, "-") for column in columns)] for labels, row in figures.items()]
+    return markdown(["mode", "design", *(f"{shape} {inner}" for shape, inner in columns)], rows)
+
+
 def verdict(figures, count, aim, at_least=False):
     """Return the median beside an aim, and whether it is met: open if the aim is as near as the median is uncertain.
 
@@ -144,27 +157,43 @@ def addons_over_ours(run):
 
 
 def aims(run):
-    """Return the table of aims: rows of modes, columns of what is measured."""
-    cells = {}
-    for one in [*of_kind(run, "step"), *of_kind(run, "training")]:
+    """Return the table of aims for steps: rows of modes and forms, columns of shapes and inner optimizers."""
+    rows = {}
+    for one in of_kind(run, "step"):
         case, result = one["case"], one["result"]
-        if case["period"] != 6 or case["inner"] not in LARGE_AIMS:
-            continue
-        for name in result:
-            if name.startswith(OURS):
-                if case["kind"] == "training":
-                    aim = TRAINING_AIM
-                elif case["side"] < 1024:
-                    aim = SMALL_AIMS[case["inner"]]
-                else:
-                    aim = (UPDATES_AIMS if (case["mode"], name) == ("Optax", OURS) else LARGE_AIMS)[case["inner"]]
-                row = cells.setdefault((case["mode"], name), {})
-                row[what(case), case["inner"]] = verdict(ratio_of(result, name), len(result[name]["seconds"]), aim)
-    columns = [*itertools.product([f"{weights} x {side}²" for weights, side in SHAPES.values()], LARGE_AIMS)]
-    columns += itertools.product(MODELS, LARGE_AIMS)
-    rows = [[mode + form(name), *(row.get(column, "-") for column in columns)] for (mode, name), row in cells.items()]
-    rows.append(["TensorFlow Addons over ours, at least", *(addons_over_ours(run).get(one, "-") for one in columns)])
-    return markdown(["median / aim, met", *(" ".join(column) for column in columns)], rows)
+        if case["period"] == 6 and case["inner"] in LARGE_AIMS:
+            for name in result:
+                if name.startswith(OURS):
+                    large = UPDATES_AIMS if (case["mode"], name) == ("Optax", OURS) else LARGE_AIMS
+                    aim = (large if case["side"] >= 1024 else SMALL_AIMS)[case["inner"]]
+                    column = what(case), case["inner"]
+                    rows.setdefault(case["mode"] + form(name), {})[column] = verdict_of(result, name, aim)
+    rows["TensorFlow Addons over ours, at least"] = addons_over_ours(run)
+    return verdicts(rows, [f"{weights} x {side}²" for weights, side in SHAPES.values()], LARGE_AIMS)
+
+
+def training_aims(run):
+    """Return the table of aims for training steps: rows of modes, loops and forms, columns of models and optimizers."""
+    rows = {}
+    for one in of_kind(run, "training"):
+        case, result = one["case"], one["result"]
+        if case["period"] == 6:
+            for name in result:
+                if name.startswith(OURS):
+                    row = rows.setdefault(f"{case['mode']}, {case['loop']}{form(name)}", {})
+                    row[case["model"], case["inner"]] = verdict_of(result, name, TRAINING_AIM)
+    return verdicts(rows, MODELS, LARGE_AIMS)
+
+
+def verdict_of(result, name, aim):
+    return verdict(ratio_of(result, name), len(result[name]["seconds"]), aim)
+
+
+def verdicts(rows, *columns):
+    """Return a table of verdicts by name of a row and by column."""
+    columns = [*itertools.product(*columns)]
+    cells = [[label, *(row.get(column, "-") for column in columns)] for label, row in rows.items()]
+    return markdown(["median / aim, met", *(" ".join(column) for column in columns)], cells)
 
 
 def memory(run):
@@ -245,7 +274,8 @@ def scaling(run):
         by_size, by_number = scaling_points(run, mode)
         if not by_size:
             continue
-        large = [point for point in by_size if point[0] >= 10**6]
+        # A round number of square weights is not exactly a round number of parameters.
+        large = [point for point in by_size if point[0] >= 0.99 * 10**6]
         largest = large[-1] if large else None
         row = [mode, fitted(large)]
         row.append(f"{largest[1] / largest[0] * 1e9:.3f}" if largest else "-")
@@ -355,7 +385,9 @@ def write(run, folder):
         "small": wide_steps(run, "400 x 32²", 6),
         "every_step": markdown(*step_rows(run)),
         "aims": aims(run),
+        "training_aims": training_aims(run),
         "training": markdown(*step_rows(run, "training")),
+        "designs": designs(run),
         "memory": memory(run),
         "graphs": graphs(run),
         "scaling": scaling(run),

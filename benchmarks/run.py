@@ -35,6 +35,7 @@ def unused_name(date):
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="One small case for each mode, to see that all run.")] = False,
+    designs: Annotated[bool, typer.Option("--designs", help="Designs of a sync, in place of the suite.")] = False,
     only: Annotated[str, typer.Option(help="Only modes whose name contains this.")] = "",
     kind: Annotated[str, typer.Option(help="Only this kind: step, training, memory or scaling.")] = "",
     period: Annotated[int, typer.Option(help="Only this sync period; 0 means all.", min=0)] = 0,
@@ -43,7 +44,7 @@ def main(
     """Measure what Lookahead adds to an optimizer step and to a training step, as a ratio to the bare optimizer."""
     chosen = [
         case
-        for case in (cases.quick() if quick else cases.full())
+        for case in (cases.quick() if quick else cases.designs() if designs else cases.full())
         if only in case.mode and kind in ("", case.kind) and period in (0, case.period)
     ]
     console = Console(stderr=True)
@@ -69,7 +70,7 @@ def main(
         for (mode, case_kind), group in itertools.groupby(chosen, key=lambda case: (case.mode, case.kind)):
             progress.update(task, description=f"{mode}: {case_kind}")
             group = list(group)
-            shared = case_kind in ("step", "training")
+            shared = case_kind in ("step", "training", "design")
             answers = ask(mode, group) if shared else itertools.chain.from_iterable(map(measure, group))
             for case, answer in zip(group, answers):
                 run["results"].append({"case": dataclasses.asdict(case), **answer})

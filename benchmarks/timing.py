@@ -36,16 +36,18 @@ def timed(program: Program, calls: int) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(programs: Mapping[str, Program], calls: int, cycles: int, warm_up: int = 2) -> dict[str, list[float]]:
+def in_turn(
+    programs: Mapping[str, Program], calls: int, cycles: int, rng: random.Random, warm_up: int = 2
+) -> dict[str, list[float]]:
     """Time cycles of `calls` calls, of each program in turn; return seconds per step, one number for each cycle.
 
-    Each turn has an order of its own, as what ran before leaves its mark in the caches.
+    Each turn has an order of its own, by `rng`, as what ran before leaves its mark in the caches.
     """
     for _ in range(warm_up):
         for program in programs.values():
             timed(program, calls)
     times: dict[str, list[float]] = {name: [] for name in programs}
-    order, rng = list(programs.items()), random.Random(0)
+    order = list(programs.items())
     for _ in range(cycles):
         rng.shuffle(order)
         for name, program in order:

@@ -4,10 +4,13 @@ python worker.py MODULE            times programs in turn
 python worker.py MODULE PROGRAM    runs one program alone, and reads the memory of the process
 """
 
+import dataclasses
 import gc
 import importlib
 import importlib.metadata
 import json
+import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -27,7 +30,7 @@ def measure(programs, case):
         timed(kind(case, optimizers["bare"]), 1)
     result = {name: {"seconds": []} for name in optimizers}
     # All stay in memory, so that the later ones lie elsewhere.
-    placements = []
+    placements, rng = [], random.Random(json.dumps(dataclasses.asdict(case)))
     for _ in range(case.placements):
         made = {}
         placements.append(made)
@@ -36,7 +39,7 @@ def measure(programs, case):
             made[name] = kind(case, make)
             timed(made[name], 1)
             result[name].setdefault("first_call", time.perf_counter() - start)
-        times = in_turn(made, 1 if made["bare"].steps > 1 else case.period, case.cycles)
+        times = in_turn(made, 1 if made["bare"].steps > 1 else case.period, case.cycles, rng)
         for name, program in made.items():
             result[name]["seconds"] += times[name]
             result[name]["graph_size"] = program.size() if program.size else None
@@ -73,12 +76,19 @@ def installed(names):
 
 def threads():
     """Return the numbers of threads of the numeric libraries that are loaded and say so."""
-    return {"torch": sys.modules["torch"].get_num_threads()} if "torch" in sys.modules else {}
+    found = {}
+    if "torch" in sys.modules:
+        found["torch"] = sys.modules["torch"].get_num_threads()
+    if "tensorflow" in sys.modules:
+        threading = sys.modules["tensorflow"].config.threading
+        # Zero means as many as there are cores.
+        found["tensorflow"] = threading.get_intra_op_parallelism_threads() or os.cpu_count()
+    return found
 
 
 def main(module, name=None):
     """Measure the cases on standard input."""
-    programs = importlib.import_module(f"programs.{module}")
+    programs = importlib.import_module(module)
     about = {"versions": installed(programs.versions()), "threads": threads()}
     for line in sys.stdin:
         case = Case(**json.loads(line))

@@ -1,6 +1,7 @@
 """The benchmark suite measures in turn, tells what failed, and makes the docs' tables of its results alone."""
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def test_programs_run_in_turn_one_cycle_at_a_time_and_are_waited_for():
         name: Program(lambda name=name: calls.append(name), lambda name=name: calls.append(f"wait for {name}"))
         for name in ("bare", "wrapped")
     }
-    times = in_turn(programs, calls=3, cycles=20, warm_up=1)
+    times = in_turn(programs, calls=3, cycles=20, rng=random.Random(0), warm_up=1)
     cycles = [calls[start : start + 4] for start in range(0, len(calls), 4)]
     assert all(cycle == [cycle[0]] * 3 + [f"wait for {cycle[0]}"] for cycle in cycles)
     # Each turn has all programs, in an order of its own.
@@ -38,7 +39,9 @@ def test_times_are_seconds_a_step(monkeypatch):
     clock = iter(range(0, 1000, 12))
     monkeypatch.setattr("timing.time.perf_counter", lambda: next(clock))
     # Every cycle takes twelve seconds, for three calls of two steps each.
-    assert in_turn({"bare": Program(lambda: None, steps=2)}, calls=3, cycles=2) == {"bare": [2.0, 2.0]}
+    assert in_turn({"bare": Program(lambda: None, steps=2)}, calls=3, cycles=2, rng=random.Random(0)) == {
+        "bare": [2.0, 2.0]
+    }
 
 
 def test_ratios_are_of_the_same_turn_and_the_limit_is_that_of_the_bytes():

@@ -89,8 +89,67 @@ def jax_program(jitted, state, gradients):
 
 
 def training_program(case, make):
-    """Return the program of `fit`, two cycles a call."""
+    """Return the program of `fit`, two cycles a call, or of a loop by hand."""
+    if case.loop == "by hand":
+        return {"tensorflow": _tensorflow_loop, "jax": _jax_loop, "torch": _torch_loop}[keras.config.backend()](
+            case, make
+        )
+    if keras.config.backend() != "tensorflow":
+        return models.fit_program(keras, case, make())
     # By itself Keras would have XLA compile in every mode of TensorFlow.
-    on_tensorflow = keras.config.backend() == "tensorflow"
-    options = {"jit_compile": case.mode.endswith("XLA")} if on_tensorflow else {}
+    options = {"jit_compile": case.mode.endswith("XLA")}
     return models.fit_program(keras, case, make(), **options)
+
+
+def _tensorflow_loop(case, make):
+    from programs.tensorflow_graphs import loop_program
+
+    compiler = None if case.mode.endswith("eager") else {"jit_compile": case.mode.endswith("XLA")}
+    return loop_program(keras, case, make(), compiler)
+
+
+def _jax_loop(case, make):
+    import jax
+
+    model, x, y = models.of_keras(keras, case.model)
+    optimizer = make()
+    optimizer.build(model.trainable_variables)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def loss(trained, others):
+        logits, others = model.stateless_call(trained, others, x, training=True)
+        return loss_of(y, logits), others
+
+    def train(state):
+        trained, others, variables = state
+        grads, others = jax.grad(loss, has_aux=True)(trained, others)
+        trained, variables = optimizer.stateless_apply(variables, grads, trained)
+        return trained, others, variables
+
+    lists = model.trainable_variables, model.non_trainable_variables, optimizer.variables
+    state = tuple([variable.value for variable in variables] for variables in lists)
+    compiled = jax.jit(train, donate_argnums=0).lower(state).compile()
+
+    def step():
+        nonlocal state
+        state = compiled(state)
+
+    return Program(step, lambda: jax.block_until_ready(state))
+
+
+def _torch_loop(case, make):
+    import torch
+
+    model, x, y = models.of_keras(keras, case.model)
+    optimizer = make()
+    optimizer.build(model.trainable_variables)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    x, y = keras.ops.convert_to_tensor(x), keras.ops.convert_to_tensor(y)
+
+    def step():
+        model.zero_grad()
+        loss_of(y, model(x, training=True)).backward()
+        with torch.no_grad():
+            optimizer.apply([variable.value.grad for variable in model.trainable_variables], model.trainable_variables)
+
+    return Program(step, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)

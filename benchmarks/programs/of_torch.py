@@ -78,10 +78,12 @@ def training_program(case, make):
     """Return the program of a training loop."""
     model, x, y = models.of_torch(case.model, DEVICE)
     optimizer = make(list(model.parameters()))
+    compiled = case.mode.endswith("compiled")
+    forward, update = (torch.compile(model), torch.compile(optimizer.step)) if compiled else (model, optimizer.step)
 
     def step():
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
-        optimizer.step()
+        torch.nn.functional.cross_entropy(forward(x).flatten(0, -2), y.flatten()).backward()
+        update()
 
     return Program(step, wait)
