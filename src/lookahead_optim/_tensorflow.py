@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 __all__ = ["Pair", "capture", "synchronize"]
 
@@ -22,8 +23,9 @@ def _when(
 ) -> Any:
     """Call `update(slow, fast, constraint, true)` for each of `pairs()` if `due(steps)`; return a tensor to wait for.
 
-    Inside a graph this is a loop of zero or one rounds: XLA copies every variable around a conditional, but updates
-    the state of a loop in place. `true` is always true, which the compiler cannot know.
+    Inside a graph this is a conditional if one CPU has all weights, and a loop of zero or one rounds otherwise: XLA
+    copies every variable around a conditional, but updates the state of a loop in place. `true` is always true, which
+    the compiler of a loop cannot know.
     """
 
     def update_all(strategy: Any, true: Any) -> list[Any]:
@@ -57,29 +59,63 @@ def _when(
     strategies = [getattr(slow, "distribute_strategy", default) for slow, _, _ in found]
     if in_scope and not tf.distribute.in_cross_replica_context():
         return tf.__internal__.distribute.interim.maybe_merge_call(in_cross_replica_context, strategies[0])
-    if tf.executing_eagerly() and not in_scope and all(one is default for one in strategies):
+    if not in_scope and all(one is default for one in strategies):
         # What the default strategy would do, without its contexts for each weight.
-        for slow, fast, constraint in found:
-            update(slow, fast, constraint, True)
-        return None
+        def update_each() -> None:
+            for slow, fast, constraint in found:
+                update(slow, fast, constraint, True)
+
+        if tf.executing_eagerly():
+            return update_each()
+        if _on_one_cpu(found):
+            return _conditional(due(tf.convert_to_tensor(steps)), update_each)
     return in_cross_replica_context(strategies[0])
 
 
+def _on_one_cpu(pairs: Sequence[Pair]) -> bool:
+    """Return whether all weights are on one CPU, in a function that XLA does not compile."""
+    if not tf.inside_function() or GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        return False
+    devices = {one.device for slow, fast, _ in pairs for one in (slow, fast)}
+    return len(devices) == 1 and "CPU" in devices.pop()
+
+
+def _conditional(pending: Any, update: Callable[[], Any]) -> Any:
+    """Call `update` if `pending`, inside a function; return a tensor to wait for.
+
+    `tf.cond` and `tf.while_loop` pass every weight through operations of its own at each step, pending or not. This
+    does not, but runs on one device.
+    """
+
+    @tf.function(autograph=False)
+    def updated() -> Any:
+        update()
+        return tf.constant(False)
+
+    branch = updated.get_concrete_function()
+    handles = branch.captured_inputs
+    signature = [tf.TensorSpec(one.shape, one.dtype) for one in handles]
+    other = tf.function(lambda *handles: tf.constant(False), signature, autograph=False).get_concrete_function()
+    return tf.raw_ops.If(cond=pending, input=handles, Tout=[tf.bool], then_branch=branch, else_branch=other)[0]
+
+
+@tf.autograph.experimental.do_not_convert
 def capture(steps: Any, due: Callable[[Any], Any], pairs: Callable[[], Sequence[Pair]]) -> Any:
     """Set every slow weight of `pairs()` to its fast one if `due(steps)`."""
 
-    @tf.autograph.experimental.do_not_convert
     def update(slow: Any, fast: Any, constraint: Any, true: Any) -> list[Any]:
+        if true is True:
+            slow.assign(fast, read_value=False)
+            return []
         old = tf.identity(slow)
         captured = slow.assign(fast, read_value=False)
-        if tf.executing_eagerly():
-            return []
         # XLA copies a variable that the loop reads but does not write.
         return [captured, fast.assign(tf.where(true, fast, old), read_value=False)]
 
     return _when(steps, due, pairs, update)
 
 
+@tf.autograph.experimental.do_not_convert
 def synchronize(
     steps: Any,
     due: Callable[[Any], Any],
@@ -89,7 +125,6 @@ def synchronize(
 ) -> Any:
     """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(steps)`."""
 
-    @tf.autograph.experimental.do_not_convert
     def update(slow: Any, fast: Any, constraint: Any, true: Any) -> list[Any]:
         if isinstance(slow_step_size, float) and slow_step_size == 1:
             new = tf.identity(fast)

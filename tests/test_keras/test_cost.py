@@ -144,7 +144,7 @@ class TestTensorFlow:
             for operation in step.graph.get_operations()
             if captured & {tensor.name for tensor in operation.inputs}
         }
-        assert users <= {"While", "StatelessWhile"}, users
+        assert users == {"If"}
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch")

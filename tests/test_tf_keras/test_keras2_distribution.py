@@ -232,3 +232,29 @@ def test_parameter_servers_equal_one_device(tmp_path):
     (result,) = run_children(tmp_path, "parameter_server", *free_ports(3))
     for name, make in OPTIMIZERS.items():
         assert_close(part_of(result, f"{name}/"), on_one_device(make))
+
+
+def test_a_graph_of_weights_on_two_devices_equals_one_device():
+    """A conditional runs on one device, so that this takes a loop."""
+
+    def train(devices):
+        variables = []
+        for device in devices:
+            with tf.device(device):
+                variables.append(tf.Variable([1.0, -2.0]))
+        optimizer = Lookahead(legacy.SGD(0.1, momentum=0.5), 2, 0.25)
+
+        @tf.function
+        def step():
+            optimizer.apply_gradients([(3.0 * one, one) for one in variables])
+
+        for _ in range(5):
+            step()
+        types = [one.type for one in step.get_concrete_function().graph.get_operations()]
+        return [one.numpy() for one in variables], types
+
+    weights, types = train(["CPU:0", "CPU:1"])
+    expected, others = train(["CPU:0", "CPU:0"])
+    np.testing.assert_array_equal(weights, expected)
+    assert ("While" in types, "If" in types) == (True, False)
+    assert ("While" in others, "If" in others) == (False, True)
