@@ -79,9 +79,7 @@ class Case:
     @property
     def timeout(self) -> int:
         """Seconds that it may take, compilation included."""
-        if self.weights >= 10_000:
-            return 1500
-        return 600 if self.kind == "design" else 200
+        return 600 if self.kind == "design" or self.weights >= 10_000 else 200
 
     @property
     def module(self) -> str:
