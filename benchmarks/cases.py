@@ -77,11 +77,6 @@ class Case:
     placements: int = 1
 
     @property
-    def timeout(self) -> int:
-        """Seconds that it may take, compilation included."""
-        return 600 if self.kind == "design" or self.weights >= 10_000 else 200
-
-    @property
     def module(self) -> str:
         """The module of its programs."""
         return f"{'designs' if self.kind == 'design' else 'programs'}.{MODES[self.mode].module}"
@@ -97,13 +92,13 @@ def full() -> Iterator[Case]:
     for mode, inner in itertools.product(MODES, ARRAYS):
         yield Case("step", mode, inner, *small, cycles=10, placements=1 if MODES[mode].slow_with_many else 3)
     for mode, inner, period in itertools.product(MODES, ARRAYS, (1, 5, 20)):
-        yield Case("step", mode, inner, *small, period=period, cycles=max(3, 20 // period))
+        yield Case("step", mode, inner, *small, period=period, cycles=max(6, 20 // period))
     for mode, model, inner in itertools.product(MODES, MODELS, ("SGD", "Adam")):
         for loop in MODES[mode].loops:
             yield Case("training", mode, inner, model=model, loop=loop, cycles=12)
     for mode, period in itertools.product(MODES, (1, 20)):
         yield Case(
-            "training", mode, "SGD", model="transformer", loop="by hand", period=period, cycles=max(3, 20 // period)
+            "training", mode, "SGD", model="transformer", loop="by hand", period=period, cycles=max(6, 20 // period)
         )
     for mode in MODES:
         yield Case("memory", mode, "SGD", *large)
@@ -119,8 +114,9 @@ def full() -> Iterator[Case]:
 def designs() -> Iterator[Case]:
     """Return the cases that compare designs of a sync."""
     for mode in ("PyTorch, foreach", "PyTorch, fused", "Keras, TensorFlow graph", "Keras, TensorFlow XLA", "Optax"):
-        for shape, inner in itertools.product(SHAPES.values(), ("SGD", "Adam")):
-            yield Case("design", mode, inner, *shape)
+        for (weights, side), inner in itertools.product(SHAPES.values(), ("SGD", "Adam")):
+            placements = 1 if MODES[mode].slow_with_many and weights >= 100 else 3
+            yield Case("design", mode, inner, weights, side, cycles=10, placements=placements)
 
 
 def quick() -> Iterator[Case]:
@@ -129,3 +125,4 @@ def quick() -> Iterator[Case]:
         yield Case("step", mode, "SGD", 4, 256, cycles=4)
     yield Case("training", "PyTorch, foreach", "Adam", model="transformer", loop="by hand", cycles=4)
     yield Case("memory", "PyTorch, foreach", "SGD", 10, 1024)
+    yield Case("design", "PyTorch, foreach", "SGD", 4, 256, cycles=4)

@@ -11,6 +11,8 @@ from pathlib import Path
 from cases import MODES
 
 FOLDER = Path(__file__).resolve().parent
+# Seconds that one case may take, compilation included.
+TIMEOUT = 600
 
 
 def interpreter(mode):
@@ -40,7 +42,7 @@ def ask(mode, asked, *arguments):
     reader.start()
     try:
         for number, case in enumerate(asked):
-            timer = threading.Timer(case.timeout, process.kill)
+            timer = threading.Timer(TIMEOUT, process.kill)
             timer.start()
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(dataclasses.asdict(case)) + "\n")
@@ -52,7 +54,7 @@ def ask(mode, asked, *arguments):
             if answer is None:
                 process.wait()
                 reader.join()
-                reason = f"not done in {case.timeout} s" if late else "".join(errors)[-2000:]
+                reason = f"not done in {TIMEOUT} s" if late else "".join(errors)[-2000:]
                 yield {"failed": reason}
                 yield from ask(mode, asked[number + 1 :], *arguments)
                 return

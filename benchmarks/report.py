@@ -76,8 +76,9 @@ def step_rows(run, kind="step"):
 
 
 def print_table(run):
-    """Print the steps and the training steps of a run."""
-    for kind, title in (("step", "Optimizer step"), ("training", "Training step")):
+    """Print the steps, training steps and designs of a run."""
+    titles = {"step": "Optimizer step", "training": "Training step", "design": "Designs of a sync"}
+    for kind, title in titles.items():
         header, rows = step_rows(run, kind)
         if rows:
             table = Table(*header, title=f"{title}: median over bare, quartiles in brackets")
@@ -400,12 +401,17 @@ def write(run, folder):
         plot_scaling(run, folder / "scaling.svg")
 
 
-def merged(runs):
-    """Return the runs on the machine of the last one as one run, in which a case has its last result.
+def by_machine(runs):
+    """Return one run for each machine, that of the last run first, as their times do not belong in one table."""
+    groups = {}
+    for run in reversed(runs):
+        hardware = tuple(run["machine"][name] for name in ("processor", "cores", "accelerator"))
+        groups.setdefault(hardware, []).insert(0, run)
+    return [merged(group) for group in groups.values()]
 
-    Times of different machines do not belong in one table.
-    """
-    runs = [one for one in runs if one["machine"] == runs[-1]["machine"]]
+
+def merged(runs):
+    """Return runs as one, in which a case has its last result."""
     results = {}
     for run in runs:
         for one in run["results"]:
@@ -420,8 +426,9 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Where to write Markdown tables and SVG plots.")],
     results: Annotated[list[Path], typer.Argument(help="JSON files of `run.py`, the oldest first.", exists=True)],
 ) -> None:
-    """Make tables and plots of results."""
-    write(merged([json.loads(path.read_text()) for path in results]), folder)
+    """Make tables and plots of results: in the folder those of the last run's machine, below it those of others."""
+    for number, run in enumerate(by_machine([json.loads(path.read_text()) for path in results])):
+        write(run, folder / f"earlier{number}" if number else folder)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main(
     """Measure what Lookahead adds to an optimizer step and to a training step, as a ratio to the bare optimizer."""
     chosen = [
         case
-        for case in (cases.quick() if quick else cases.designs() if designs else cases.full())
+        for case in (cases.designs() if designs else cases.quick() if quick else cases.full())
         if only in case.mode and kind in ("", case.kind) and period in (0, case.period)
     ]
     console = Console(stderr=True)

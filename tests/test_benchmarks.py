@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import processes  # noqa: E402
 import report  # noqa: E402
-from cases import MODES, Case, full, quick  # noqa: E402
+from cases import MODES, Case, designs, full, quick  # noqa: E402
 from report import OURS  # noqa: E402
 from timing import Program, in_turn, limit, quartiles, ratios  # noqa: E402
 
@@ -52,18 +52,23 @@ def test_ratios_are_of_the_same_turn_and_the_limit_is_that_of_the_bytes():
     assert limit(3, 6, fused=True) == 1 + 2 / 18
 
 
-def test_of_two_runs_the_last_result_of_a_case_counts():
-    def made(command, cores=2, **results):
-        machine = {"processor": "any", "cores": cores}
-        results = [{"case": {"mode": mode}, "result": result} for mode, result in results.items()]
-        return {"command": command, "date": "today", "machine": machine, "results": results}
+def made(command, cores=2, **results):
+    """Return a run."""
+    machine = {"processor": "any", "cores": cores, "accelerator": "none"}
+    results = [{"case": {"mode": mode}, "result": result} for mode, result in results.items()]
+    return {"command": command, "date": "today", "machine": machine, "results": results}
 
+
+def test_of_two_runs_the_last_result_of_a_case_counts():
     run = report.merged([made("first", a=1, b=2), made("second", b=3)])
     assert {one["case"]["mode"]: one["result"] for one in run["results"]} == {"a": 1, "b": 3}
     assert run["command"] == "`first` (today), `second` (today)"
-    # Of two machines, that of the last run.
-    run = report.merged([made("first", a=1, b=2), made("second", cores=16, b=3)])
-    assert {one["case"]["mode"]: one["result"] for one in run["results"]} == {"b": 3}
+
+
+def test_machines_have_tables_of_their_own_the_last_one_first():
+    runs = [made("first", a=1, b=2), made("second", cores=16, b=3), made("third", a=4), made("fourth", cores=16, a=5)]
+    commands = [run["command"] for run in report.by_machine(runs)]
+    assert commands == ["`second` (today), `fourth` (today)", "`first` (today), `third` (today)"]
 
 
 def test_an_aim_is_met_missed_or_open_as_far_as_the_median_is_known():
@@ -83,9 +88,13 @@ def test_growth_is_fitted_in_logarithms():
 
 
 @pytest.mark.parametrize("cases", [full, quick])
-def test_every_mode_has_a_case_and_no_case_comes_twice(cases):
+def test_every_mode_has_a_case(cases):
+    assert {case.mode for case in cases() if case.kind == "step"} == set(MODES)
+
+
+@pytest.mark.parametrize("cases", [full, quick, designs])
+def test_no_case_comes_twice(cases):
     listed = list(cases())
-    assert {case.mode for case in listed if case.kind == "step"} == set(MODES)
     assert len(set(listed)) == len(listed)
 
 
@@ -99,11 +108,13 @@ def test_a_case_that_fails_says_why_and_the_next_one_runs():
 
 
 def test_the_tables_of_the_docs_are_made_of_the_committed_results(tmp_path):
-    report.write(report.merged([json.loads(path.read_text()) for path in RESULTS]), tmp_path)
-    for table in tmp_path.glob("*.md"):
-        assert (ROOT / "docs" / "benchmarks" / table.name).read_text() == table.read_text(), table.name
-    plots = [{one.name for one in folder.glob("*.svg")} for folder in (tmp_path, ROOT / "docs" / "benchmarks")]
-    assert plots[0] == plots[1]
+    report.main(tmp_path, RESULTS)
+    docs = ROOT / "docs" / "benchmarks"
+    for pattern in ("**/*.md", "**/*.svg"):
+        names = [{path.relative_to(folder) for path in folder.glob(pattern)} for folder in (tmp_path, docs)]
+        assert names[0] == names[1]
+    for path in tmp_path.glob("**/*.md"):
+        assert (docs / path.relative_to(tmp_path)).read_text() == path.read_text(), path.name
 
 
 # Rows of the README's table, and whose figures stand in each cell.
@@ -123,7 +134,7 @@ README = {
 
 def test_the_figures_of_the_readme_are_those_of_the_results():
     medians = {}
-    for one in report.of_kind(report.merged([json.loads(path.read_text()) for path in RESULTS]), "step"):
+    for one in report.of_kind(report.by_machine([json.loads(path.read_text()) for path in RESULTS])[0], "step"):
         case = one["case"]
         if case["period"] == 6:
             for name in one["result"]:

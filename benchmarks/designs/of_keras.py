@@ -4,8 +4,6 @@ import tensorflow as tf
 from programs import of_keras
 from programs.of_keras import INNER, step_program, versions
 
-from lookahead_optim._tensorflow import _conditional
-
 __all__ = ["optimizers", "step_program", "versions"]
 
 
@@ -21,7 +19,12 @@ class Designed:
         self.count = tf.Variable(0)
         self.slow = [tf.Variable(flattened(self.fast))] if self.flat else [tf.Variable(one) for one in self.fast]
 
+    def capture(self):
+        for one, other in zip(self.slow, [flattened(self.fast)] if self.flat else self.fast):
+            one.assign(other)
+
     def apply(self, gradients, weights):
+        self.when(tf.equal(self.count, 0), self.capture)
         self.inner.apply(gradients, weights)
         count = self.count.assign_add(1, read_value=False)
         with tf.control_dependencies([count]):
@@ -35,7 +38,11 @@ def flattened(weights):
 
 def if_alone(due, sync):
     """A conditional that stays one operation."""
-    _conditional(due, sync)
+    branch = tf.function(sync, autograph=False).get_concrete_function()
+    inputs = branch.captured_inputs
+    signature = [tf.TensorSpec(one.shape, one.dtype) for one in inputs]
+    other = tf.function(lambda *inputs: None, signature, autograph=False).get_concrete_function()
+    tf.raw_ops.If(cond=due, input=inputs, Tout=[], then_branch=branch, else_branch=other)
 
 
 def if_taken_apart(due, sync):
@@ -107,6 +114,7 @@ DESIGNS = {
     "conditional left whole, slow weights in one array": (if_alone, in_one_array, True),
     "conditional taken apart, slow weights in place": (if_taken_apart, in_place, False),
     "loop of zero or one rounds, slow weights in place": (loop, in_place, False),
+    "loop, sync compiled by XLA": (compiled_loop, new_arrays, False),
 }
 COMPILED = {
     "conditional": (if_taken_apart, new_arrays, False),
@@ -119,8 +127,6 @@ COMPILED = {
 def optimizers(case):
     """Return functions that make the optimizers to compare, by name; the bare one comes first."""
     made = of_keras.optimizers(case)
-    compiled = case.mode.endswith("XLA")
-    designs = COMPILED if compiled else {**DESIGNS, "loop, sync compiled by XLA": (compiled_loop, new_arrays, False)}
-    for name, design in designs.items():
+    for name, design in (COMPILED if case.mode.endswith("XLA") else DESIGNS).items():
         made[name] = lambda design=design: Designed(INNER[case.inner](), case.period, *design)
     return made

@@ -104,8 +104,8 @@ def training_program(case, make):
 def _tensorflow_loop(case, make):
     from programs.tensorflow_graphs import loop_program
 
-    compiler = None if case.mode.endswith("eager") else {"jit_compile": case.mode.endswith("XLA")}
-    return loop_program(keras, case, make(), compiler)
+    options = None if case.mode.endswith("eager") else {"jit_compile": case.mode.endswith("XLA")}
+    return loop_program(keras, case, make(), options)
 
 
 def _jax_loop(case, make):

@@ -11,8 +11,8 @@ def operations(traced):
     return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
 
 
-def loop_program(keras, case, optimizer, compiler):
-    """Return the program of a training loop by hand, with arguments of `tf.function`, or None for eager steps."""
+def loop_program(keras, case, optimizer, options):
+    """Return the program of a training loop by hand, with options of `tf.function`, or None for eager steps."""
     model, x, y = models.of_keras(keras, case.model)
     x, y = tf.constant(x), tf.constant(y)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -26,5 +26,6 @@ def loop_program(keras, case, optimizer, compiler):
     def wait():
         return tf.convert_to_tensor(model.trainable_variables[0]).numpy()
 
-    optimizer.build(model.trainable_variables) if hasattr(optimizer, "build") else None
-    return Program(step if compiler is None else tf.function(step, **compiler), wait)
+    if hasattr(optimizer, "build"):
+        optimizer.build(model.trainable_variables)
+    return Program(step if options is None else tf.function(step, **options), wait)

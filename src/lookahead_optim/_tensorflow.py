@@ -1,10 +1,9 @@
 """The slow weights' arithmetic on TensorFlow variables: eager, in graphs, under XLA and under `tf.distribute`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
-from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 __all__ = ["Pair", "capture", "synchronize"]
 
@@ -23,9 +22,9 @@ def _when(
 ) -> Any:
     """Call `update(slow, fast, constraint, true)` for each of `pairs()` if `due(steps)`; return a tensor to wait for.
 
-    Inside a graph this is a conditional if one CPU has all weights, and a loop of zero or one rounds otherwise: XLA
-    copies every variable around a conditional, but updates the state of a loop in place. `true` is always true, which
-    the compiler of a loop cannot know.
+    Inside a function that XLA does not compile this is a conditional if one CPU has all weights, and in every other
+    graph a loop of zero or one rounds: XLA copies every variable around a conditional, but updates the state of a loop
+    in place. `true` is always true, which the compiler of a loop cannot know.
     """
 
     def update_all(strategy: Any, true: Any) -> list[Any]:
@@ -67,25 +66,21 @@ def _when(
 
         if tf.executing_eagerly():
             return update_each()
-        if _on_one_cpu(found):
-            return _conditional(due(tf.convert_to_tensor(steps)), update_each)
+        if tf.inside_function() and tf.__internal__.get_enclosing_xla_context() is None:
+            done = _conditional(due(tf.convert_to_tensor(steps)), found, update_each)
+            if done is not None:
+                return done
     return in_cross_replica_context(strategies[0])
 
 
-def _on_one_cpu(pairs: Sequence[Pair]) -> bool:
-    """Return whether all weights are on one CPU, in a function that XLA does not compile."""
-    if not tf.inside_function() or GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
-        return False
-    devices = {one.device for slow, fast, _ in pairs for one in (slow, fast)}
-    return len(devices) == 1 and "CPU" in devices.pop()
-
-
-def _conditional(pending: Any, update: Callable[[], Any]) -> Any:
-    """Call `update` if `pending`, inside a function; return a tensor to wait for.
+def _conditional(pending: Any, pairs: Sequence[Pair], update: Callable[[], None]) -> Any:
+    """Call `update` if `pending`; return a tensor to wait for, or None if not all variables are on one CPU.
 
     `tf.cond` and `tf.while_loop` pass every weight through operations of its own at each step, pending or not. This
     does not, but runs on one device.
     """
+    if not _on_one_cpu(one.device for slow, fast, _ in pairs for one in (slow, fast)):
+        return None
 
     @tf.function(autograph=False)
     def updated() -> Any:
@@ -93,10 +88,18 @@ def _conditional(pending: Any, update: Callable[[], Any]) -> Any:
         return tf.constant(False)
 
     branch = updated.get_concrete_function()
-    handles = branch.captured_inputs
-    signature = [tf.TensorSpec(one.shape, one.dtype) for one in handles]
-    other = tf.function(lambda *handles: tf.constant(False), signature, autograph=False).get_concrete_function()
-    return tf.raw_ops.If(cond=pending, input=handles, Tout=[tf.bool], then_branch=branch, else_branch=other)[0]
+    inputs = branch.captured_inputs
+    # A constraint or a step size may have variables of its own.
+    if not _on_one_cpu(one.device for one in inputs if one.dtype == tf.resource):
+        return None
+    signature = [tf.TensorSpec(one.shape, one.dtype) for one in inputs]
+    other = tf.function(lambda *inputs: tf.constant(False), signature, autograph=False).get_concrete_function()
+    return tf.raw_ops.If(cond=pending, input=inputs, Tout=[tf.bool], then_branch=branch, else_branch=other)[0]
+
+
+def _on_one_cpu(devices: Iterable[str]) -> bool:
+    found = set(devices)
+    return len(found) == 1 and "CPU" in found.pop()
 
 
 @tf.autograph.experimental.do_not_convert

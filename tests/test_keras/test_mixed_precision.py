@@ -8,6 +8,8 @@ from helpers import BACKEND, assert_lookahead_in_fit, assert_same_bits, data, fi
 from lookahead_optim.keras import Lookahead
 
 MODES = {"compiled": {"jit_compile": True}, "eager": {"run_eagerly": True}}
+if BACKEND == "tensorflow":
+    MODES["graph"] = {"jit_compile": False}
 if BACKEND == "torch":
     del MODES["compiled"]
 # Without `jax.jit` these take minutes.

@@ -312,3 +312,21 @@ def test_after_loading_a_file_with_a_bare_optimizer_the_slow_weights_start_from_
     assert_same_bits(model.trainable_variables, saved.trainable_variables)
     fit(model, begin=4, end=5)
     assert_same_bits(slow_of(model), saved.trainable_variables)
+
+
+def test_an_exported_program_of_steps_trains_as_the_one_it_came_from(tmp_path):
+    module = tf.Module()
+    module.variable = tf.Variable([1.0, -2.0])
+    module.optimizer = Lookahead(legacy.SGD(0.1, momentum=0.5), 2, 0.25)
+
+    @tf.function(input_signature=[])
+    def step():
+        module.optimizer.apply_gradients([(3.0 * module.variable, module.variable)])
+        return module.variable.read_value()
+
+    module.step = step
+    step()
+    tf.saved_model.save(module, str(tmp_path))
+    exported = tf.saved_model.load(str(tmp_path))
+    for _ in range(5):
+        np.testing.assert_array_equal(exported.step(), step())
