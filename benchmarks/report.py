@@ -88,6 +88,8 @@ def print_table(run):
 
 
 def markdown(header, rows):
+    if not rows:
+        return "Not measured.\n"
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]) + "\n"
 
 
@@ -398,7 +400,8 @@ def write(run, folder):
         (folder / f"{name}.md").write_text(text)
     with mpl.rc_context({"svg.hashsalt": "lookahead-optim"}):
         plot_steps(run, folder / "steps.svg")
-        plot_scaling(run, folder / "scaling.svg")
+        if of_kind(run, "scaling"):
+            plot_scaling(run, folder / "scaling.svg")
 
 
 def by_machine(runs):
