@@ -15,7 +15,7 @@ class Mode:
     """A front end in one way to run it.
 
     Args:
-        module: Module of `programs` that makes its programs.
+        module: Module of `programs`, and of `designs`, that makes its programs.
         environments: Environments in which it runs, which the Makefile makes; the first one that was made is taken.
         backend: Backend of Keras, if it needs Keras.
         loops: How whole training steps are run: by `fit`, or in a loop written by hand.
