@@ -90,7 +90,10 @@ def augment(images, generator):
     flipped = torch.rand(count, 1, generator=generator).to(images.device) < 0.5
     columns = torch.where(flipped, columns.flip(1), columns)
     index = torch.arange(count, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    moved = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    # With channels last, PyTorch 2.13 writes out of bounds on processors without AVX-512: in the backward pass of a
+    # 1 x 1 convolution of stride 2 and fewer than 8 input channels.
+    return moved.contiguous()
 
 
 class Block(nn.Module):

@@ -181,7 +181,9 @@ def test_crops_and_flips_keep_rows_and_values():
     image = (torch.arange(32)[:, None] * 100 + torch.arange(32) + 1.0).expand(1, 3, 32, 32)
     moved = set()
     for seed in range(200):
-        (found,) = cifar.augment(image, torch.Generator().manual_seed(seed))
+        found = cifar.augment(image, torch.Generator().manual_seed(seed))
+        assert found.is_contiguous()
+        (found,) = found
         inside = found[0] > 0
         rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
         assert len(rows) >= 28
