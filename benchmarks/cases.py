@@ -46,6 +46,15 @@ MODES = {
     "PyTorch, compiled": Mode("of_torch", WITH_PEERS),
     "Optax": Mode("of_optax", backend="jax", scales=True),
 }
+WITH_DESIGNS = (
+    "PyTorch, foreach",
+    "PyTorch, fused",
+    "PyTorch, compiled",
+    "Keras, PyTorch",
+    "Keras, TensorFlow graph",
+    "Keras, TensorFlow XLA",
+    "Optax",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +122,7 @@ def full() -> Iterator[Case]:
 
 def designs() -> Iterator[Case]:
     """Return the cases that compare designs of a sync."""
-    for mode in ("PyTorch, foreach", "PyTorch, fused", "Keras, TensorFlow graph", "Keras, TensorFlow XLA", "Optax"):
+    for mode in WITH_DESIGNS:
         for (weights, side), inner in itertools.product(SHAPES.values(), ("SGD", "Adam")):
             placements = 1 if MODES[mode].slow_with_many and weights >= 100 else 3
             yield Case("design", mode, inner, weights, side, cycles=10, placements=placements)

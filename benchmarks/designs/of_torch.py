@@ -13,7 +13,8 @@ class Designed:
     """An optimizer that calls `sync(fast, slow)`, lists of weights, at the end of a cycle."""
 
     def __init__(self, inner, period, sync, flat):
-        self.inner, self.period, self.sync, self.count = inner, period, sync, 0
+        self.period, self.sync, self.count = period, sync, 0
+        self.update = inner.step
         self.fast = [weight for group in inner.param_groups for weight in group["params"]]
         if flat:
             array = torch.cat([weight.detach().flatten() for weight in self.fast])
@@ -23,11 +24,44 @@ class Designed:
             self.slow = [weight.detach().clone() for weight in self.fast]
 
     def step(self):
-        self.inner.step()
         self.count += 1
-        if self.count % self.period == 0:
-            with torch.no_grad():
-                self.sync(self.fast, self.slow)
+        if self.count % self.period:
+            self.update()
+        else:
+            self.last_update()
+
+    def last_update(self):
+        self.update()
+        with torch.no_grad():
+            self.sync(self.fast, self.slow)
+
+
+class Compiled(Designed):
+    """One whose inner step is compiled."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.update = torch.compile(self.update)
+
+    @torch.compiler.disable
+    def step(self):
+        super().step()
+
+
+class SyncCompiled(Compiled):
+    """One whose sync is compiled too, to a program of its own."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.sync = torch.compile(self.sync)
+
+
+class CompiledTogether(Compiled):
+    """One whose last update and sync are one compiled program."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.last_update = torch.compile(super().last_update)
 
 
 def whole(fast, slow):
@@ -63,21 +97,31 @@ def one_by_one(fast, slow):
         one.copy_(other)
 
 
-# Names, syncs, and whether all slow weights are in one array.
+# Names, kinds, syncs, and whether all slow weights are in one array.
 DESIGNS = {
-    "whole lists": (whole, False),
-    "groups of 1 MiB, larger weights whole": (in_groups, False),
-    "pieces of 128 KiB": (in_pieces(2**17), False),
-    "pieces of 512 KiB": (in_pieces(2**19), False),
-    "pieces of 2 MiB": (in_pieces(2**21), False),
-    "subtract, add, copy, one weight after the other": (one_by_one, False),
-    "slow weights in one array, whole lists": (whole, True),
+    "whole lists": (Designed, whole, False),
+    "groups of 1 MiB, larger weights whole": (Designed, in_groups, False),
+    "pieces of 128 KiB": (Designed, in_pieces(2**17), False),
+    "pieces of 512 KiB": (Designed, in_pieces(2**19), False),
+    "pieces of 2 MiB": (Designed, in_pieces(2**21), False),
+    "subtract, add, copy, one weight after the other": (Designed, one_by_one, False),
+    "slow weights in one array, whole lists": (Designed, whole, True),
+}
+COMPILED = {
+    "sync as it is, whole lists": (Compiled, whole, False),
+    "sync as it is, pieces of 512 KiB": (Compiled, in_pieces(2**19), False),
+    "sync as it is, slow weights in one array": (Compiled, whole, True),
+    "sync compiled": (SyncCompiled, whole, False),
+    "last update and sync compiled together": (CompiledTogether, whole, False),
 }
 
 
 def optimizers(case):
     """Return functions of the weights that make the optimizers to compare, by name; the bare one comes first."""
     made = {name: of_torch.optimizers(case)[name] for name in ("bare", "lookahead-optim")}
-    for name, design in DESIGNS.items():
-        made[name] = lambda weights, design=design: Designed(inner_optimizer(case, weights), case.period, *design)
+    chosen = COMPILED if case.mode.endswith("compiled") else DESIGNS
+    for name, (kind, sync, flat) in chosen.items():
+        made[name] = lambda weights, kind=kind, sync=sync, flat=flat: kind(
+            inner_optimizer(case, weights), case.period, sync, flat
+        )
     return made
