@@ -25,7 +25,13 @@ def ask(mode, asked, *arguments):
     """Run a process of a mode for cases of one module; yield the result of each, or the reason why there is none."""
     if not asked:
         return
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONWARNINGS": "ignore",
+        # What was compiled for one program would make the first call of the next one look short.
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+    }
     environment.pop("KERAS_BACKEND", None)
     if MODES[mode].backend:
         environment["KERAS_BACKEND"] = MODES[mode].backend

@@ -290,10 +290,15 @@ def scaling(run):
     return markdown(header, rows)
 
 
+def reason(text):
+    """Return the last line of an error, as a cell of a table."""
+    return (text.strip().splitlines() or ["no error was printed"])[-1].replace("|", "\\|")
+
+
 def failures(run):
     """Return the cases without a figure, and why."""
     rows = [
-        [one["case"]["mode"], one["case"]["kind"], one["case"]["inner"], what(one["case"]), one["failed"]]
+        [one["case"]["mode"], one["case"]["kind"], one["case"]["inner"], what(one["case"]), reason(one["failed"])]
         for one in run["results"]
         if "failed" in one
     ]

@@ -37,7 +37,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="One small case for each mode, to see that all run.")] = False,
     designs: Annotated[bool, typer.Option("--designs", help="Designs of a sync, in place of the suite.")] = False,
     only: Annotated[str, typer.Option(help="Only modes whose name contains this.")] = "",
-    kind: Annotated[str, typer.Option(help="Only this kind: step, training, memory or scaling.")] = "",
+    kind: Annotated[str, typer.Option(help="Only this kind: step, training, memory, scaling or design.")] = "",
     period: Annotated[int, typer.Option(help="Only this sync period; 0 means all.", min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="The JSON file. Defaults to one in benchmarks/results.")] = None,
 ) -> None:
@@ -53,7 +53,9 @@ def main(
         console.print(f"Left out, as their environments were not made: {', '.join(missing)}")
     chosen = [case for case in chosen if case.mode not in missing]
     if not chosen:
-        raise SystemExit(f"No case is left. Received: --only {only!r} --kind {kind!r}. Modes: {', '.join(MODES)}")
+        raise SystemExit(
+            f"No case is left. Received: --only {only!r} --kind {kind!r} --period {period}. Modes: {', '.join(MODES)}"
+        )
     run = {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
@@ -75,8 +77,8 @@ def main(
             for case, answer in zip(group, answers):
                 run["results"].append({"case": dataclasses.asdict(case), **answer})
                 progress.advance(task)
-            # A run that is stopped keeps what it has.
-            output.write_text(json.dumps(run, indent=None, separators=(",", ":")) + "\n")
+                # A run that is stopped keeps what it has.
+                output.write_text(json.dumps(run, indent=None, separators=(",", ":")) + "\n")
     print_table(run)
     console.print(f"Wrote {output}")
     failed = [one for one in run["results"] if "failed" in one]

@@ -21,13 +21,13 @@ from timing import in_turn, timed
 
 def measure(programs, case):
     """Return what a case gives: seconds per step for each cycle, seconds of the first call, sizes, by program."""
-    kind = programs.training_program if case.kind == "training" else programs.step_program
+    make_program = programs.training_program if case.kind == "training" else programs.step_program
     optimizers = programs.optimizers(case)
     if case.kind == "scaling":
         optimizers = {name: make for name, make in optimizers.items() if name in ("bare", "lookahead-optim")}
     else:
         # What the framework does once in a process is no part of the first call.
-        timed(kind(case, optimizers["bare"]), 1)
+        timed(make_program(case, optimizers["bare"]), 1)
     result = {name: {"seconds": []} for name in optimizers}
     # All stay in memory, so that the later ones lie elsewhere.
     placements, rng = [], random.Random(json.dumps(dataclasses.asdict(case)))
@@ -36,7 +36,7 @@ def measure(programs, case):
         placements.append(made)
         for name, make in optimizers.items():
             start = time.perf_counter()
-            made[name] = kind(case, make)
+            made[name] = make_program(case, make)
             timed(made[name], 1)
             result[name].setdefault("first_call", time.perf_counter() - start)
         times = in_turn(made, 1 if made["bare"].steps > 1 else case.period, case.cycles, rng)
@@ -48,7 +48,7 @@ def measure(programs, case):
 
 
 def memory_of(programs, case, name):
-    """Return bytes that the process holds after a cycle, and the most that it held during further ones."""
+    """Return bytes that the process holds after four cycles, and the most that it held during the last two."""
     program = programs.step_program(case, programs.optimizers(case)[name])
     timed(program, 2 * case.period)
     gc.collect()

@@ -14,54 +14,63 @@ def moved(fast, slow):
     return jax.tree.map(lambda one, other: other + 0.5 * (one - other), fast, slow)
 
 
-def conditional(due, params, slow, update):
-    fast = update(params)
+def conditional(due, slow, update):
+    fast, state = update()
 
     def sync():
         new = moved(fast, slow)
         return new, new
 
-    return jax.lax.cond(due, sync, lambda: (fast, slow))
+    return *jax.lax.cond(due, sync, lambda: (fast, slow)), state
 
 
-def in_one_branch(due, params, slow, update):
-    def sync():
-        new = moved(update(params), slow)
-        return new, new
+def in_one_branch(due, slow, update):
+    def update_and_sync():
+        fast, state = update()
+        new = moved(fast, slow)
+        return new, new, state
 
-    return jax.lax.cond(due, sync, lambda: (update(params), slow))
+    def update_alone():
+        fast, state = update()
+        return fast, slow, state
+
+    return jax.lax.cond(due, update_and_sync, update_alone)
 
 
-def choice(due, params, slow, update):
-    fast = update(params)
+def choice(due, slow, update):
+    fast, state = update()
     new = moved(fast, slow)
-    return tuple(jax.tree.map(lambda one, other: jnp.where(due, one, other), new, old) for old in (fast, slow))
+    chosen = (jax.tree.map(lambda one, other: jnp.where(due, one, other), new, old) for old in (fast, slow))
+    return *chosen, state
 
 
-def loop(due, params, slow, update):
-    def body(state):
-        new = moved(*state[1:])
+def loop(due, slow, update):
+    fast, state = update()
+
+    def body(carried):
+        new = moved(*carried[1:])
         return jnp.zeros_like(due), new, new
 
-    return jax.lax.while_loop(lambda state: state[0], body, (due, update(params), slow))[1:]
+    _, fast, slow = jax.lax.while_loop(lambda carried: carried[0], body, (due, fast, slow))
+    return fast, slow, state
 
 
-def flat_conditional(due, params, slow, update):
-    fast = update(params)
+def flat_conditional(due, slow, update):
+    fast, state = update()
 
     def sync():
         flat, unravel = ravel_pytree(fast)
         new = slow + 0.5 * (flat - slow)
         return unravel(new), new
 
-    return jax.lax.cond(due, sync, lambda: (fast, slow))
+    return *jax.lax.cond(due, sync, lambda: (fast, slow)), state
 
 
-def flat_choice(due, params, slow, update):
-    fast = update(params)
+def flat_choice(due, slow, update):
+    fast, state = update()
     flat, unravel = ravel_pytree(fast)
     new = jnp.where(due, slow + 0.5 * (flat - slow), slow)
-    return jax.tree.map(lambda one, other: jnp.where(due, one, other), unravel(new), fast), new
+    return jax.tree.map(lambda one, other: jnp.where(due, one, other), unravel(new), fast), new, state
 
 
 def copied(params):
@@ -84,9 +93,13 @@ def designed(inner, period, design, to_slow):
 
     def step(params, state, grads):
         inner_state, count, slow = state
-        updates, inner_state = inner.update(grads, inner_state, params)
+
+        def update():
+            updates, new_state = inner.update(grads, inner_state, params)
+            return optax.apply_updates(params, updates), new_state
+
         count += 1
-        params, slow = design(count % period == 0, params, slow, lambda params: optax.apply_updates(params, updates))
+        params, slow, inner_state = design(count % period == 0, slow, update)
         return params, (inner_state, count, slow)
 
     return step, lambda params: (inner.init(params), jnp.zeros((), jnp.int32), to_slow(params)), lambda params: params

@@ -48,7 +48,7 @@ def step_program(case, make):
     def step():
         optimizer.apply_gradients(zip(gradients, weights))
 
-    return Program(step, lambda: weights[0].numpy(), lambda: operations(step))
+    return Program(step, lambda: float(weights[0][0, 0]), lambda: operations(step))
 
 
 def training_program(case, make):
