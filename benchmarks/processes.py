@@ -11,6 +11,8 @@ from pathlib import Path
 from cases import MODES
 
 FOLDER = Path(__file__).resolve().parent
+# So that a process holds no memory but what its programs use: the allocator gives back at once what is freed.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 # Seconds that one case may take, compilation included.
 TIMEOUT = 600
 
@@ -21,12 +23,20 @@ def interpreter(mode):
     return next((one / "bin" / "python" for one in environments if (one / ".installed").exists()), None)
 
 
-def ask(mode, asked, *arguments):
-    """Run a process of a mode for cases of one module; yield the result of each, or the reason why there is none."""
+def ask(mode, asked, *arguments, **variables):
+    """Run a process of a mode for cases of one module; yield the result of each, or the reason why there is none.
+
+    Args:
+        mode: A key of `MODES`.
+        asked: The cases.
+        *arguments: Further arguments of `worker.py`.
+        **variables: Environment variables, beside those that all processes have.
+    """
     if not asked:
         return
     environment = {
         **os.environ,
+        **variables,
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "PYTHONWARNINGS": "ignore",
         # What was compiled for one program would make the first call of the next one look short.
@@ -62,7 +72,7 @@ def ask(mode, asked, *arguments):
                 reader.join()
                 reason = f"not done in {TIMEOUT} s" if late else "".join(errors)[-2000:]
                 yield {"failed": reason}
-                yield from ask(mode, asked[number + 1 :], *arguments)
+                yield from ask(mode, asked[number + 1 :], *arguments, **variables)
                 return
             yield json.loads(answer.removeprefix("RESULT "))
     finally:
@@ -83,6 +93,6 @@ def measure(case):
     if "failed" in names:
         yield names
         return
-    answers = {name: next(iter(ask(case.mode, [case], name))) for name in names["result"]}
+    answers = {name: next(iter(ask(case.mode, [case], name, **GIVES_BACK))) for name in names["result"]}
     failed = [one["failed"] for one in answers.values() if "failed" in one]
     yield {"failed": failed[0]} if failed else {**names, "result": {n: one["result"] for n, one in answers.items()}}
