@@ -297,12 +297,13 @@ def reason(text):
 
 def failures(run):
     """Return the cases without a figure, and why."""
-    rows = [
-        [one["case"]["mode"], one["case"]["kind"], one["case"]["inner"], what(one["case"]), reason(one["failed"])]
-        for one in run["results"]
-        if "failed" in one
-    ]
-    return markdown(["mode", "kind", "inner", "weights", "why"], rows) if rows else "None.\n"
+    rows = []
+    for one in run["results"]:
+        case = one["case"]
+        if "failed" in one:
+            row = [case["mode"], case["kind"], case["inner"], what(case), str(case["period"]), reason(one["failed"])]
+            rows.append(row)
+    return markdown(["mode", "kind", "inner", "weights", "period", "why"], rows) if rows else "None.\n"
 
 
 def about(run):
