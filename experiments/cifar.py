@@ -91,7 +91,7 @@ def augment(images, generator):
     columns = torch.where(flipped, columns.flip(1), columns)
     index = torch.arange(count, device=images.device)[:, None, None]
     moved = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    # With channels last, PyTorch 2.13 writes out of bounds on processors without AVX-512: in the backward pass of a
+    # With channels last, PyTorch 2.13 wrote out of bounds on a processor without AVX-512: in the backward pass of a
     # 1 x 1 convolution of stride 2 and fewer than 8 input channels.
     return moved.contiguous()
 
