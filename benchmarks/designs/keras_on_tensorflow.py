@@ -6,7 +6,10 @@ from programs.of_keras import INNER
 
 
 class Designed:
-    """An optimizer that has `when` call the sync, of lists of native variables, if a cycle ends, and the capture."""
+    """An optimizer that has `when` call the sync, of lists of native variables, if a cycle ends.
+
+    It captures nothing: its slow weights start as the weights that it was built with.
+    """
 
     def __init__(self, inner, period, when, sync, flat):
         self.inner, self.period, self.when, self.sync, self.flat = inner, period, when, sync, flat
@@ -17,12 +20,7 @@ class Designed:
         self.count = tf.Variable(0)
         self.slow = [tf.Variable(flattened(self.fast))] if self.flat else [tf.Variable(one) for one in self.fast]
 
-    def capture(self):
-        for one, other in zip(self.slow, [flattened(self.fast)] if self.flat else self.fast):
-            one.assign(other)
-
     def apply(self, gradients, weights):
-        self.when(tf.equal(self.count, 0), self.capture)
         self.inner.apply(gradients, weights)
         self.when(self.counted(), lambda: self.sync(self.fast, self.slow))
 
@@ -33,15 +31,19 @@ class Designed:
             return tf.equal(self.count % self.period, 0)
 
 
-class WithoutCapture(Designed):
-    """One that captures nothing at the first step: its slow weights are what the weights were when it was built."""
+class Capturing(Designed):
+    """One that has `when` call the capture too, at the first step."""
+
+    def capture(self):
+        for one, other in zip(self.slow, [flattened(self.fast)] if self.flat else self.fast):
+            one.assign(other)
 
     def apply(self, gradients, weights):
-        self.inner.apply(gradients, weights)
-        self.when(self.counted(), lambda: self.sync(self.fast, self.slow))
+        self.when(tf.equal(self.count, 0), self.capture)
+        super().apply(gradients, weights)
 
 
-class InOneBranch(WithoutCapture):
+class InOneBranch(Designed):
     """One that has the inner update in the conditional, with the sync and without."""
 
     def apply(self, gradients, weights):
@@ -132,21 +134,21 @@ def in_one_array(fast, slow):
 
 # Names, kinds, conditionals, syncs, and whether all slow weights are in one array.
 DESIGNS = {
-    "conditional left whole, slow weights in place": (Designed, if_alone, in_place, False),
-    "conditional left whole, a new array for both": (Designed, if_alone, new_arrays, False),
-    "conditional left whole, one weight after the other": (Designed, if_alone, one_by_one, False),
-    "conditional left whole, difference made in the fast weight": (Designed, if_alone, difference_in_fast, False),
-    "conditional left whole, slow weights in one array": (Designed, if_alone, in_one_array, True),
-    "conditional taken apart, slow weights in place": (Designed, if_taken_apart, in_place, False),
-    "loop of zero or one rounds, slow weights in place": (Designed, loop, in_place, False),
-    "loop, sync compiled by XLA": (Designed, compiled_loop, new_arrays, False),
+    "conditional left whole, slow weights in place": (Capturing, if_alone, in_place, False),
+    "conditional left whole, a new array for both": (Capturing, if_alone, new_arrays, False),
+    "conditional left whole, one weight after the other": (Capturing, if_alone, one_by_one, False),
+    "conditional left whole, difference made in the fast weight": (Capturing, if_alone, difference_in_fast, False),
+    "conditional left whole, slow weights in one array": (Capturing, if_alone, in_one_array, True),
+    "conditional taken apart, slow weights in place": (Capturing, if_taken_apart, in_place, False),
+    "loop of zero or one rounds, slow weights in place": (Capturing, loop, in_place, False),
+    "loop, sync compiled by XLA": (Capturing, compiled_loop, new_arrays, False),
 }
 # Of weights that a capture reads and does not write, XLA makes copies, which would hide what the sync costs.
 COMPILED = {
-    "no capture, conditional": (WithoutCapture, if_taken_apart, new_arrays, False),
-    "no capture, loop of zero or one rounds": (WithoutCapture, loop, new_arrays, False),
-    "no capture, loop, difference made in the fast weight": (WithoutCapture, loop, difference_in_fast, False),
-    "no capture, loop, slow weights in one array": (WithoutCapture, loop, in_one_array, True),
+    "no capture, conditional": (Designed, if_taken_apart, new_arrays, False),
+    "no capture, loop of zero or one rounds": (Designed, loop, new_arrays, False),
+    "no capture, loop, difference made in the fast weight": (Designed, loop, difference_in_fast, False),
+    "no capture, loop, slow weights in one array": (Designed, loop, in_one_array, True),
     "no capture, update and sync in one branch": (InOneBranch, None, new_arrays, False),
 }
 
