@@ -27,13 +27,13 @@ def cut(fast: list[Tensor], slow: list[Tensor]) -> Iterator[Piece]:
         yield from (tuple(tensors) for tensors, _ in groups.values())  # type: ignore[misc]
         return
     piece: Piece = [], []
-    size = 0
+    size, limit = 0, _limit()
     for weight in zip(fast, slow):
-        for part in zip(*map(_parts, weight)) if is_cut(*weight) else [weight]:
-            for tensors, tensor in zip(piece, part):
-                tensors.append(tensor)
-            size += part[1].nbytes
-            if size >= _limit():
+        for part, slow_part in zip(*map(_parts, weight)) if is_cut(*weight) else [weight]:
+            piece[0].append(part)
+            piece[1].append(slow_part)
+            size += slow_part.nbytes
+            if size >= limit:
                 yield piece
                 piece, size = ([], []), 0
     if size:

@@ -392,6 +392,24 @@ class Clip(keras.constraints.Constraint):
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras has no stateless_apply on TensorFlow")
+def test_stateless_apply_does_what_apply_does_and_leaves_the_variables_alone():
+    weights = [keras.Variable(np.full(3, 0.5, "float32")), keras.Variable(np.full((2, 2), -1.0, "float32"))]
+    optimizer = Lookahead(keras.optimizers.Adam(0.1), sync_period=2)
+    optimizer.build(weights)
+    gradients = [keras.ops.ones(3), keras.ops.full((2, 2), -2.0)]
+    before = [keras.ops.copy(variable.value) for variable in [*weights, *optimizer.variables]]
+    values, state = before[:2], before[2:]
+    for _ in range(5):
+        values, state = optimizer.stateless_apply(
+            [keras.ops.copy(one) for one in state], gradients, [keras.ops.copy(one) for one in values]
+        )
+    assert_same_bits([*weights, *optimizer.variables], before)
+    for _ in range(5):
+        optimizer.apply(gradients, weights)
+    assert_same_bits([*values, *state], [*weights, *optimizer.variables])
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras has no stateless_apply on TensorFlow")
 def test_stateless_apply_holds_a_constraint_in_both_copies():
     weight = keras.Variable(np.full(3, 0.5, "float32"))
     weight.constraint = Clip()

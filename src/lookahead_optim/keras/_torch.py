@@ -4,6 +4,7 @@ Nothing here belongs into a graph that `torch.compile` makes: its guards on the 
 """
 
 import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from lookahead_optim._torch import cut, move
 
@@ -11,7 +12,10 @@ __all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synch
 
 
 def _native(variables):
-    return [variable.value for variable in variables]
+    # `Variable.value` asks for a scope and a device each time, which for small weights takes longer than a sync.
+    if in_stateless_scope():
+        return [variable.value for variable in variables]
+    return [variable._value for variable in variables]
 
 
 def _host_count(iterations):
@@ -25,7 +29,10 @@ def _host_count(iterations):
 def increment(iterations):
     """Add one to the step count and note it on the host."""
     noted = _host_count(iterations) + 1
-    iterations.assign_add(1)
+    if in_stateless_scope():
+        iterations.assign_add(1)
+    else:
+        iterations._value.add_(1)
     count = iterations.value
     count._lookahead_noted = (count._version, noted)
 

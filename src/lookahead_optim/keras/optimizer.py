@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -223,7 +224,10 @@ class Lookahead(keras.optimizers.Optimizer):
                     f"Received: {len(grads)} gradients and {len(trainable_variables)} variables"
                 )
             self.build(trainable_variables)
-            self._check_variables_are_known(trainable_variables)
+            known = self._trainable_variables
+            # Most often they are the same list, which is quicker to see than to look all up.
+            if len(trainable_variables) > len(known) or not all(map(operator.is_, trainable_variables, known)):
+                self._check_variables_are_known(trainable_variables)
         self._check_ready("apply(grads)")
         if self.sync_period:
             _backend.capture(self._iterations, self._is_first_update, self._pairs)
