@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -14,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import processes  # noqa: E402
 import report  # noqa: E402
+import worker  # noqa: E402
 from cases import MODES, Case, designs, full, quick  # noqa: E402
 from report import OURS  # noqa: E402
 from timing import Program, in_turn, limit, quartiles, ratios  # noqa: E402
@@ -109,6 +111,22 @@ def test_a_case_that_fails_says_why_and_the_next_one_runs():
     assert "KeyError: 'unknown'" in failed["failed"]
     assert {len(program["seconds"]) for program in passed["result"].values()} == {4}
     assert passed["versions"].keys() == {"optax", "jax"}
+
+
+@pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.designs])
+def test_designs_give_the_weights_of_the_library(mode):
+    (answer,) = processes.ask(mode, [Case("design", mode, "SGD", weights=2, side=4, period=3, cycles=2)])
+    assert "failed" not in answer, answer["failed"]
+
+
+def test_a_design_that_gives_other_weights_is_named():
+    def program(value):
+        return Program(lambda: None, weights=lambda: [np.full(3, value)])
+
+    programs = {"bare": program(1.0), OURS: program(2.0), "right": program(2.0)}
+    worker.check_weights(programs)
+    with pytest.raises(AssertionError, match="wrong"):
+        worker.check_weights({**programs, "wrong": program(2.001)})
 
 
 def test_the_tables_of_the_docs_are_made_of_the_committed_results(tmp_path):

@@ -32,6 +32,10 @@ def step_program(case, make):
     gradients = [keras.ops.convert_to_tensor(value) for value in rng.normal(size=shape).astype("float32")]
     optimizer = make()
     optimizer.build(weights)
+
+    def values():
+        return [keras.ops.convert_to_numpy(weight) for weight in weights]
+
     if keras.config.backend() == "jax":
         return _jax_program(optimizer, weights, gradients)
     if keras.config.backend() == "torch":
@@ -41,7 +45,8 @@ def step_program(case, make):
             with torch.no_grad():
                 optimizer.apply(gradients, weights)
 
-        return Program(step, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None)
+        wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+        return Program(step, wait, weights=values)
     import tensorflow as tf
 
     from programs.tensorflow_graphs import operations
@@ -53,9 +58,9 @@ def step_program(case, make):
         return float(weights[0].value[0, 0])
 
     if case.mode.endswith("eager"):
-        return Program(apply, wait)
+        return Program(apply, wait, weights=values)
     traced = tf.function(apply, jit_compile=case.mode.endswith("XLA"))
-    return Program(traced, wait, lambda: operations(traced))
+    return Program(traced, wait, lambda: operations(traced), weights=values)
 
 
 def _jax_program(optimizer, weights, gradients):
@@ -69,7 +74,7 @@ def _jax_program(optimizer, weights, gradients):
 
 
 def jax_program(jitted, state, gradients):
-    """Return the program of a jitted function of state and gradients that returns the next state."""
+    """Return the program of a jitted function of state, weights first, and gradients that returns the next state."""
     import jax
 
     compiled = jitted.lower(state, gradients).compile()
@@ -85,6 +90,7 @@ def jax_program(jitted, state, gradients):
         lambda: jax.block_until_ready(state),
         lambda: compiled.as_text().count(" = "),
         (held + memory.temp_size_in_bytes, memory.temp_size_in_bytes),
+        weights=lambda: state[0],
     )
 
 

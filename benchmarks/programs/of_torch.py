@@ -71,7 +71,8 @@ def step_program(case, make):
     for weight in weights:
         weight.grad = torch.randn(shape, generator=generator, device=DEVICE)
     optimizer = make(weights)
-    return Program(torch.compile(optimizer.step) if case.mode.endswith("compiled") else optimizer.step, wait)
+    step = torch.compile(optimizer.step) if case.mode.endswith("compiled") else optimizer.step
+    return Program(step, wait, weights=lambda: [weight.detach().cpu() for weight in weights])
 
 
 def training_program(case, make):
