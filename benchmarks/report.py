@@ -428,7 +428,9 @@ def merged(runs):
             key = {name: value for name, value in one["case"].items() if name not in ("cycles", "placements")}
             results[json.dumps(key, sort_keys=True)] = {**one, "commit": run.get("commit", "unknown")}
     commands = ", ".join(f"`{run['command']}` ({run['date']})" for run in runs)
-    return {**runs[-1], "command": commands, "results": list(results.values())}
+    order = {mode: place for place, mode in enumerate(MODES)}
+    in_order = sorted(results.values(), key=lambda one: order[one["case"]["mode"]])
+    return {**runs[-1], "command": commands, "results": in_order}
 
 
 def main(

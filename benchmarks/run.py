@@ -36,7 +36,7 @@ def unused_name(date):
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="One small case for each mode, to see that all run.")] = False,
     designs: Annotated[bool, typer.Option("--designs", help="Designs of a sync, in place of the suite.")] = False,
-    only: Annotated[str, typer.Option(help="Only modes whose name contains this.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Only modes whose name contains this; repeatable.")] = None,
     kind: Annotated[str, typer.Option(help="Only this kind: step, training, memory, scaling or design.")] = "",
     period: Annotated[int, typer.Option(help="Only this sync period; 0 means all.", min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="The JSON file. Defaults to one in benchmarks/results.")] = None,
@@ -45,7 +45,7 @@ def main(
     chosen = [
         case
         for case in (cases.designs() if designs else cases.quick() if quick else cases.full())
-        if only in case.mode and kind in ("", case.kind) and period in (0, case.period)
+        if any(part in case.mode for part in only or [""]) and kind in ("", case.kind) and period in (0, case.period)
     ]
     console = Console(stderr=True)
     missing = sorted({case.mode for case in chosen if interpreter(case.mode) is None})
