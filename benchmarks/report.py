@@ -3,6 +3,7 @@
 python benchmarks/report.py docs/benchmarks benchmarks/results/*.json
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cases import ARRAYS, MODELS, MODES, SHAPES
+from cases import ARRAYS, MODELS, MODES, SHAPES, designs, full
 from rich.console import Console
 from rich.table import Table
 from timing import limit, quartiles, ratios
@@ -112,7 +113,7 @@ def wide_steps(run, shape, period):
     return markdown(["mode", "program", *ARRAYS, "differs"], rows)
 
 
-def designs(run):
+def design_table(run):
     """Return the table of designs: modes and designs down, shapes and inner optimizers across."""
     figures = {}
     for one in of_kind(run, "design"):
@@ -196,6 +197,9 @@ def verdicts(rows, *columns):
     """Return a table of verdicts by name of a row and by column."""
     columns = [*itertools.product(*columns)]
     cells = [[label, *(row.get(column, "-") for column in columns)] for label, row in rows.items()]
+    words = ("yes", "open", "no")
+    met = [[row[column].split()[-1] for row in rows.values() if column in row] for column in columns]
+    cells.append([f"**{', '.join(words)}**", *(", ".join(str(one.count(word)) for word in words) for one in met)])
     return markdown(["median / aim, met", *(" ".join(column) for column in columns)], cells)
 
 
@@ -222,11 +226,11 @@ def memory(run):
 
 
 def graphs(run):
-    """Return the table of first calls and graph sizes."""
+    """Return the table of first calls and graph sizes, of steps of small weights with SGD."""
     rows = []
     for one in of_kind(run, "step"):
         case, result = one["case"], one["result"]
-        if (case["weights"], case["inner"], case["period"]) == (400, "Adam", 6):
+        if (case["weights"], case["inner"], case["period"]) == (400, "SGD", 6):
             bare = result["bare"]
             for name, figures in result.items():
                 size = str(figures["graph_size"] or "-")
@@ -307,24 +311,22 @@ def failures(run):
 
 
 def about(run):
-    """Return the sentences on the machine and the versions."""
+    """Return what is to be said on the machine, the versions and the runs."""
     machine, versions = run["machine"], {}
     for one in run["results"]:
         versions |= one.get("versions", {}) if "2.15" not in one["case"]["mode"] else {}
     old = next((one["versions"] for one in run["results"] if "2.15" in one["case"]["mode"] and "versions" in one), {})
     text = (
-        f"Measured with {run['command']}: {machine['processor']}, {machine['cores']} cores, "
-        f"{machine['system'].split('-')[0]}, Python {machine['python']}, accelerator: {machine['accelerator']}, "
-        f"allocator: {machine['allocator']}. "
+        f"Measured on {machine['processor']}, {machine['cores']} cores, {machine['system'].split('-')[0]}, "
+        f"Python {machine['python']}, accelerator: {machine['accelerator']}, allocator: {machine['allocator']}. "
         f"Versions: {', '.join(f'{name} {one}' for name, one in sorted(versions.items()))}"
     )
     if old:
         text += f"; for tf.keras 2.15: {', '.join(f'{name} {one}' for name, one in sorted(old.items()))}"
-    commits = sorted({one.get("commit", "unknown") for one in run["results"]})
-    text += f". Commit: {', '.join(commits)}" if commits else ""
     threads = {name: count for one in run["results"] for name, count in one.get("threads", {}).items()}
     text += f". Threads: {', '.join(f'{name} {count}' for name, count in threads.items())}" if threads else ""
-    return text + "; otherwise as many as the framework takes by itself.\n"
+    header = ["command", "date", "commit", "system"]
+    return text + "; otherwise as many as the framework takes by itself.\n\n" + markdown(header, run["runs"])
 
 
 def plot_steps(run, path):
@@ -396,7 +398,7 @@ def write(run, folder):
         "aims": aims(run),
         "training_aims": training_aims(run),
         "training": markdown(*step_rows(run, "training")),
-        "designs": designs(run),
+        "designs": design_table(run),
         "memory": memory(run),
         "graphs": graphs(run),
         "scaling": scaling(run),
@@ -419,18 +421,18 @@ def by_machine(runs):
     return [merged(group) for group in groups.values()]
 
 
+def key(case):
+    """Return what tells a case from others: it is the same however often it was timed."""
+    return json.dumps({name: value for name, value in case.items() if name not in ("cycles", "placements")})
+
+
 def merged(runs):
-    """Return runs as one, in which a case has its last result."""
-    results = {}
+    """Return runs as one, in which a case has its last result, and cases are in the order of the suite."""
+    results = dict.fromkeys(key(dataclasses.asdict(case)) for case in (*full(), *designs()))
     for run in runs:
-        for one in run["results"]:
-            # A case is the same however often it was timed.
-            key = {name: value for name, value in one["case"].items() if name not in ("cycles", "placements")}
-            results[json.dumps(key, sort_keys=True)] = {**one, "commit": run.get("commit", "unknown")}
-    commands = ", ".join(f"`{run['command']}` ({run['date']})" for run in runs)
-    order = {mode: place for place, mode in enumerate(MODES)}
-    in_order = sorted(results.values(), key=lambda one: order[one["case"]["mode"]])
-    return {**runs[-1], "command": commands, "results": in_order}
+        results |= {key(one["case"]): one for one in run["results"]}
+    about = [[f"`{run['command']}`", run["date"], run["commit"], run["machine"]["system"]] for run in runs]
+    return {**runs[-1], "runs": about, "results": [one for one in results.values() if one]}
 
 
 def main(

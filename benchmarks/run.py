@@ -10,7 +10,6 @@ import datetime
 import itertools
 import json
 import shlex
-import string
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -25,12 +24,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 FOLDER = Path(__file__).resolve().parent
-
-
-def unused_name(date):
-    """Return the name of a file of results that does not exist yet, later ones coming later in the alphabet."""
-    names = (f"{date}{letter}.json" for letter in ["", *string.ascii_lowercase[1:]])
-    return next(name for name in names if not (FOLDER / "results" / name).exists())
 
 
 def main(
@@ -56,14 +49,15 @@ def main(
         raise SystemExit(
             f"No case is left. Received: --only {only!r} --kind {kind!r} --period {period}. Modes: {', '.join(MODES)}"
         )
+    now = datetime.datetime.now(datetime.timezone.utc)
     run = {
-        "date": datetime.date.today().isoformat(),
+        "date": now.date().isoformat(),
         "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
         "commit": machine.commit(),
         "machine": machine.describe(),
         "results": [],
     }
-    output = output or FOLDER / "results" / ("quick.json" if quick else unused_name(run["date"]))
+    output = output or FOLDER / "results" / ("quick.json" if quick else f"{now:%Y-%m-%dT%H%M}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:

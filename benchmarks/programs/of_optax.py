@@ -91,7 +91,6 @@ def training_program(case, make):
         logits, others = model.stateless_call(getattr(params, "fast", params), others, x, training=True)
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean(), others
 
-    @jax.jit
     def train(state):
         params, optimizer_state, others = state
         grads, others = jax.grad(loss, has_aux=True)(params, others)

@@ -197,6 +197,8 @@ def test_foreign_variable_is_refused_and_nothing_changed():
     with pytest.raises(ValueError, match=r"Unknown variable"):
         optimizer.apply([*gradients[:-1], keras.ops.ones((2,))], [*model.trainable_variables[:-1], foreign])
     with pytest.raises(ValueError, match=r"Unknown variable"):
+        optimizer.apply([*gradients, keras.ops.ones((2,))], [*model.trainable_variables, foreign])
+    with pytest.raises(ValueError, match=r"Unknown variable"):
         optimizer.get_slot(foreign, "slow")
     assert_same_bits(values(model.trainable_variables), before[0])
     assert_same_bits(optimizer.get_weights(), before[1])

@@ -400,6 +400,7 @@ def test_stateless_apply_does_what_apply_does_and_leaves_the_variables_alone():
     before = [keras.ops.copy(variable.value) for variable in [*weights, *optimizer.variables]]
     values, state = before[:2], before[2:]
     for _ in range(5):
+        # Copies, as on PyTorch a stateless step writes into the values that it is given.
         values, state = optimizer.stateless_apply(
             [keras.ops.copy(one) for one in state], gradients, [keras.ops.copy(one) for one in values]
         )

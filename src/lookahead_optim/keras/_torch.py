@@ -12,7 +12,8 @@ __all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synch
 
 
 def _native(variables):
-    # `Variable.value` asks for a scope and a device each time, which for small weights takes longer than a sync.
+    # `Variable.value` asks for a scope and a device each time, which for small weights takes longer than a sync. No
+    # public function of Keras says whether there is a scope.
     if in_stateless_scope():
         return [variable.value for variable in variables]
     return [variable._value for variable in variables]
