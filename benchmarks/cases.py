@@ -129,5 +129,5 @@ def quick() -> Iterator[Case]:
     for mode in MODES:
         yield Case("step", mode, "SGD", 4, 256, cycles=4)
     yield Case("training", "PyTorch, foreach", "Adam", model="transformer", loop="by hand", cycles=4)
-    yield Case("memory", "PyTorch, foreach", "SGD", 10, 1024)
+    yield Case("memory", "Keras, JAX", "SGD", 10, 1024)
     yield Case("design", "PyTorch, foreach", "SGD", 4, 256, cycles=4)
