@@ -18,8 +18,6 @@ from scipy.optimize import brentq
 
 from lookahead_optim.optax import lookahead, slow_params
 
-jax.config.update("jax_enable_x64", True)
-
 # Of the second part: curvatures, and noise of variance 1 / curvature, so that all directions' gradients are as noisy.
 CURVATURES = 1 / np.arange(1, 101)
 NOISE = 1 / np.sqrt(CURVATURES)
@@ -201,8 +199,9 @@ def matched_curves(quick):
 
 
 def run(quick):
-    """Return the results of the experiment."""
-    return {"variances": variances(quick), "settling": settling_times(quick), "curves": matched_curves(quick)}
+    """Return the results of the experiment; all of it is computed in float64."""
+    with jax.enable_x64(True):
+        return {"variances": variances(quick), "settling": settling_times(quick), "curves": matched_curves(quick)}
 
 
 def tables(results):
