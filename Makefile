@@ -42,6 +42,9 @@ define run-keras-tests
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 endef
 
+# Two processes test side by side; threads of PyTorch beyond the cores wait for each other.
+test test-lowest test-tf215: export OMP_NUM_THREADS ?= 1
+
 test: .venv/.installed  ## Run all tests.
 	@failed=; \
 	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py tests/test_experiments.py tests/test_troubleshooting.py docs/*.md docs/experiments/*.md \
