@@ -33,11 +33,12 @@ def step_program(case, make):
     optimizer = make()
     optimizer.build(weights)
 
+    if keras.config.backend() == "jax":
+        return _jax_program(optimizer, weights, gradients)
+
     def values():
         return [keras.ops.convert_to_numpy(weight) for weight in weights]
 
-    if keras.config.backend() == "jax":
-        return _jax_program(optimizer, weights, gradients)
     if keras.config.backend() == "torch":
         import torch
 
