@@ -93,7 +93,7 @@ def measured_rate(learning_rate, momentum, period, condition, rate, most):
 
 def run(quick):
     """Return the results of the experiment."""
-    conditions = [10.0] if quick else np.geomspace(3, 3000, 13).round(2).tolist()
+    conditions = [10.0, 100.0] if quick else np.geomspace(3, 3000, 13).round(2).tolist()
     cases = [(label, condition, mode) for label in MOMENTA for condition in conditions for mode in MODES]
     found = []
     for label, condition, mode in track(cases, "Rates"):

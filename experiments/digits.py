@@ -139,7 +139,7 @@ def run(quick):
     # Runs that end a step after a sync with k = 5, where fast and slow weights differ.
     seeds, epochs = (2, 2) if quick else (5, 31)
     rates, momenta = ((0.05, 0.2), (0.0, 0.9)) if quick else (RATES, MOMENTA)
-    # As many runs as above, so that nothing is compiled anew.
+    # The quick form has as many runs in both parts, so that the second compiles nothing anew.
     periods, step_sizes = ((5,), (0.5, 0.8)) if quick else (PERIODS, STEP_SIZES)
     cases = [(noise, schedule) for noise in NOISES for schedule in SCHEDULES][:: 3 if quick else 1]
     results = {
