@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest test-tf215 lint types docs bench bench-quick bench-designs bench-report experiments peers clean
+.PHONY: help setup demo test fuzz test-lowest test-tf215 lint types docs bench bench-quick bench-designs bench-report experiments peers clean
 PYTHON ?= python3
 BACKENDS := tensorflow jax torch
 DEV := .venv/bin/
@@ -51,6 +51,21 @@ test: .venv/.installed  ## Run all tests.
 	    $(addprefix src/lookahead_optim/,torch optax tf_keras) || failed="package"; \
 	$(call run-native-tests,$(DEV)python,,tests/test_optax tests/test_tf_keras); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md docs/keras.md)
+
+SECONDS_EACH ?= 600
+
+fuzz: export FUZZ_SECONDS = $(SECONDS_EACH)
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: .venv/.installed  ## Random operations in every front end, SECONDS_EACH each, with new seeds; prints their number.
+	@failed=; \
+	for one in tests/test_torch tests/test_optax tests/test_tf_keras; do \
+	    $(DEV)python -m pytest --quiet --timeout 0 -s $$one/test_*random_operations.py || failed="$$failed $$one"; \
+	done; \
+	for backend in $(BACKENDS); do \
+	    KERAS_BACKEND=$$backend $(DEV)python -m pytest --quiet --timeout 0 -s tests/test_keras/test_*random_operations.py \
+	        || failed="$$failed $$backend"; \
+	done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 .venv-lowest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
