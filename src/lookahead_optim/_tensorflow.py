@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-__all__ = ["Pair", "capture", "synchronize"]
+__all__ = ["Pair", "capture", "slow_step", "synchronize"]
 
 
 class Pair(NamedTuple):
@@ -118,6 +118,56 @@ def capture(steps: Any, due: Callable[[Any], Any], pairs: Callable[[], Sequence[
     return _when(steps, due, pairs, update)
 
 
+def slow_step(slow: Any, fast: Any, slow_step_size: Any) -> Any:
+    """Return `slow + slow_step_size * (fast - slow)`, rounded once to the dtype of `slow`.
+
+    Where the difference is infinite, this is NaN for equal infinities and infinite for large finite weights. There the
+    step is a weighted mean. A step size of 0 gives `slow` and one of 1 gives `fast`, also if the other one is NaN.
+    """
+    dtype = tf.float32 if slow.dtype.size < 4 else slow.dtype
+    start, end, step_size = tf.cast(slow, dtype), tf.cast(fast, dtype), _as_dtype(slow_step_size, dtype)
+    difference = end - start
+    mean = tf.where(tf.equal(start, end), start, (1 - step_size) * start + step_size * end)
+    moved = tf.where(tf.math.is_finite(difference), start + step_size * difference, mean)
+    moved = tf.where(tf.equal(step_size, 0), start, tf.where(tf.equal(step_size, 1), end, moved))
+    return tf.cast(moved, slow.dtype)
+
+
+def _as_dtype(slow_step_size: Any, dtype: Any) -> Any:
+    # `tf.cast` would take a Python number through float32.
+    return (tf.constant if isinstance(slow_step_size, float) else tf.cast)(slow_step_size, dtype)
+
+
+def _slow_step_in_place(slow: Any, fast: Any, slow_step_size: Any) -> list[Any]:
+    """Do `slow.assign(slow_step(slow, fast, ...))` with an array less, and the same bits, zeros' signs included.
+
+    On other devices than CPUs this kernel may multiply and add at once, which rounds otherwise.
+    """
+    step_size = _as_dtype(slow_step_size, slow.dtype)
+    difference = tf.subtract(fast, slow)
+    # One pass finds what is not finite. A sum that overflows is a false alarm, and `slow_step` gives the same bits.
+    is_usual = tf.math.is_finite(tf.reduce_sum(difference))
+    if not isinstance(slow_step_size, float):
+        is_usual = is_usual & tf.not_equal(step_size, 1)
+
+    def usual() -> Any:
+        moved = tf.raw_ops.ResourceApplyGradientDescent(var=slow.handle, alpha=-step_size, delta=difference)
+        return _done(moved)
+
+    def at_the_ends() -> Any:
+        return _done(slow.assign(slow_step(slow, fast, slow_step_size), read_value=False))
+
+    if tf.executing_eagerly():
+        (usual if is_usual else at_the_ends)()
+        return []
+    return [tf.cond(is_usual, usual, at_the_ends)]
+
+
+def _done(operation: Any) -> Any:
+    with tf.control_dependencies([] if tf.executing_eagerly() else [operation]):
+        return tf.constant(True)
+
+
 @tf.autograph.experimental.do_not_convert
 def synchronize(
     steps: Any,
@@ -129,24 +179,20 @@ def synchronize(
     """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(steps)`."""
 
     def update(slow: Any, fast: Any, constraint: Any, true: Any) -> list[Any]:
-        if isinstance(slow_step_size, float) and slow_step_size == 1:
-            new = tf.identity(fast)
+        if isinstance(slow_step_size, float) and slow_step_size in (0, 1):
+            new = tf.identity(fast if slow_step_size else slow)
+        elif (
+            constraint is None
+            and slow.dtype in (tf.float32, tf.float64)
+            and "CPU" in slow.device
+            and tf.__internal__.get_enclosing_xla_context() is None
+        ):
+            moved = _slow_step_in_place(slow, fast, slow_step_size)
+            with tf.control_dependencies(moved):
+                restarted = fast.assign(slow, read_value=False)
+            return [] if tf.executing_eagerly() else [*moved, restarted]
         else:
-            dtype = tf.float32 if slow.dtype.size < 4 else slow.dtype
-            # `tf.cast` would take a Python number through float32.
-            convert = tf.constant if isinstance(slow_step_size, float) else tf.cast
-            step_size = convert(slow_step_size, dtype)
-            if constraint is None and slow.dtype in (tf.float32, tf.float64) and "CPU" in slow.device:
-                # In place, which spares an array, and with the bits of the formula below, zeros' signs included. On
-                # other devices this kernel may multiply and add at once, which rounds otherwise.
-                moved = tf.raw_ops.ResourceApplyGradientDescent(
-                    var=slow.handle, alpha=-step_size, delta=tf.subtract(fast, slow)
-                )
-                with tf.control_dependencies([moved]):
-                    restarted = fast.assign(slow, read_value=False)
-                return [] if tf.executing_eagerly() else [moved, restarted]
-            start = tf.cast(slow, dtype)
-            new = tf.cast(start + step_size * (tf.cast(fast, dtype) - start), slow.dtype)
+            new = slow_step(slow, fast, slow_step_size)
         constrained = new if constraint is None else constraint(new)
         values = (constrained if constrain_slow else new), constrained
         done = [one.assign(value, read_value=False) for one, value in zip((slow, fast), values)]

@@ -292,12 +292,7 @@ def test_a_bare_optimizers_slots_load_into_the_inner_one_and_the_slow_weights_st
 
 @BUILT
 @pytest.mark.parametrize("form", ["h5", "weights", "checkpoint_built"])
-def test_after_loading_a_file_with_a_bare_optimizer_the_slow_weights_start_from_its_weights(
-    request, tmp_path, form, built
-):
-    if built and form != "h5":
-        reason = "TensorFlow restores the step count, but no slow weights: they are those of the built optimizer"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_after_loading_a_file_with_a_bare_optimizer_the_slow_weights_start_from_its_weights(tmp_path, form, built):
     saved = fit(compiled(legacy.Adam(0.02)), end=4)
     resuming.save(saved, tmp_path / "model", form)
     model = compiled(Lookahead(legacy.Adam(0.02), 3), seed=3)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,6 +16,28 @@ from lookahead_optim.tf_keras._configure import checked_settings, configure, leg
 from lookahead_optim.tf_keras._keras import keras
 
 __all__ = ["Lookahead"]
+
+LegacyOptimizer = keras.optimizers.legacy.Optimizer
+# What `Lookahead._capture_state` says of the slow weights.
+NEVER, RESTORED, CAPTURED = range(3)
+
+
+def _clipping(name: str) -> property:
+    """Return the property for one kind of clipping: the wrapper's own if it has one, else the inner optimizer's."""
+    own = getattr(LegacyOptimizer, name)
+
+    def get(self: Any) -> Any:
+        inner, value = self.__dict__.get("_optimizer"), own.fget(self)
+        return value if value is not None or inner is None else getattr(inner, name)
+
+    def set_(self: Any, value: Any) -> None:
+        inner = self.__dict__.get("_optimizer")
+        if inner is None or own.fget(self) is not None:
+            own.fset(self, value)
+        if inner is not None and (value is None or own.fget(self) is None):
+            setattr(inner, name, value)
+
+    return property(get, set_, doc=f"The wrapper's own `{name}` if it was given one, else the inner optimizer's.")
 
 
 @keras.utils.register_keras_serializable(package="Addons")
@@ -83,6 +106,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         super().__init__(name, **kwargs)
         self._set_hyper("sync_period", sync_period)
         self._set_hyper("slow_step_size", slow_step_size)
+        self._own_aggregator = kwargs.get("gradient_aggregator") is not None
         self._optimizer = inner
         configure(inner, learning_rate, decay)
         self._track_trackable(self._optimizer, "lh_base_optimizer")
@@ -93,18 +117,48 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         self._placed: list[Any] = []
         self._block = Block()
         self._applied_steps: Any = None
+        self._captured: Any = None
+        self._listed_count: Any = None
 
     @property
     def inner_optimizer(self) -> Any:
         """The inner optimizer."""
         return self._optimizer
 
+    clipnorm = _clipping("clipnorm")
+    global_clipnorm = _clipping("global_clipnorm")
+    clipvalue = _clipping("clipvalue")
+
+    def __getattr__(self, name: str) -> Any:
+        # What the wrapper does not have: settings, attributes and methods of the inner optimizer.
+        inner = self.__dict__.get("_optimizer")
+        if inner is None or name.startswith("_"):
+            raise AttributeError(f"`{type(self).__name__}` has no attribute {name!r}")
+        return getattr(inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = self.__dict__.get("_optimizer")
+        is_own = inner is None or name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        if is_own or name in self._hyper or not hasattr(inner, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(inner, name, value)
+
+    def _get_hyper(self, name: str, dtype: Any = None) -> Any:
+        return super()._get_hyper(name, dtype) if name in self._hyper else self._optimizer._get_hyper(name, dtype)
+
     def _set_hyper(self, name: str, value: Any) -> None:
         if name == "sync_period":
             value = check_sync_period(value)
         elif name == "slow_step_size" and not tf.is_tensor(value):
             value = check_slow_step_size(value)
-        super()._set_hyper(name, value)
+        owner = self._optimizer if name == "learning_rate" else super()
+        owner._set_hyper(name, value)
+        if name == "sync_period" and "_complete" in self.__dict__:
+            # Slots may have to be made now. Slow weights from before a time without any are none.
+            self._complete.clear()
+            if not value and self._captured is not None:
+                self._captured.assign(NEVER)
 
     @property
     def learning_rate(self) -> Any:
@@ -126,28 +180,62 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
 
     @property
     def iterations(self) -> Any:
-        """Variable, int64: the number of steps, those that a `LossScaleOptimizer` around skipped included."""
-        iterations = super().iterations
+        """Variable, int64: the number of steps, those that a `LossScaleOptimizer` around skipped included.
+
+        It is the inner optimizer's, too: one that has made steps keeps its count and its schedule.
+        """
+        iterations = self._count_of_iterations()
         if self._applied_steps is None and getattr(self, "_is_wrapped_by_loss_scale_optimizer", False):
 
             def initial_value(shape: Any, dtype: Any = None, **kwargs: Any) -> Any:
                 # A checkpoint without this count has been counted by `iterations`.
                 return tf.constant(iterations.numpy() if tf.executing_eagerly() else 0, dtype)
 
-            with tf.init_scope(), self._distribution_strategy_scope():
-                self._applied_steps = self.add_weight(
-                    "lookahead_step",
-                    shape=[],
-                    dtype=tf.int64,
-                    initializer=initial_value,
-                    trainable=False,
-                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-                )
+            self._applied_steps = self._scalar("lookahead_step", initial_value)
         return iterations
 
     @iterations.setter
     def iterations(self, variable: Any) -> None:
-        keras.optimizers.legacy.Optimizer.iterations.fset(self, variable)
+        LegacyOptimizer.iterations.fset(self, variable)
+        self._listed_count = variable
+        self._share_count()
+
+    def _count_of_iterations(self) -> Any:
+        if self._iterations is None:
+            inner, count = self._optimizer, None
+            while count is None and inner is not None:
+                count, inner = inner._iterations, getattr(inner, "_optimizer", None)
+            if count is None:
+                LegacyOptimizer.iterations.fget(self)
+            else:
+                self._iterations = self._track_trackable(count, "iter", overwrite=True)
+                self._handle_deferred_dependencies("iter", count)
+                self._weights.append(count)
+            self._listed_count = self._iterations
+            self._share_count()
+        return self._iterations
+
+    def _share_count(self) -> None:
+        """Give the inner optimizer this one's step count in place of its own."""
+        inner, count = self._optimizer, self._iterations
+        former, inner._iterations = inner._iterations, count
+        if former is not None and former is not count:
+            inner._weights = [one for one in inner._weights if one is not former]
+            if inner._lookup_dependency("iter") is former:
+                inner._track_trackable(count, "iter", overwrite=True)
+        if isinstance(inner, Lookahead):
+            inner._share_count()
+
+    def _scalar(self, name: str, initializer: Any) -> Any:
+        with tf.init_scope(), self._distribution_strategy_scope():
+            return self.add_weight(
+                name,
+                shape=[],
+                dtype=tf.int64,
+                initializer=initializer,
+                trainable=False,
+                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+            )
 
     @property
     def _steps(self) -> Any:
@@ -156,10 +244,59 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         return iterations if self._applied_steps is None else self._applied_steps
 
     @property
+    def _capture_state(self) -> Any:
+        """Variable: `NEVER`, `RESTORED` or `CAPTURED`. None in graphs of TensorFlow 1, where a restoration is not seen.
+
+        Checkpoints are TensorFlow Addons' and lack it; a SavedModel, which may have a training step in it, has it.
+        """
+        if self._captured is None and tf.compat.v1.executing_eagerly_outside_functions():
+            self._captured = self._scalar("lookahead_captured", "zeros")
+        return self._captured
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict[str, Any]:
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "checkpoint":
+            children.pop("lookahead_captured", None)
+        return children
+
+    def _lookup_dependency(self, name: str, cached_dependencies: Any = None) -> Any:
+        found = super()._lookup_dependency(name, cached_dependencies)
+        if found is not None or cached_dependencies is None or not tf.executing_eagerly():
+            return found
+        # A checkpoint is being restored. State that is made on first use would be missing in one written before that.
+        if name == "iter":
+            self._create_hypers()
+            return self._count_of_iterations()
+        return self._capture_state if name == "lookahead_captured" else None
+
+    def _create_or_restore_slot_variable(
+        self, slot_variable_position: Any, slot_name: str, variable: Any, slot_variable_shape: Any = None
+    ) -> Any:
+        slot = super()._create_or_restore_slot_variable(
+            slot_variable_position, slot_name, variable, slot_variable_shape
+        )
+        if slot_name == "slow":
+            self._mark_restored()
+        return slot
+
+    def _mark_restored(self) -> None:
+        state = self._capture_state
+        if state is not None:
+            with tf.init_scope():
+                state.assign(RESTORED)
+
+    @property
     def weights(self) -> list[Any]:
         """The step count, the slow weights and the inner optimizer's state, in this order."""
+        count = self._iterations
+        own = [one for one in self._weights if one is count or one is not self._listed_count]
+        own.sort(key=lambda one: one is not count)
         own_count = getattr(self, "_is_wrapped_by_loss_scale_optimizer", False) and self._applied_steps is not None
-        return self._weights + self._optimizer.weights + ([self._applied_steps] if own_count else [])
+        return [
+            *own,
+            *(one for one in self._optimizer.weights if one is not count),
+            *([self._applied_steps] if own_count else []),
+        ]
 
     def set_weights(self, weights: list[Any]) -> None:
         """Set all `weights`.
@@ -171,13 +308,101 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         if len(weights) == len(self.weights) - 1 and self.weights[-1] is self._applied_steps:
             weights = [*weights, weights[0]]
         super().set_weights(weights)
+        optimizer = self
+        while isinstance(optimizer, Lookahead):
+            optimizer._mark_restored()
+            optimizer = optimizer._optimizer
 
     def variables(self) -> list[Any]:
         """Return `weights`."""
         return self.weights
 
+    def minimize(
+        self, loss: Any, var_list: Any, grad_loss: Any = None, name: str | None = None, tape: Any = None, **kwargs: Any
+    ) -> Any:
+        """Compute gradients and make a step.
+
+        Args:
+            loss: Callable that returns the loss, or a tensor, with the `tape` that computed it.
+            var_list: List of variables, or a callable that returns it.
+            grad_loss: Tensor, the gradient of `loss`. Defaults to ones.
+            name: Name of the operation. Defaults to that of the optimizer.
+            tape: `tf.GradientTape` of a loss that is a tensor.
+            **kwargs: What the inner optimizer's `minimize` takes more.
+
+        Returns:
+            The operation, in a graph.
+        """
+        if not self._inner_overrides("minimize"):
+            return super().minimize(loss, var_list, grad_loss, name, tape, **kwargs)
+        with self._hooked("minimize"):
+            return self._optimizer.minimize(loss, var_list, grad_loss=grad_loss, name=name, tape=tape, **kwargs)
+
+    def get_updates(self, loss: Any, params: Any) -> list[Any]:
+        """Return the operations of a step, in a graph of TensorFlow 1.
+
+        Args:
+            loss: Tensor.
+            params: List of variables.
+        """
+        if not self._inner_overrides("get_updates"):
+            return super().get_updates(loss, params)
+        with self._hooked("get_updates"):
+            return self._optimizer.get_updates(loss, params)
+
+    def get_gradients(self, loss: Any, params: Any) -> list[Any]:
+        """Return the inner optimizer's gradients, in a graph of TensorFlow 1.
+
+        Args:
+            loss: Tensor.
+            params: List of variables.
+        """
+        return self._optimizer.get_gradients(loss, params)
+
+    def _compute_gradients(self, *args: Any, **kwargs: Any) -> Any:
+        return self._optimizer._compute_gradients(*args, **kwargs)
+
+    def _inner_overrides(self, name: str) -> bool:
+        inner = self._optimizer
+        return name in inner.__dict__ or getattr(type(inner), name) is not getattr(LegacyOptimizer, name)
+
+    @contextlib.contextmanager
+    def _hooked(self, method: str) -> Iterator[None]:
+        """Context manager in which the inner optimizer's own method comes back here for the step that it makes."""
+        inner, calls = self._optimizer, []
+        former = inner.__dict__.get("apply_gradients")
+
+        def put_back() -> None:
+            inner.__dict__.pop("apply_gradients", None)
+            if former is not None:
+                inner.__dict__["apply_gradients"] = former
+
+        def apply_gradients(grads_and_vars: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(True)
+            put_back()
+            try:
+                return self.apply_gradients(grads_and_vars, *args, **kwargs)
+            finally:
+                inner.__dict__["apply_gradients"] = apply_gradients
+
+        inner.__dict__["apply_gradients"] = apply_gradients
+        try:
+            yield
+        finally:
+            put_back()
+        if not calls:
+            raise RuntimeError(
+                f"`{method}` of the inner optimizer must make its step by `self.apply_gradients(...)`, where "
+                "`Lookahead` takes part. This step was one of the inner optimizer alone. Call its `apply_gradients` "
+                f"there, or give gradients to `Lookahead.apply_gradients`. Received: optimizer={inner!r}"
+            )
+
     def apply_gradients(
-        self, grads_and_vars: Iterable[Any], name: str | None = None, experimental_aggregate_gradients: bool = True
+        self,
+        grads_and_vars: Iterable[Any],
+        name: str | None = None,
+        experimental_aggregate_gradients: bool = True,
+        **kwargs: Any,
     ) -> Any:
         """Make a step.
 
@@ -186,6 +411,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
             name: Name of the operation. Defaults to that of the optimizer.
             experimental_aggregate_gradients: Whether gradients are summed over the replicas of a `tf.distribute`
                 strategy. Defaults to `True`.
+            **kwargs: What the inner optimizer's `apply_gradients` takes more.
 
         Returns:
             The operation, in a graph.
@@ -196,18 +422,124 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
             RuntimeError: inside a `slow_weights()` block, or in a cross-replica context.
         """
         self._check_not_in_slow_weights("apply_gradients(grads_and_vars)")
-        return super().apply_gradients(
-            _check_pairs(grads_and_vars), name, experimental_aggregate_gradients=experimental_aggregate_gradients
-        )
+        pairs = _check_pairs(grads_and_vars)
+        if name is not None:
+            kwargs["name"] = name
+        variables = [variable for gradient, variable in pairs if gradient is not None]
+        if not variables or tf.distribute.in_cross_replica_context():
+            # The inner optimizer raises its error.
+            return self._inner_step(pairs, experimental_aggregate_gradients, kwargs)
+        with tf.name_scope(self._name):
+            with tf.init_scope():
+                self._create_all_weights(variables)
+            captured = self._capture()
+            with _after(captured):
+                before, iterations = tf.identity(self._steps), tf.identity(self.iterations)
+            # The reads come first in a graph of TensorFlow 1, too.
+            with _after(captured, before, iterations):
+                applied = self._inner_step(pairs, experimental_aggregate_gradients, kwargs)
+            # A step that fails, at the end of a dataset say, ends here: the count comes after all updates.
+            with _after(applied):
+                marked = self._count_and_mark(iterations)
+            with _after(applied, *marked):
+                synchronized = self._synchronize(_Crossed(before, self.sync_period), [one for _, one in pairs])
+            if tf.compat.v1.executing_eagerly_outside_functions():
+                return applied
+            # Here nothing else makes the rest run.
+            return tf.group(*_operations(applied, *marked, synchronized))
+
+    def _inner_step(self, pairs: list[Any], aggregate: bool, kwargs: dict[str, Any]) -> Any:
+        """Make the inner optimizer's step, by its own `apply_gradients`, after the wrapper's own clipping."""
+        inner = self._optimizer
+        clips = any(one is not None for one in (self._clipnorm, self._clipvalue, self._global_clipnorm))
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if clips or self.gradient_transformers or self._own_aggregator:
+            pairs = [pair for pair in pairs if pair[0] is not None]
+            if aggregate and (replicas > 1 or self._own_aggregator):
+                pairs, aggregate = self._aggregate_gradients(self._transform_unaggregated_gradients(pairs)), False
+            pairs = self._transform_gradients(pairs)
+        if not aggregate and (replicas > 1 or _takes(inner.apply_gradients, "experimental_aggregate_gradients")):
+            kwargs = {**kwargs, "experimental_aggregate_gradients": False}
+        return inner.apply_gradients(pairs, **kwargs)
+
+    def _transform_unaggregated_gradients(self, grads_and_vars: Any) -> Any:
+        return self._optimizer._transform_unaggregated_gradients(grads_and_vars)
+
+    def _aggregate_gradients(self, grads_and_vars: Any) -> Any:
+        aggregate = super()._aggregate_gradients if self._own_aggregator else self._optimizer._aggregate_gradients
+        return aggregate(grads_and_vars)
+
+    def _count_and_mark(self, iterations: Any) -> list[Any]:
+        """Count an applied step, and mark the slow weights as captured, if the inner optimizer has counted one."""
+        if tf.executing_eagerly() and self._applied_steps is None and self._is_captured():
+            return []
+        made = self.iterations - iterations
+        done = []
+        if self._applied_steps is not None and not isinstance(self._optimizer, Lookahead):
+            done.append(self._applied_steps.assign_add(made, read_value=False))
+        if self.sync_period and self._capture_state is not None:
+            state = self._capture_state
+            new = tf.where(tf.greater(made, 0), tf.constant(CAPTURED, tf.int64), state)
+            done.append(state.assign(new, read_value=False))
+        return done
+
+    def _is_captured(self) -> bool:
+        return not self.sync_period or _int(self._capture_state) == CAPTURED
+
+    def _resource_apply_dense(self, grad: Any, var: Any, apply_state: Any = None) -> Any:
+        return self._update("_dense_apply_args", "_resource_apply_dense", var, (grad, var), apply_state)
+
+    def _resource_apply_sparse(self, grad: Any, var: Any, indices: Any, apply_state: Any = None) -> Any:
+        return self._update("_sparse_apply_args", "_resource_apply_sparse", var, (grad, var, indices), apply_state)
+
+    def _resource_apply_sparse_duplicate_indices(
+        self, grad: Any, var: Any, indices: Any, apply_state: Any = None
+    ) -> Any:
+        method = "_resource_apply_sparse_duplicate_indices"
+        return self._update("_sparse_apply_args", method, var, (grad, var, indices), apply_state)
+
+    def _update(self, takes: str, method: str, var: Any, arguments: Any, apply_state: Any) -> Any:
+        """Make the step of one variable, for an averaging wrapper around, which counts after all variables."""
+        inner, operations = self._optimizer, []
+        kwargs = {"apply_state": apply_state} if "apply_state" in getattr(inner, takes) else {}
+        slow = self.get_slot(var, "slow") if self.sync_period else None
+        if slow is not None:
+            is_first = tf.equal(tf.convert_to_tensor(self.iterations), 0)
+            operations.append(slow.assign(tf.where(is_first, var, slow), read_value=False))
+        with _after(*operations):
+            operations.append(getattr(inner, method)(*arguments, **kwargs))
+        if slow is None:
+            return operations[-1]
+        with _after(*operations):
+            is_due = tf.equal((self.iterations + 1) % self.sync_period, 0)
+            new = _tensorflow.slow_step(slow.read_value(), var.read_value(), self._get_hyper("slow_step_size"))
+            restarted = [var]
+            while isinstance(inner, Lookahead):
+                restarted += [inner.get_slot(var, "slow")] if inner.sync_period else []
+                inner = inner._optimizer
+            for one, value in [(slow, new), *((one, new) for one in restarted)]:
+                operations.append(one.assign(tf.where(is_due, value, one), read_value=False))
+            if self._capture_state is not None:
+                operations.append(self._capture_state.assign(CAPTURED, read_value=False))
+        return tf.group(*_operations(operations)) if not tf.executing_eagerly() else None
 
     def _create_hypers(self) -> None:
         self._optimizer._create_hypers()
 
+    def _prepare_local(self, var_device: Any, var_dtype: Any, apply_state: Any) -> Any:
+        return self._optimizer._prepare_local(var_device, var_dtype, apply_state)
+
     def _create_slots(self, var_list: list[Any]) -> None:
         inner = self._optimizer
-        inner._iterations = self.iterations
+        if self._listed_count is not None and self._listed_count is not self._iterations:
+            # An averaging wrapper around has put its count in place of this one's.
+            self._weights = [one for one in self._weights if one is not self._listed_count]
+            self._listed_count = None
+        _ = self.iterations
+        self._share_count()
         if isinstance(inner, Lookahead):
             inner._applied_steps = self._applied_steps
+        _ = self._capture_state
         complete = all(id(variable) in self._complete for variable in var_list)
         with contextlib.nullcontext() if complete or isinstance(inner, Lookahead) else _appended(inner, self._placed):
             inner._create_slots(var_list)
@@ -238,30 +570,6 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
             self._fast_variables.setdefault(id(var), var)
         return slot
 
-    def _prepare(self, var_list: list[Any]) -> Any:
-        return self._optimizer._prepare(var_list)
-
-    def _transform_unaggregated_gradients(self, grads_and_vars: Any) -> Any:
-        return self._optimizer._transform_unaggregated_gradients(
-            super()._transform_unaggregated_gradients(grads_and_vars)
-        )
-
-    def _transform_gradients(self, grads_and_vars: Any) -> Any:
-        return self._optimizer._transform_gradients(super()._transform_gradients(grads_and_vars))
-
-    def _distributed_apply(self, distribution: Any, grads_and_vars: Any, apply_state: Any, name: str | None) -> Any:
-        captured = _tensorflow.capture(self._steps, _is_first, self._pairs)
-        with _after(captured):
-            applied = self._optimizer._distributed_apply(distribution, grads_and_vars, apply_state, name)
-        if self._applied_steps is not None and not isinstance(self._optimizer, Lookahead):
-            with _after(applied):
-                applied = self._applied_steps.assign_add(1, read_value=False)
-        with _after(applied):
-            synchronized = self._synchronize(self._is_due)
-        if tf.executing_eagerly():
-            return applied
-        return tf.group(*(one for one in (applied, synchronized) if one is not None))
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # The copy has slots for the same variables, as that of every legacy optimizer.
         for variables in (self._fast_variables, self._complete):
@@ -269,15 +577,48 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         memo[id(self._block)] = Block()
         return super().__deepcopy__(memo)
 
-    def _is_due(self, steps: Any) -> Any:
-        return tf.equal(steps % self.sync_period, 0)
+    def _is_due_to_capture(self, state: Any) -> Any:
+        """Whether the slow weights are to be captured.
 
-    def _synchronize(self, due: Callable[[Any], Any]) -> Any:
+        Those that a file brought are captured ones, unless its count says that it was written before the first step.
+        """
+        if tf.executing_eagerly():
+            state = _int(state)
+            return state == NEVER or (state == RESTORED and _int(self._steps) == 0)
+        is_first = tf.equal(tf.convert_to_tensor(self._steps), 0)
+        return tf.equal(state, NEVER) | (tf.equal(state, RESTORED) & is_first)
+
+    def _capture(self) -> Any:
+        """Capture the slow weights if they were not yet."""
+        state = self._capture_state
+        # An averaging wrapper around, which has a count of its own, loads slow weights without saying so.
+        if state is None or self._listed_count is None:
+            return _tensorflow.capture(self._steps, _is_first, self._pairs)
+        return _tensorflow.capture(state, self._is_due_to_capture, self._pairs)
+
+    def _synchronize(self, due: Callable[[Any], Any], trained: list[Any] | None = None) -> Any:
+        """Make the slow step if `due(steps)`, for the variables `trained` in this step, or for all.
+
+        Others are frozen: they are not moved, and their slow weights start from them.
+        """
         if not self.sync_period:
             return None
+        if getattr(self, "_is_wrapped_by_loss_scale_optimizer", False):
+            # It leaves out variables without gradient, which are not frozen.
+            trained = None
+
+        def pairs(are_trained: bool) -> list[_tensorflow.Pair]:
+            if trained is None:
+                return self._pairs() if are_trained else []
+            slots = {id(self.get_slot(one, "slow")) for one in trained if id(one) in self._fast_variables}
+            return [pair for pair in self._pairs() if (id(pair.slow) in slots) == are_trained]
+
         done = _tensorflow.synchronize(
-            self._steps, due, self._pairs, self._get_hyper("slow_step_size"), constrain_slow=False
+            self._steps, due, lambda: pairs(True), self._get_hyper("slow_step_size"), constrain_slow=False
         )
+        if trained is not None and (not tf.executing_eagerly() or len(trained) != len(self._fast_variables)):
+            with _after(done):
+                done = _operations(done, _tensorflow.capture(self._steps, due, lambda: pairs(False)))
         inner = self._optimizer
         while isinstance(inner, Lookahead):
             with _after(done):
@@ -300,7 +641,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         """
         self._check_eager("sync()")
         self._check_not_in_slow_weights("sync()")
-        _tensorflow.capture(self._steps, _is_first, self._pairs)
+        self._capture()
         self._synchronize(lambda steps: True)
 
     def reset_slow_weights(self) -> None:
@@ -332,12 +673,12 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         if self._block.is_open:
             yield
             return
-        _tensorflow.capture(self._steps, _is_first, self._pairs)
+        self._capture()
         with self._block.run(self._pairs(), tf.identity, self._count()):
             yield
 
     def _count(self) -> int:
-        return int(self._steps.numpy())
+        return _int(self._steps)
 
     def _has_slow_weights(self) -> bool:
         return bool(self._fast_variables)
@@ -366,8 +707,13 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         """Return the config, from which `from_config` makes the same optimizer, without its state."""
+        config = super().get_config()
+        for name in ("clipnorm", "clipvalue", "global_clipnorm"):
+            if self.__dict__[f"_{name}"] is None:
+                # It is the inner optimizer's.
+                config.pop(name, None)
         return {
-            **super().get_config(),
+            **config,
             "optimizer": keras.optimizers.serialize(self._optimizer),
             "sync_period": self._serialize_hyperparameter("sync_period"),
             "slow_step_size": self._serialize_hyperparameter("slow_step_size"),
@@ -429,9 +775,34 @@ def _is_first(steps: Any) -> Any:
     return tf.equal(steps, 0)
 
 
-def _after(done: Any) -> Any:
-    """Return a context whose operations wait for a tensor or operation, in a graph of TensorFlow 1 too."""
-    return tf.control_dependencies([] if done is None or tf.executing_eagerly() else [done])
+def _int(value: Any) -> int:
+    return int(tf.convert_to_tensor(value))
+
+
+class _Crossed:
+    """Whether a step led over a multiple of the period. None does that the inner optimizer did not count."""
+
+    def __init__(self, before: Any, period: int) -> None:
+        self._before, self._period = before, period
+
+    def __call__(self, steps: Any) -> Any:
+        if tf.executing_eagerly():
+            return _int(steps) // self._period > _int(self._before) // self._period
+        return tf.greater(steps // self._period, self._before // self._period)
+
+
+def _operations(*done: Any) -> list[Any]:
+    return [one for one in tf.nest.flatten(done) if one is not None]
+
+
+def _after(*done: Any) -> Any:
+    """Return a context whose operations wait for tensors and operations, in a graph of TensorFlow 1 too."""
+    return tf.control_dependencies([] if tf.executing_eagerly() else _operations(*done))
+
+
+def _takes(function: Any, name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def _check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:
