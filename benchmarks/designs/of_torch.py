@@ -74,8 +74,8 @@ def in_pieces(size):
 
     def sync(fast, slow):
         kept, _torch._BYTES_PER_THREAD = _torch._BYTES_PER_THREAD, size // torch.get_num_threads()
-        for piece in _torch.cut(fast, slow):
-            whole(*piece)
+        for slow_piece, fast_piece in _torch.cut(slow, fast):
+            whole(fast_piece, slow_piece)
         _torch._BYTES_PER_THREAD = kept
 
     return sync

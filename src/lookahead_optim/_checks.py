@@ -29,8 +29,13 @@ def check_slow_step_size(slow_step_size: Any) -> float:
             "`slow_step_size` must be a real number, the fraction of the way that the slow weights go. "
             f"Received: slow_step_size={slow_step_size!r} of type {type(slow_step_size).__name__}"
         )
-    if not 0 <= slow_step_size < math.inf:  # type: ignore[operator]
+    try:
+        value = float(slow_step_size)
+    except OverflowError:
+        value = math.inf
+    if not 0 <= value < math.inf:
         raise ValueError(
-            f"`slow_step_size` must be finite and >= 0, usually 0.5 to 0.8. Received: slow_step_size={slow_step_size!r}"
+            "`slow_step_size` must be finite and >= 0, usually 0.5 to 0.8. "
+            f"Received: slow_step_size={slow_step_size!r:.100}"
         )
-    return float(slow_step_size)
+    return value

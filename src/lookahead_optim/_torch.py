@@ -1,37 +1,39 @@
 """What PyTorch's front ends share: lists of weights, cut so that the CPU finds in its cache what it needs twice."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Piece", "cut", "is_cut", "move"]
+__all__ = ["Piece", "cut", "is_cut", "is_large", "move", "move_unwatched"]
 
 # Of the slow weights, and of as many fast ones: what one core's cache holds.
 _BYTES_PER_THREAD = 2**18
 
-# Fast weights, and their slow ones.
+_DTYPES_WITH_A_NORM = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
+
+# Slow weights, and their fast ones.
 Piece: TypeAlias = tuple[list[Tensor], list[Tensor]]
 
 
-def cut(fast: list[Tensor], slow: list[Tensor]) -> Iterator[Piece]:
-    """Cut lists of fast and slow weights into pieces for `foreach` operations.
+def cut(slow: list[Tensor], fast: list[Tensor]) -> Iterator[Piece]:
+    """Cut lists of slow and fast weights into pieces for `foreach` operations.
 
     On the CPU such an operation is a loop, and there are two in a sync. Small weights make one piece together and large
     ones several each, so that the second operation reads what the first one left in the cache.
     """
     if not all(one.is_cpu for one in fast):
-        groups = Optimizer._group_tensors_by_device_and_dtype([fast, slow])  # type: ignore[list-item]
+        groups = Optimizer._group_tensors_by_device_and_dtype([slow, fast])  # type: ignore[list-item]
         yield from (tuple(tensors) for tensors, _ in groups.values())  # type: ignore[misc]
         return
     piece: Piece = [], []
     size, limit = 0, _limit()
-    for weight in zip(fast, slow):
-        for part, slow_part in zip(*map(_parts, weight)) if is_cut(*weight) else [weight]:
-            piece[0].append(part)
-            piece[1].append(slow_part)
+    for weight in zip(slow, fast):
+        for slow_part, part in zip(*map(_parts, weight)) if is_cut(*weight) else [weight]:
+            piece[0].append(slow_part)
+            piece[1].append(part)
             size += slow_part.nbytes
             if size >= limit:
                 yield piece
@@ -40,7 +42,7 @@ def cut(fast: list[Tensor], slow: list[Tensor]) -> Iterator[Piece]:
         yield piece
 
 
-def is_cut(fast: Tensor, slow: Tensor) -> bool:
+def is_cut(slow: Tensor, fast: Tensor) -> bool:
     """Return whether a weight is cut: it is larger than a piece, and is laid out as its elements are numbered."""
     return (
         slow.nbytes > _limit()
@@ -51,13 +53,81 @@ def is_cut(fast: Tensor, slow: Tensor) -> bool:
     )
 
 
-def move(slow: list[Tensor], fast: list[Tensor], slow_step_size: float) -> None:
-    """Move slow weights towards the fast ones."""
+def move(slow: list[Tensor], fast: list[Tensor], slow_step_size: float, is_careful: bool) -> bool:
+    """Move slow weights towards the fast ones; return whether the next move must be careful.
+
+    The difference of two large weights of opposite sign overflows, and the difference of equal infinities is no
+    number. A careful move replaces what such a difference makes. It takes several times as long, so it is made only for
+    weights that `is_large` has found. Weights that become infinite in training are found here, in time: a finite slow
+    weight and an infinite fast one need no care. Other devices than the CPU would have to be waited for, so there
+    infinities are found at the capture only.
+    """
     if slow_step_size == 1:
-        # The difference of two large weights of opposite sign can overflow.
         torch._foreach_copy_(slow, fast)
+    elif slow_step_size == 0:
+        return False
+    elif is_careful or _is_beyond(slow_step_size, slow):
+        for slow_one, fast_one in zip(slow, fast):
+            _move_carefully(slow_one, fast_one, slow_step_size)
     else:
         torch._foreach_lerp_(slow, fast, slow_step_size)
+    return not is_careful and all(one.is_cpu for one in slow) and not _are_finite(slow)
+
+
+def move_unwatched(slow: list[Tensor], fast: list[Tensor], slow_step_size: float) -> None:
+    """Move slow weights towards the fast ones, where nothing is known of what they were before.
+
+    On the CPU a move that is not finite is made again, carefully. Until that is known it must not replace the slow
+    weights, which costs a temporary array for each.
+    """
+    if slow_step_size in (0, 1) or not all(one.is_cpu for one in slow):
+        move(slow, fast, slow_step_size, is_careful=False)
+        return
+    if not _is_beyond(slow_step_size, slow):
+        moved = torch._foreach_lerp(slow, fast, slow_step_size)
+        if _are_finite(list(moved)):
+            torch._foreach_copy_(slow, moved)
+            return
+    move(slow, fast, slow_step_size, is_careful=True)
+
+
+def _move_carefully(slow: Tensor, fast: Tensor, slow_step_size: float) -> None:
+    wide_slow, wide_fast = (one.to(torch.promote_types(one.dtype, torch.float64)) for one in (slow, fast))
+    mixed = torch.where(
+        wide_slow == wide_fast, wide_slow, (1 - slow_step_size) * wide_slow + slow_step_size * wide_fast
+    ).to(slow.dtype)
+    if not _is_beyond(slow_step_size, [slow]):
+        moved = torch.lerp(slow, fast, slow_step_size)
+        mixed = torch.where(moved.isfinite(), moved, mixed)
+    slow.copy_(mixed)
+
+
+def _is_beyond(slow_step_size: float, weights: list[Tensor]) -> bool:
+    """Return whether a step size is no number of the dtype of any weight: PyTorch's operations refuse it then."""
+    # 1e4 is one in every dtype.
+    return slow_step_size > 1e4 and any(slow_step_size > torch.finfo(one.dtype).max for one in weights)
+
+
+def is_large(weights: Iterable[Tensor]) -> bool:
+    """Return whether a difference of any of these weights could overflow, or not be a number."""
+    for weight in weights:
+        if weight.numel() and not weight.is_meta and weight.dtype in _DTYPES_WITH_A_NORM:
+            if not float(torch.linalg.vector_norm(weight.detach(), torch.inf)) <= torch.finfo(weight.dtype).max / 4:
+                return True
+    return False
+
+
+def _are_finite(weights: list[Tensor]) -> bool:
+    """Return whether all elements are finite.
+
+    The operation is the one of `torch.amp.GradScaler`. No public operation of PyTorch answers for a whole list, and one
+    question for each small weight takes longer than the whole slow step.
+    """
+    if any(one.is_complex() or type(one) not in (Tensor, torch.nn.Parameter) for one in weights):
+        return all(bool(one.isfinite().all()) for one in weights)
+    found = torch.zeros(())
+    torch._amp_foreach_non_finite_check_and_unscale_(weights, found, torch.ones(()))
+    return not found
 
 
 def _limit() -> int:

@@ -202,11 +202,14 @@ def test_sync_with_a_replaced_shape_is_refused_before_anything_changes(kind, ste
 @split_or_not
 @steps_before
 @replaced
-def test_step_that_syncs_with_a_replaced_shape_leaves_the_inner_optimizers_step(kind, steps, split):
-    fast, optimizer, weights, slow = with_replaced_shape(kind, steps, split)
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
+def test_step_that_syncs_with_a_replaced_shape_is_refused_before_anything_changes(kind, steps, split, nested):
+    fast, optimizer, weights, slow = with_replaced_shape(kind, steps, split, nested)
+    count = optimizer.param_groups[0]["lookahead_step"]
     with refused(fast):
         optimizer.step()
-    assert_same_bits(fast, [weight.add(one.grad, alpha=-0.1) for weight, one in zip(weights, fast)])
+    assert optimizer.param_groups[0]["lookahead_step"] == count
+    assert_same_bits(fast, weights)
     assert_same_bits(slow_copies(optimizer, fast), slow)
 
 
@@ -301,7 +304,7 @@ def test_parameter_whose_state_is_deleted_is_captured_again(how, steps):
     assert_trains_as_by_hand(optimizer, hand, range(steps + 1, steps + 8))
 
 
-@pytest.mark.parametrize("how", ["entry", "entries", "in_place"])
+@pytest.mark.parametrize("how", ["entry", "entries"])
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_slow_weight_set_in_the_state_counts(how, steps):
     fast, expected = (parameters((4,), (2, 3)) for _ in range(2))
@@ -310,10 +313,8 @@ def test_slow_weight_set_in_the_state_counts(how, steps):
     new = torch.full((2, 3), 2.0)
     if how == "entry":
         optimizer.state[fast[1]]["slow"] = new.clone()
-    elif how == "entries":
-        optimizer.state[fast[1]] = {**optimizer.state[fast[1]], "slow": new.clone()}
     else:
-        optimizer.state[fast[1]]["slow"].copy_(new)
+        optimizer.state[fast[1]] = {**optimizer.state[fast[1]], "slow": new.clone()}
     hand.slow[1] = new
     assert_trains_as_by_hand(optimizer, hand, range(steps + 1, steps + 8))
 

@@ -257,7 +257,7 @@ def test_weights_larger_than_the_cache_are_synchronised_in_parts(name, monkeypat
     monkeypatch.setattr(_torch, "_BYTES_PER_THREAD", 2**13 // torch.get_num_threads())
     fast = large_and_small()
     slow = [one.detach().clone() for one in fast]
-    cut = [one for _, piece in _torch.cut(fast, slow) for one in piece]
+    cut = [one for piece, _ in _torch.cut(slow, fast) for one in piece]
     assert sum(one.numel() for one in cut) == sum(one.numel() for one in fast)
     # What is not laid out as it is numbered stays whole.
     assert [one.nbytes for one in cut if one.nbytes > 2**13] == [slow[3].nbytes, slow[4].nbytes]

@@ -1,4 +1,4 @@
-"""Lists of fast and slow weights, as `foreach` operations take them."""
+"""Lists of slow and fast weights, as `foreach` operations take them."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ __all__ = ["Plan", "copy", "local", "make_plan", "share_memory"]
 
 
 class Plan(NamedTuple):
-    """The pairs of a group as a sync found them, which takes longer than to see that they still hold."""
+    """Cached lists for a group's sync, and what they depend on."""
 
     pieces: list[Piece]
     storages: list[int]
@@ -30,16 +30,16 @@ class Plan(NamedTuple):
         )
 
 
-def make_plan(fast: list[Tensor], slow: list[Tensor]) -> Plan:
+def make_plan(slow: list[Tensor], fast: list[Tensor]) -> Plan:
     """Return the plan to synchronise lists of weights."""
     return Plan(
-        pieces=list(cut(fast, slow)),
+        pieces=list(cut(slow, fast)),
         # Some kinds of tensors have no memory of their own.
         storages=[one.untyped_storage().data_ptr() if one.data_ptr() else id(one) for one in fast],
         places=places(fast),
         slow=slow,
         pointers=[one.data_ptr() for one in slow],
-        contiguous=[one for pair in zip(fast, slow) if is_cut(*pair) for one in pair],
+        contiguous=[one for pair in zip(slow, fast) if is_cut(*pair) for one in pair],
     )
 
 

@@ -1,109 +1,176 @@
-"""`Lookahead.state`: the inner optimizer's state and the slow weights, as one."""
+"""`Lookahead.state`: the inner optimizer's state and the slow weights, as one.
 
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any
+The inner optimizer must not find the slow weight in its own state: most optimizers take a parameter with an empty entry
+for a new one. So the slow weights are kept apart, and these two classes show both together. They are dictionaries for
+tools that ask with `isinstance`, but all that they hold is elsewhere, and every access goes there.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lookahead_optim.torch._slow_weights import SlowWeights
 
 __all__ = ["State"]
 
 
-class State(MutableMapping[Tensor, Any]):
-    """The inner optimizer's state with one more entry per parameter, its slow weight.
+if TYPE_CHECKING:
+    _MappingAndDict = MutableMapping[Any, Any]
+else:
 
-    `on_change` is called whenever a slow weight comes, goes or is replaced.
-    """
+    class _MappingAndDict(MutableMapping, dict):
+        pass
 
-    def __init__(
-        self,
-        inner: MutableMapping[Tensor, Any],
-        slow: dict[Tensor, dict[str, Tensor]],
-        name: str,
-        on_change: Callable[[], None],
-    ) -> None:
-        self.inner, self.slow, self.name, self.on_change = inner, slow, name, on_change
 
-    def __getitem__(self, parameter: Tensor) -> "ParameterState":
-        entries = ParameterState(self.inner[parameter], self.slow.get(parameter, {}))
-        entries.owner = self, parameter
-        return entries
+class _View(_MappingAndDict):
+    """A mapping that is also a `dict`, as which it is empty: all that would read that one is overridden."""
 
-    def get(self, parameter: Tensor, default: Any = None) -> Any:
-        # `__getitem__` would make an entry, as that of PyTorch's own state does.
-        return self[parameter] if parameter in self else default  # noqa: SIM401
+    def __or__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return dict(self) | dict(other)
 
-    def __setitem__(self, parameter: Tensor, entries: Mapping[str, Any]) -> None:
-        entries = dict(entries)
-        self.forget(parameter)
-        if self.name in entries:
-            self.slow[parameter] = {self.name: entries.pop(self.name)}
-        self.inner[parameter] = entries
+    def __ror__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return dict(other) | dict(self)
 
-    def __delitem__(self, parameter: Tensor) -> None:
-        if parameter not in self:
-            raise KeyError(parameter)
-        self.forget(parameter)
-        self.inner.pop(parameter, None)
+    def __ior__(  # type: ignore[misc]
+        self, other: Any
+    ) -> Any:
+        self.update(other)
+        return self
 
-    def pop(self, parameter: Tensor, *default: Any) -> Any:
-        if default and parameter not in self:
+    def __reversed__(self) -> Iterator[Any]:
+        return reversed(list(self))
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def copy(self) -> dict[Any, Any]:
+        return dict(self)
+
+
+class State(_View):
+    """The inner optimizer's state, with one more entry for each parameter that has a slow weight."""
+
+    def __init__(self, inner: MutableMapping[Any, Any], slow: "SlowWeights") -> None:
+        self.inner, self.slow, self.slow_by_parameter = inner, slow, slow.by_parameter
+
+    def __getitem__(self, key: Any) -> Any:
+        # An entry of its own is made for a parameter without one, as PyTorch's own state does.
+        entries = self.inner[key]
+        # Some optimizers keep what belongs to no parameter beside the entries of these.
+        if not isinstance(key, Tensor) or not isinstance(entries, MutableMapping):
+            return entries
+        view = Entries()
+        view.entries, view.owner = entries, (self, key)
+        return view
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401
+
+    def __setitem__(self, key: Any, entries: Any) -> None:
+        if isinstance(key, Tensor) and isinstance(entries, Mapping):
+            self.forget(key)
+            if self.slow.name in entries or isinstance(entries, Entries):
+                entries = dict(entries)
+                slow = entries.pop(self.slow.name, None)
+                if slow is not None:
+                    self.slow.assign(key, slow, self.slow_by_parameter)
+        self.inner[key] = entries
+
+    def __delitem__(self, key: Any) -> None:
+        if key not in self:
+            raise KeyError(key)
+        self.forget(key)
+        self.inner.pop(key, None)
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        if default and key not in self:
             return default[0]
-        entries = self[parameter]
-        del self[parameter]
+        entries = self[key]
+        entries = dict(entries) if isinstance(entries, Entries) else entries
+        del self[key]
         return entries
 
-    def setdefault(self, parameter: Tensor, default: Any = None) -> Any:
-        if parameter not in self:
-            self[parameter] = default or {}
-        return self[parameter]
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = {} if default is None else default
+        return self[key]
 
     def clear(self) -> None:
-        self.slow.clear()
+        for key in list(self):
+            self.forget(key)
         self.inner.clear()
-        self.on_change()
 
-    def forget(self, parameter: Tensor) -> None:
+    def forget(self, key: Any) -> None:
         """Drop the slow weight of a parameter, if there is one."""
-        self.slow.pop(parameter, None)
-        self.on_change()
+        self.slow.forget(key, self.slow_by_parameter)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter([*self.inner, *(parameter for parameter in self.slow if parameter not in self.inner)])
+    def __iter__(self) -> Iterator[Any]:
+        return iter([*self.inner, *(one for one in self.slow_by_parameter if one not in self.inner)])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    def __contains__(self, parameter: object) -> bool:
-        return parameter in self.inner or parameter in self.slow
-
-
-class ParameterState(ChainMap[str, Any]):
-    """A parameter's state: the inner optimizer's entries and the slow weight, each written to where it belongs."""
-
-    owner: tuple[State, Tensor] | None = None
+    def __contains__(self, key: object) -> bool:
+        return key in self.inner or key in self.slow_by_parameter
 
     def __reduce__(self) -> Any:
         # A copy is no view, and goes without the optimizer.
+        return defaultdict, (dict, {key: dict(one) if isinstance(one, Entries) else one for key, one in self.items()})
+
+
+class Entries(_View):
+    """A parameter's state: the inner optimizer's entries and the slow weight, each written to where it belongs.
+
+    The slow weight that is read here is a copy. Programs reset an optimizer by zeroing each tensor of its state in
+    place, or move it to a device so; the slow weight is no moment, and its value must outlive the one and follows its
+    parameter without the other. To change it, assign the entry.
+    """
+
+    entries: MutableMapping[str, Any]
+    owner: tuple[State, Tensor] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.entries = dict(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
         return dict, (dict(self),)
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        if self.owner and self.owner[0].name == name:
+    def _is_slow(self, name: object) -> bool:
+        return self.owner is not None and name == self.owner[0].slow.name
+
+    def __getitem__(self, name: str) -> Any:
+        if self.owner is not None and self._is_slow(name):
             state, parameter = self.owner
-            self.maps[-1] = state.slow.setdefault(parameter, {})
-            self.maps[-1][name] = value
-            state.on_change()
+            return state.slow.copy_for(parameter, state.slow_by_parameter[parameter])
+        return self.entries[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if self.owner is not None and self._is_slow(name):
+            state, parameter = self.owner
+            state.slow.assign(parameter, value, state.slow_by_parameter)
         else:
-            self.maps[0][name] = value
+            self.entries[name] = value
 
     def __delitem__(self, name: str) -> None:
-        if self.owner and self.owner[0].name == name and name in self:
-            self.owner[0].forget(self.owner[1])
-            self.maps[-1] = {}
+        if self.owner is not None and self._is_slow(name) and name in self:
+            state, parameter = self.owner
+            state.forget(parameter)
         else:
-            del self.maps[0][name]
+            del self.entries[name]
 
-    # Those of `ChainMap` see the first of its dictionaries alone.
-    pop = MutableMapping.pop  # type: ignore[assignment]
-    popitem = MutableMapping.popitem
-    clear = MutableMapping.clear
+    def __contains__(self, name: object) -> bool:
+        if self.owner is not None and self._is_slow(name):
+            state, parameter = self.owner
+            return parameter in state.slow_by_parameter
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.entries
+        if self.owner is not None and self.owner[0].slow.name in self:
+            yield self.owner[0].slow.name
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,11 +1,11 @@
 """The `Lookahead` optimizer."""
 
 import contextlib
-import itertools
 import numbers
-import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,19 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
-from lookahead_optim._torch import move
 from lookahead_optim.torch import _foreach
 from lookahead_optim.torch._fsdp import gathered_anew
+from lookahead_optim.torch._ranks import check_equal_on_all_ranks
+from lookahead_optim.torch._slow_weights import SlowWeights, check_shape
 from lookahead_optim.torch._state import State
 
 __all__ = ["Lookahead"]
+
+
+_OF_THE_INNER_OPTIMIZER = ("defaults", "param_groups", "state")
+_OWN_SETTING = r"(sync_period|slow_step_size|lookahead_step)(_\d+)?"
+# That of an int64, in which other tools may keep it.
+_LARGEST_COUNT = 2**63
 
 
 class _Names(NamedTuple):
@@ -89,12 +96,10 @@ class Lookahead(Optimizer):
 
     inner_optimizer: Optimizer
     _names: _Names
-    _slow: dict[Tensor, dict[str, Tensor]]
-    # What follows is only ever changed in place, as tools copy an optimizer's attributes into an object of theirs.
-    _members: list[Tensor]
-    _waiting: list[Tensor]
-    _plans: dict[int, _foreach.Plan]
+    # Changed in place only, as tools copy an optimizer's attributes into an object of theirs.
+    _slow: SlowWeights
     _blocks: list[str]
+    _lock: Any
 
     def __init__(self, optimizer: Optimizer, sync_period: int = 6, slow_step_size: float = 0.5) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -128,24 +133,47 @@ class Lookahead(Optimizer):
                 for name in names:
                     group.pop(name, None)
         for entries in optimizer.state.values():
-            entries.pop(names.slow, None)
+            if isinstance(entries, dict):
+                entries.pop(names.slow, None)
         optimizer.defaults = {**optimizer.defaults, **settings}
         # The base class' constructor would make groups of its own. This is how it restores an optimizer without it.
-        self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow": {}})
+        self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow": SlowWeights(names.slow)})
         self._adopt_groups()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        inner = self.inner_optimizer
-        self._members, self._waiting, self._plans = [], [], {}
-        self._blocks = inner._blocks if isinstance(inner, Lookahead) else []
-        for group in self.param_groups:
-            if self._names.lookahead_step in group:
-                # PyTorch sends tensors to other processes in shared memory.
-                group[self._names.lookahead_step] = group[self._names.lookahead_step].clone()
+        # These belong to the inner optimizer, where their properties put them.
+        others = {name: value for name, value in state.items() if name not in _OF_THE_INNER_OPTIMIZER}
+        super().__setstate__(others)
+        if "inner_optimizer" in others:
+            inner = self.inner_optimizer
+            if isinstance(inner, Lookahead):
+                self._blocks, self._lock = inner._blocks, inner._lock
+            else:
+                self._blocks, self._lock = [], threading.RLock()
+        for name in _OF_THE_INNER_OPTIMIZER:
+            if name in state:
+                setattr(self, name, state[name])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in ("inner_optimizer", "_names", "_slow")}
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what only the inner optimizer has: `train` and `eval` of `schedulefree`, for example."""
+        # Not what begins with an underscore: tools ask there for what the wrapper itself would have to do.
+        if name in _Names._fields:
+            raise AttributeError(
+                f"`Lookahead` has no attribute `{name}`: it is a setting of each group, in `optimizer.param_groups`."
+            )
+        if name.startswith("_") or "inner_optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.inner_optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _Names._fields:
+            raise AttributeError(
+                f"`{name}` is a setting of each group: set it in `optimizer.param_groups`. Received: {name}={value!r}"
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} ({self.inner_optimizer!r})"
@@ -171,19 +199,31 @@ class Lookahead(Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> State:
-        """A live view: for each parameter the inner optimizer's entries and `"slow"`, the slow weight."""
-        return State(self.inner_optimizer.state, self._slow, self._names.slow, self._changed)
+        """A live view: for each parameter the inner optimizer's entries and a copy of the slow weight, `"slow"`."""
+        inner, slow, view = self.inner_optimizer.state, self._slow, self.__dict__.get("_state")
+        # The same object as long as it shows the optimizer's state. One that was kept shows the state of its time.
+        if view is None or view.inner is not inner or view.slow_by_parameter is not slow.by_parameter:
+            view = self.__dict__["_state"] = State(inner, slow)
+        return view
 
     @state.setter
-    def state(self, state: Mapping[Tensor, Any]) -> None:
-        entries = {parameter: dict(entry) for parameter, entry in state.items()}
-        self.state.clear()
-        self.state.update(entries)
-
-    def _changed(self) -> None:
-        """Forget what was derived from the slow weights."""
-        self._members.clear()
-        self._plans.clear()
+    def state(self, state: Mapping[Any, Any]) -> None:
+        inner: MutableMapping[Any, Any]
+        if isinstance(state, State) and state.slow.name == self._slow.name:
+            inner, by_parameter = state.inner, state.slow_by_parameter
+        else:
+            inner, by_parameter = state if isinstance(state, defaultdict) else defaultdict(dict, state), {}
+            if any(isinstance(entries, Mapping) and self._slow.name in entries for entries in state.values()):
+                inner = defaultdict(dict)
+                for key, entries in state.items():
+                    if isinstance(entries, Mapping):
+                        entries = dict(entries)
+                        slow = entries.pop(self._slow.name, None)
+                        if slow is not None:
+                            self._slow.assign(key, slow, by_parameter)
+                    inner[key] = entries
+        self.inner_optimizer.state = inner  # type: ignore[assignment]
+        self._slow.replace(by_parameter)
 
     def _adopt_groups(self) -> None:
         """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint."""
@@ -197,88 +237,26 @@ class Lookahead(Optimizer):
                 group[names.slow_step_size] = check_slow_step_size(step_size)
             if names.lookahead_step not in group:
                 for parameter in group["params"]:
-                    if parameter in self._slow:
-                        self.state.forget(parameter)
-            # A tensor, as `torch.compile` would compile a step anew for every value of a number.
-            count = group.get(names.lookahead_step, 0)
-            if type(count) is not Tensor or not count.is_cpu:
-                group[names.lookahead_step] = torch.as_tensor(count, dtype=torch.int64, device="cpu")
+                    self._slow.forget(parameter)
+                group[names.lookahead_step] = 0
+            count = group[names.lookahead_step]
+            if type(count) is not int or not 0 <= count < _LARGEST_COUNT:
+                group[names.lookahead_step] = _check_count(count, names.lookahead_step)
 
     def _active_groups(self) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group[self._names.sync_period]]
 
-    def _capture_new(self) -> None:
-        """Capture the slow weights of parameters that are new, or not frozen any more."""
-        members = list(itertools.chain.from_iterable(group["params"] for group in self._active_groups()))
-        if (
-            len(members) != len(self._members)
-            or (self._slow and not members)
-            or not all(map(operator.is_, members, self._members))
-            or any(one.requires_grad or one.grad is not None for one in self._waiting)
-        ):
-            self._capture(members)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _capture(self, members: list[Tensor]) -> None:
-        known = set(members)
-        for parameter in [one for one in self._slow if one not in known]:
-            self.state.forget(parameter)
-        for parameter in members:
-            if parameter not in self._slow and _takes_part(parameter):
-                self._slow[parameter] = {self._names.slow: parameter.detach().clone()}
-        self._changed()
-        self._members.extend(members)
-        self._waiting[:] = [one for one in members if one not in self._slow]
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _pairs(self, groups: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the fast weights that have slow ones, and these, of a `DTensor` this process' shard.
-
-        The slow weights follow the fast ones in device and dtype.
-        """
-        name = self._names.slow
-        parameters = dict.fromkeys(one for group in groups for one in group["params"] if one in self._slow)
-        pairs = [(one, self._slow[one][name]) for one in parameters]
-        for fast, slow in pairs:
-            if fast.shape != slow.shape:
-                raise RuntimeError(
-                    f"A parameter of shape {tuple(fast.shape)} has a slow weight of shape {tuple(slow.shape)}, as its "
-                    "data was replaced. Call `optimizer.reset_slow_weights()` after that."
-                )
-        for fast, slow in pairs:
-            if (fast.dtype, fast.device) != (slow.dtype, slow.device):
-                self._slow[fast][name] = slow.to(fast.device, fast.dtype)
-                self._changed()
-        return _foreach.local(list(parameters)), _foreach.local([self._slow[one][name] for one in parameters])
-
-    def _plan(self, index: int, group: dict[str, Any]) -> _foreach.Plan:
-        """Return the pairs of a group for `foreach` operations: those of its last sync, if they still hold."""
-        parameters = group["params"]
-        plan = self._plans.get(index)
-        if plan is None or not plan.holds(parameters):
-            fast, slow = self._pairs([group])
-            plan = _foreach.make_plan(fast, slow)
-            # Not if some have no slow weight, or have shards.
-            if len(fast) == len(parameters) and all(map(operator.is_, fast, parameters)):
-                self._plans[index] = plan
-        return plan
+    def _is_due(self, group: dict[str, Any], count: int) -> bool:
+        period = group[self._names.sync_period]
+        return bool(period) and count % period == 0
 
     @torch.no_grad()
     def _synchronize(self, due: list[tuple[int, dict[str, Any]]]) -> None:
         # What can fail comes first.
-        plans = [self._plan(index, group) for index, group in due]
-        restarts = [inner._pairs([group for _, group in due]) for inner in _chain(self.inner_optimizer)]
-        step_sizes = [group[self._names.slow_step_size] for _, group in due]
-        pieces = [(step_size, *piece) for step_size, plan in zip(step_sizes, plans) for piece in plan.pieces]
-        # Weights that share memory must all have been read before one of them is written.
-        for together in [pieces] if _foreach.share_memory(plans) else [[one] for one in pieces]:
-            for step_size, fast, slow in together:
-                move(slow, fast, step_size)
-            for _, fast, slow in together:
-                torch._foreach_copy_(fast, slow)
-        for fast, slow in restarts:
+        plans = [self._slow.plan(index, group) for index, group in due]
+        restarts = [inner._slow.pairs([group for _, group in due]) for inner in _chain(self.inner_optimizer)]
+        self._slow.synchronize(plans, [group[self._names.slow_step_size] for _, group in due])
+        for slow, fast in restarts:
             _foreach.copy(slow, fast)
 
     @torch.compiler.disable
@@ -290,21 +268,25 @@ class Lookahead(Optimizer):
                 "would never synchronise, or always. Capture forward and backward pass, and step outside."
             )
         self._adopt_groups()
-        self._capture_new()
+        name = self._names.lookahead_step
+        due = [group for group in self.param_groups if self._is_due(group, group[name] + 1)]
+        if due:
+            for optimizer in _chain(self):
+                optimizer._slow.check_shapes(due)
+        if not self._slow.captured:
+            check_equal_on_all_ranks(self.param_groups, self._names)
+        self._slow.capture_new(self._active_groups(), name)
 
     @torch.compiler.disable
     def _end_step(self) -> None:
-        names, due = self._names, []
+        name, due = self._names.lookahead_step, []
         for index, group in enumerate(self.param_groups):
             # Not in place: `ZeroRedundancyOptimizer` and users copy groups.
-            count = group[names.lookahead_step] = group[names.lookahead_step] + 1
-            period = group[names.sync_period]
-            if period and int(count) % period == 0:
+            group[name] += 1
+            if self._is_due(group, group[name]):
                 due.append((index, group))
                 if not all(one.requires_grad for one in group["params"]):
-                    for parameter in group["params"]:
-                        if parameter in self._slow and not _takes_part(parameter):
-                            self.state.forget(parameter)
+                    self._slow.drop_frozen(group["params"])
         if due:
             self._synchronize(due)
 
@@ -319,13 +301,28 @@ class Lookahead(Optimizer):
             What the inner optimizer returns: the loss if there is a `closure`.
 
         Raises:
+            TypeError, ValueError: if a group has an invalid setting or count.
             RuntimeError: inside a `slow_weights()` block, in the capture of a CUDA graph, or at a sync if a parameter
                 has changed its shape.
         """
-        self._begin_step()
-        loss = self.inner_optimizer.step() if closure is None else self.inner_optimizer.step(closure)
-        self._end_step()
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {}
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            result = pre_hook(self, args, kwargs)
+            if result is not None:
+                args, kwargs = result
+        # A block in another thread waits for the end of the step.
+        with self._lock:
+            self._begin_step()
+            loss = self.inner_optimizer.step(*args[1:], **kwargs)
+            self._end_step()
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, args, kwargs)
         return loss
+
+    # The base class would wrap `step` in a function that calls hooks. It calls those that are registered for all
+    # optimizers, too, which the inner optimizer's `step` does already: each of them is to run once.
+    step.hooked = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the inner optimizer does."""
@@ -352,13 +349,18 @@ class Lookahead(Optimizer):
             pre_hook(self)
         self._adopt_groups()
         state_dict = self.inner_optimizer.state_dict()
-        name = self._names.lookahead_step
-        groups = [{**saved, name: int(saved[name])} for saved in state_dict["param_groups"]]
+        groups = [dict(saved) for saved in state_dict["param_groups"]]
         state = dict(state_dict["state"])
         for group, saved in zip(self.param_groups, groups):
-            for parameter, index in zip(group["params"], saved["params"]):
-                if parameter in self._slow:
-                    state[index] = {**state.get(index, {}), **self._slow[parameter]}
+            indices = dict(zip(group["params"], saved["params"]))
+            keeps_state = any(state.get(index) for index in indices.values())
+            for parameter, index in indices.items():
+                slow = self._slow.by_parameter.get(parameter)
+                # Most inner optimizers refuse an entry in which nothing is theirs. They make none for a parameter that
+                # has had no gradient, and its slow weight is captured again from where the parameter still is.
+                if slow is None or (keeps_state and not state.get(index) and _are_same(slow, parameter)):
+                    continue
+                state[index] = {**state.get(index, {}), self._names.slow: slow}
         state_dict = {**state_dict, "state": state, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
@@ -375,7 +377,8 @@ class Lookahead(Optimizer):
 
         Raises:
             TypeError, ValueError: if it does not fit: in the number of groups, of their parameters, the shape of a slow
-                weight, or with an invalid setting. The optimizer is as before then.
+                weight, with an invalid setting, or as it is that of another inner optimizer. The optimizer is as before
+                then.
             RuntimeError: inside a `slow_weights()` block.
         """
         self._check_not_in_slow_weights("load_state_dict(state_dict)")
@@ -383,6 +386,33 @@ class Lookahead(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
+        state, slow_weights = self._check_state_dict(state_dict)
+        names = self._names
+        kept = [
+            {name: group[name] for name in (names.sync_period, names.slow_step_size)} for group in self.param_groups
+        ]
+        before, settings_before = dict(vars(self.inner_optimizer)), [set(group) for group in self.param_groups]
+        try:
+            self.inner_optimizer.load_state_dict({**state_dict, "state": state})
+            self._check_loaded_groups(settings_before)
+        except Exception as error:
+            vars(self.inner_optimizer).clear()
+            vars(self.inner_optimizer).update(before)
+            if isinstance(self.inner_optimizer, Lookahead) and isinstance(error, (TypeError, ValueError)):
+                raise
+            raise ValueError(
+                f"`state_dict` must be that of a `Lookahead` around a {type(self.inner_optimizer).__name__} like this "
+                f"one, or of the bare one. Received: one that it cannot load ({type(error).__name__}: {error})"
+            ) from error
+        for group, settings in zip(self.param_groups, kept):
+            group.update({**settings, **group})
+        self._adopt_groups()
+        self._slow.load(slow_weights)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> tuple[dict[Any, Any], dict[Tensor, Tensor]]:
+        """Return the inner optimizer's state and the slow weights in a state dict, or raise an error."""
         saved_groups, groups, names = state_dict["param_groups"], self.param_groups, self._names
         if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
             raise ValueError(
@@ -398,30 +428,25 @@ class Lookahead(Optimizer):
                 entries = state.get(index, {})
                 slow = entries.get(names.slow)
                 if slow is not None:
-                    if not isinstance(slow, Tensor) or slow.shape != parameter.shape:
-                        received = f"shape {tuple(slow.shape)}" if isinstance(slow, Tensor) else repr(slow)
-                        raise ValueError(
-                            f"`state_dict` must have a slow weight of shape {tuple(parameter.shape)} for parameter "
-                            f"{index}. Received: {received}"
-                        )
-                    slow_weights[parameter] = slow.detach().to(parameter.device, parameter.dtype, copy=True)
+                    check_shape(slow, parameter, index)
+                    slow = slow.to_dense() if slow.layout is not torch.strided else slow
+                    # In the dtype in which it was saved: the parameters may get it back before they are trained.
+                    slow_weights[parameter] = slow.detach().to(parameter.device, copy=True)
                 # An inner optimizer may take any entry at all for a sign that its own are there.
                 entries = {key: value for key, value in entries.items() if not self._is_slow(key)}
                 if entries:
                     state[index] = entries
                 else:
                     state.pop(index, None)
-        kept = [{name: group[name] for name in (names.sync_period, names.slow_step_size)} for group in groups]
-        self.inner_optimizer.load_state_dict({**state_dict, "state": state})
-        for group, settings in zip(self.param_groups, kept):
-            group.update({**settings, **group})
-        self._adopt_groups()
-        self._slow.clear()
-        self._changed()
-        for parameter, slow in slow_weights.items():
-            self._slow[parameter] = {names.slow: slow}
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        return state, slow_weights
+
+    def _check_loaded_groups(self, settings_before: list[set[str]]) -> None:
+        """Raise an error if a loaded group lacks a setting: it is that of another class, whose next step would fail."""
+        for group, before in zip(self.param_groups, settings_before):
+            needed = before & set(_innermost(self).defaults) - set(group)
+            missing = sorted(name for name in needed if not re.fullmatch(_OWN_SETTING, name))
+            if missing:
+                raise ValueError(f"its groups have no {missing}")
 
     def _is_slow(self, name: str) -> bool:
         """Return whether a saved entry is a slow weight: this wrapper's or, in the innermost one, any wrapper's."""
@@ -435,9 +460,9 @@ class Lookahead(Optimizer):
         The slow weights are captured now, so weights must be loaded before. Each process counts its own steps.
         """
         self._adopt_groups()
-        self._capture_new()
-        for entry in self._slow.values():
-            entry[self._names.slow].share_memory_()
+        self._slow.capture_new(self._active_groups(), self._names.lookahead_step)
+        for slow in self._slow.by_parameter.values():
+            slow.share_memory_()
         if hasattr(self.inner_optimizer, "share_memory"):
             self.inner_optimizer.share_memory()
 
@@ -447,10 +472,11 @@ class Lookahead(Optimizer):
         Raises:
             RuntimeError: inside a `slow_weights()` block, or if a parameter has changed its shape.
         """
-        self._check_not_in_slow_weights("sync()")
-        self._adopt_groups()
-        groups = enumerate(self.param_groups)
-        self._synchronize([(index, group) for index, group in groups if group[self._names.sync_period]])
+        with self._lock:
+            self._check_not_in_slow_weights("sync()")
+            self._adopt_groups()
+            groups = enumerate(self.param_groups)
+            self._synchronize([(index, group) for index, group in groups if group[self._names.sync_period]])
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the parameters again, after restoring the best weights, say.
@@ -458,12 +484,14 @@ class Lookahead(Optimizer):
         Raises:
             RuntimeError: inside a `slow_weights()` block.
         """
-        self._check_not_in_slow_weights("reset_slow_weights()")
-        for optimizer in _chain(self):
-            optimizer._adopt_groups()
-            stepped = [group for group in optimizer._active_groups() if group[optimizer._names.lookahead_step]]
-            optimizer._slow.clear()
-            optimizer._capture([one for group in stepped for one in group["params"]])
+        with self._lock:
+            self._check_not_in_slow_weights("reset_slow_weights()")
+            for optimizer in _chain(self):
+                optimizer._adopt_groups()
+                name = optimizer._names.lookahead_step
+                stepped = [group for group in optimizer._active_groups() if group[name]]
+                optimizer._slow.replace({})
+                optimizer._slow.capture([one for group in stepped for one in group["params"]], set())
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
@@ -473,29 +501,50 @@ class Lookahead(Optimizer):
         memory of one more set of parameters. A block inside a block changes nothing; training in one is refused. A copy
         of model and optimizer made in a block has the slow weights alone.
 
+        A block that one thread opens while another one makes a step begins when the step has ended.
+
         Raises:
             RuntimeError: if a parameter has changed its shape, before the block or in it.
         """
-        if self._names.slow in self._blocks:
+        with self._lock:
+            is_inside = self._names.slow in self._blocks
+            fast_weights, kept = ([], []) if is_inside else self._swap_in()
+        if is_inside:
             yield
             return
-        self._adopt_groups()
-        fast_weights, slow_weights = self._pairs(self._active_groups())
-        kept = [fast.detach().clone() for fast in fast_weights]
-        self._blocks.append(self._names.slow)
         try:
-            _foreach.copy(fast_weights, slow_weights)
-            with gathered_anew(self._slow):
+            with gathered_anew(self._slow.by_parameter):
                 yield
         finally:
-            self._blocks.remove(self._names.slow)
-            fitting = [(fast, value) for fast, value in zip(fast_weights, kept) if fast.shape == value.shape]
-            _foreach.copy([fast for fast, _ in fitting], [value for _, value in fitting])
-            if len(fitting) < len(kept):
-                raise RuntimeError(
-                    "A parameter changed its shape inside a `slow_weights()` block, so that its fast weights did not "
-                    "come back; those of the others did. Change shapes outside of the block."
-                )
+            with self._lock:
+                self._swap_out(fast_weights, kept)
+
+    def _swap_in(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Put the slow weights into the parameters; return all parameters, and a copy of what they were."""
+        self._adopt_groups()
+        self._slow.check_shapes(self.param_groups)
+        parameters = dict.fromkeys(one for group in self.param_groups for one in group["params"] if not is_lazy(one))
+        fast_weights = _foreach.local(list(parameters))
+        kept = [fast.detach().clone() for fast in fast_weights]
+        pairs = [(one, slow) for one in parameters if (slow := self._slow.by_parameter.get(one)) is not None]
+        self._blocks.append(self._names.slow)
+        try:
+            # Rounded, if the parameters have another dtype now; the slow weights themselves keep their own.
+            _foreach.copy(_foreach.local([one for one, _ in pairs]), _foreach.local([slow for _, slow in pairs]))
+        except BaseException:
+            self._swap_out(fast_weights, kept)
+            raise
+        return fast_weights, kept
+
+    def _swap_out(self, fast_weights: list[Tensor], kept: list[Tensor]) -> None:
+        self._blocks.remove(self._names.slow)
+        fitting = [(fast, value) for fast, value in zip(fast_weights, kept) if fast.shape == value.shape]
+        _foreach.copy([fast for fast, _ in fitting], [value for _, value in fitting])
+        if len(fitting) < len(kept):
+            raise RuntimeError(
+                "A parameter changed its shape inside a `slow_weights()` block, so that its fast weights did not "
+                "come back; those of the others did. Change shapes outside of the block."
+            )
 
     def _check_not_in_slow_weights(self, caller: str) -> None:
         if self._blocks:
@@ -512,16 +561,28 @@ def _chain(optimizer: Optimizer) -> Iterator[Lookahead]:
         optimizer = optimizer.inner_optimizer
 
 
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    while isinstance(optimizer, Lookahead):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
 def _check_group(group: dict[str, Any], names: _Names) -> None:
     """Raise an error if a group has an invalid setting or count of its own."""
     check_sync_period(group.get(names.sync_period, 0))
     check_slow_step_size(group.get(names.slow_step_size, 0.0))
-    count = group.get(names.lookahead_step, 0)
+    _check_count(group.get(names.lookahead_step, 0), names.lookahead_step)
+
+
+def _check_count(count: Any, name: str) -> int:
+    """Return a count of steps as an `int`, or raise an error."""
     if isinstance(count, Tensor) and count.numel() == 1:
         count = count.item()
-    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 0:
-        raise ValueError(f"`{names.lookahead_step}` must be an integer >= 0, the number of steps. Received: {count!r}")
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or not 0 <= int(count) < _LARGEST_COUNT:
+        raise ValueError(f"`{name}` must be an integer >= 0, the number of steps. Received: {count!r}")
+    return int(count)
 
 
-def _takes_part(parameter: Tensor) -> bool:
-    return (parameter.requires_grad or parameter.grad is not None) and not is_lazy(parameter)
+def _are_same(slow: Tensor, parameter: Tensor) -> bool:
+    (slow,), (fast,) = _foreach.local([slow]), _foreach.local([parameter])
+    return slow.dtype == fast.dtype and slow.device == fast.device and torch.equal(slow, fast)

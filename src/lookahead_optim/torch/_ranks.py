@@ -1,0 +1,39 @@
+"""A check that the processes of a data-parallel run have the same settings, as else they drift apart in silence."""
+
+import collections
+import hashlib
+import json
+from typing import Any
+
+from torch import distributed
+
+__all__ = ["check_equal_on_all_ranks"]
+
+# How many optimizers of this process were compared, by the shapes of their parameters.
+_compared: collections.Counter[str] = collections.Counter()
+
+
+def check_equal_on_all_ranks(groups: list[dict[str, Any]], names: tuple[str, str, str, str]) -> None:
+    """Raise `RuntimeError` if another process has an optimizer like this one, with other settings or counts.
+
+    Nothing is known of the processes but that they belong to one run: each may have another part of a model, or make
+    its first step much later. So there is no collective operation, which would wait for all. Each process asks the
+    run's key-value store once, under a key made of its parameters' shapes: the first one leaves its settings there, the
+    others compare theirs.
+    """
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return
+    shapes = json.dumps([[list(one.shape) for one in group["params"]] for group in groups])
+    signature = hashlib.sha256(shapes.encode()).hexdigest()
+    key = f"lookahead_optim/{signature}/{_compared[signature]}"
+    _compared[signature] += 1
+    own = json.dumps([{name: group[name] for name in names[:3]} for group in groups])
+    # No public function gives the store. A new one would need an address of its own.
+    store = distributed.distributed_c10d._get_default_store()
+    rank = distributed.get_rank()
+    first = json.loads(store.compare_set(key, "", json.dumps([rank, own])))
+    if first[1] != own:
+        raise RuntimeError(
+            "All processes must have the same `sync_period`, `slow_step_size` and number of steps, or their weights "
+            f"drift apart. Received: {own} on rank {rank}, and {first[1]} on rank {first[0]}"
+        )
