@@ -1,5 +1,6 @@
 """The slow weights' arithmetic on TensorFlow variables: eager, in graphs, under XLA and under `tf.distribute`."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -145,26 +146,28 @@ def _slow_step_in_place(slow: Any, fast: Any, slow_step_size: Any) -> list[Any]:
     """
     step_size = _as_dtype(slow_step_size, slow.dtype)
     difference = tf.subtract(fast, slow)
-    # One pass finds what is not finite. A sum that overflows is a false alarm, and `slow_step` gives the same bits.
-    is_usual = tf.math.is_finite(tf.reduce_sum(difference))
-    if not isinstance(slow_step_size, float):
-        is_usual = is_usual & tf.not_equal(step_size, 1)
+    # One pass finds what is not finite. Squares that overflow are a false alarm, and `slow_step` gives the same bits.
+    size = tf.nn.l2_loss(difference)
 
     def usual() -> Any:
-        moved = tf.raw_ops.ResourceApplyGradientDescent(var=slow.handle, alpha=-step_size, delta=difference)
-        return _done(moved)
+        return tf.raw_ops.ResourceApplyGradientDescent(var=slow.handle, alpha=-step_size, delta=difference)
 
     def at_the_ends() -> Any:
-        return _done(slow.assign(slow_step(slow, fast, slow_step_size), read_value=False))
+        return slow.assign(slow_step(slow, fast, slow_step_size), read_value=False)
 
+    is_number = isinstance(slow_step_size, float)
     if tf.executing_eagerly():
+        is_usual = math.isfinite(size) and (is_number or float(step_size) != 1)
         (usual if is_usual else at_the_ends)()
         return []
-    return [tf.cond(is_usual, usual, at_the_ends)]
+    is_usual = tf.math.is_finite(size)
+    if not is_number:
+        is_usual = is_usual & tf.not_equal(step_size, 1)
+    return [tf.cond(is_usual, lambda: _done(usual()), lambda: _done(at_the_ends()))]
 
 
 def _done(operation: Any) -> Any:
-    with tf.control_dependencies([] if tf.executing_eagerly() else [operation]):
+    with tf.control_dependencies([operation]):
         return tf.constant(True)
 
 
