@@ -365,3 +365,108 @@ def test_dataclasses_train_as_by_hand(form):
         assert slow[1].name == "layer of (5, 4)"
         assert_close(params, hand.params)
         assert_close(slow, hand.slow)
+
+
+class EquinoxModel(eqx.Module):
+    """A model with leaves of all kinds: weights, integers, a function, a number, a name."""
+
+    body: eqx.nn.MLP
+    table: jax.Array
+    scale: float
+    name: str
+
+    def __call__(self, inputs):
+        return self.scale * self.body(inputs) + self.table[0]
+
+
+def equinox_model(table):
+    return EquinoxModel(eqx.nn.MLP(3, 4, 5, 1, key=jax.random.key(0)), table, 2.0, "model")
+
+
+INEXACT, ARRAYS = eqx.is_inexact_array, eqx.is_array
+
+
+def everything(leaf):
+    return True
+
+
+@pytest.mark.parametrize("bare", [optax.sgd(0.05), optax.adam(0.05), optax.adamw(0.05)], ids=["sgd", "adam", "adamw"])
+@pytest.mark.parametrize(
+    ("at_init", "at_update"),
+    [(ARRAYS, everything), (INEXACT, everything), (INEXACT, ARRAYS), (ARRAYS, INEXACT), (everything, everything)],
+    ids=["arrays_all", "inexact_all", "inexact_arrays", "arrays_inexact", "all_all"],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_equinox_model_filtered_otherwise_at_update_than_at_init(form, at_init, at_update, bare):
+    has_state = bool(jax.tree.leaves(bare.init(jnp.ones(1))))
+    if at_init is everything and has_state:
+        pytest.skip("A bare optimizer with state takes no functions either.")
+    optimizer = lookahead(bare, SYNC_PERIOD, SLOW_STEP_SIZE)
+    # Nor does it take integers without gradients.
+    model = equinox_model(jnp.zeros(3) if at_init is ARRAYS and has_state else jnp.arange(3))
+    params, static = eqx.partition(model, INEXACT)
+    hand = by_hand(params, bare)
+    state = optimizer.init(eqx.filter(model, at_init))
+
+    @eqx.filter_jit
+    def step(model, state, batch):
+        grads = equinox_gradient(model, batch)
+        given = eqx.filter(model, at_update)
+        if form == "apply_gradients":
+            new, state = optimizer.apply_gradients(grads, state, given)
+            return eqx.combine(new, model), state
+        updates, state = optimizer.update(grads, state, given)
+        return eqx.apply_updates(model, updates), state
+
+    for number in range(STEPS):
+        model, state = step(model, state, make_batch(number))
+        hand.apply(equinox_gradient(eqx.combine(hand.params, static), make_batch(number)))
+        slow = slow_params(state, eqx.filter(model, at_update))
+        assert_close(eqx.filter(model, INEXACT), hand.params)
+        assert_close(eqx.filter(slow.body, INEXACT), hand.slow.body)
+        assert eqx.tree_equal(eqx.filter(model, INEXACT, inverse=True), static)
+        assert_close(slow_params(state, model).table, hand.slow.table if INEXACT(model.table) else model.table)
+    synced, synced_state = sync(state, model)
+    hand.sync()
+    assert_close(eqx.filter(synced.body, INEXACT), hand.params.body)
+    assert_same_bits(eqx.filter(slow_params(synced_state, synced), ARRAYS), eqx.filter(synced, ARRAYS))
+    reset = reset_slow_params(state, model)
+    assert_same_bits(eqx.filter(slow_params(reset, synced).body, INEXACT), eqx.filter(model.body, INEXACT))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_that_the_state_does_not_have_move_as_with_the_bare_optimizer(form):
+    optimizer, bare = lookahead(optax.sgd(0.1), 2), optax.sgd(0.1)
+    params = bare_params = {"w": jnp.ones(2), "added": jnp.ones(3)}
+    hand, state = ByHand(bare, {"w": jnp.ones(2)}, 2), optimizer.init({"w": jnp.ones(2)})
+    for number in range(5):
+        grads = make_grads(number, params)
+        params, state = whole_step(optimizer, form)(params, state, grads)
+        hand.apply({"w": grads["w"]})
+        bare_params, _ = whole_step(bare)(bare_params, bare.init(bare_params), grads)
+        assert_close(params, {"w": hand.params["w"], "added": bare_params["added"]})
+        assert_close(slow_params(state, params), {"w": hand.slow["w"], "added": bare_params["added"]})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_weight_that_gets_no_gradient_for_a_while_keeps_its_slow_one_until_a_sync(form):
+    """At a sync it is not moved, and its slow weight is its own value from then on."""
+    optimizer, hand = lookahead(optax.sgd(0.1), 3), ByHand(optax.sgd(0.1), {"w": jnp.ones(2)}, 3)
+    params = {"w": jnp.ones(2), "frozen": jnp.ones(2)}
+    state = optimizer.init(params)
+    expected_fast = expected_slow = 1.0
+    for number in range(1, 13):
+        frozen = number in (2, 3, 5, 8)
+        grads = {"w": jnp.ones(2), "frozen": None if frozen else jnp.ones(2)}
+        if form == "apply_gradients":
+            params, state = optimizer.apply_gradients(grads, state, params)
+        else:
+            updates, state = optimizer.update(grads, state, params)
+            params = eqx.apply_updates(params, updates)
+        hand.apply({"w": grads["w"]})
+        expected_fast -= 0 if frozen else 0.1
+        if number % 3 == 0:
+            expected_slow = expected_fast = expected_fast if frozen else (expected_slow + expected_fast) / 2
+        slow = slow_params(state, params)
+        assert_close(params, {"w": hand.params["w"], "frozen": jnp.full(2, expected_fast)})
+        assert_close(slow, {"w": hand.slow["w"], "frozen": jnp.full(2, expected_slow)})

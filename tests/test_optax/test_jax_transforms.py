@@ -383,3 +383,22 @@ def test_eval_shape_gives_the_types_of_the_arrays_which_no_step_changes(form, hy
         assert signature(jax.eval_shape(function, params, state, params)) == signature((params, state))
     assert signature(jax.eval_shape(reset_slow_params, state, params)) == signature(state)
     assert signature(jax.eval_shape(slow_params, state, params)) == signature(params)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("name", INNER)
+def test_init_takes_shapes_and_dtypes_instead_of_parameters(name, nested):
+    optimizer = lookahead(lookahead(INNER[name](), 2) if nested else INNER[name](), 3)
+    params = make_params() | {"half": jnp.ones(3, "bfloat16"), "scalar": jnp.ones(())}
+    state = optimizer.init(jax.eval_shape(lambda: params))
+    assert signature(state) == signature(optimizer.init(params))
+    other, step = optimizer.init(params), whole_step(optimizer)
+    (params, state), (expected, other) = (step(params, one, params) for one in (state, other))
+    assert_same_bits((params, state), (expected, other))
+
+
+def test_init_of_shapes_with_shardings_has_them():
+    mesh = jax.make_mesh((4,), ("axis",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("axis"))
+    state = lookahead(optax.adam(0.1)).init({"w": jax.ShapeDtypeStruct((8, 2), "float32", sharding=sharding)})
+    assert state.slow_params["w"].sharding == state.inner_state[0].mu["w"].sharding == sharding

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from slow_step_by_hand import ByHand, assert_same_bits, make_grads, make_params
+from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
+from whole_steps import whole_step
 
 from lookahead_optim.optax import (
     LookaheadState,
@@ -328,3 +329,182 @@ def test_it_survives_the_way_through_a_tree_or_a_tuple(remake):
     grads = make_grads(2, params)
     for name, arguments in [("update", (grads, state, params)), ("apply_gradients", (grads, state, params))]:
         assert_same_bits(getattr(remade, name)(*arguments), getattr(OPTIMIZER, name)(*arguments))
+
+
+# States of another kind.
+
+
+def restored_as(state):
+    """Return a state as formats restore it that do not know its type."""
+    return {"inner_state": list(state.inner_state), **{name: getattr(state, name) for name in state._fields[1:]}}
+
+
+OTHER_STATES = {
+    "bare": (lambda params: INNER.init(params), r"of type tuple"),
+    "bare_sgd": (lambda params: optax.sgd(0.1).init(params), r"of type tuple"),
+    "chain_around": (lambda params: optax.chain(OPTIMIZER, optax.scale(1.0)).init(params), r"of type tuple"),
+    "optax_lookahead": (WITHOUT_LOOKAHEAD["optax_lookahead"], r"of type LookaheadState"),
+    "restored": (lambda params: restored_as(OPTIMIZER.init(params)), r"of type dict"),
+    "params": (lambda params: params, r"of type dict"),
+    "none": (lambda params: None, r"Received: state=None of type NoneType"),
+}
+
+
+def steps_of(optimizer):
+    return [optimizer.update, jax.jit(optimizer.update), optimizer.apply_gradients, jax.jit(optimizer.apply_gradients)]
+
+
+@pytest.mark.parametrize("sync_period", [3, 0, jnp.array(3)])
+@pytest.mark.parametrize("kind", OTHER_STATES)
+def test_a_step_with_another_kind_of_state_is_refused_with_the_remedy(kind, sync_period):
+    params, (make_state, received) = make_params(), OTHER_STATES[kind]
+    optimizer = lookahead(INNER, sync_period)
+    message = (
+        rf"(?s)`state` must be a `lookahead_optim\.optax\.LookaheadState`.*_replace\(inner_state=state\).*{received}"
+    )
+    for step in steps_of(optimizer):
+        with pytest.raises(ValueError, match=message) as refused:
+            step(make_grads(0, params), make_state(params), params)
+        assert len(str(refused.value)) < 1000
+
+
+OTHER_INNER = {
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "sgd": optax.sgd(0.1),
+    "lion": optax.lion(0.1),
+    "adamw": optax.adamw(0.1),
+    "chain": optax.chain(optax.clip(1.0), INNER),
+    "lookahead": OPTIMIZER,
+    "multi_steps": optax.MultiSteps(INNER, 2).gradient_transformation(),
+    "masked": optax.masked(INNER, True),
+}
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+@pytest.mark.parametrize("sync_period", [3, 0])
+@pytest.mark.parametrize("kind", OTHER_INNER)
+def test_a_state_around_another_inner_transformation_is_refused(kind, sync_period, initialised):
+    params = make_params()
+    for inner, other in [(INNER, OTHER_INNER[kind]), (OTHER_INNER[kind], INNER)]:
+        optimizer = lookahead(inner, sync_period)
+        right = lookahead(inner, sync_period).init(params)
+        if initialised:
+            optimizer.init(params)
+        state = lookahead(other, sync_period).init(params)
+        for step in steps_of(optimizer):
+            with pytest.raises(
+                ValueError, match=r"(?s)`state` must be that of a `lookahead` around the same inner .*Rec"
+            ):
+                step(make_grads(0, params), state, params)
+            step(make_grads(0, params), right, params)
+
+
+def test_a_bare_state_goes_on_with_lookahead_by_the_remedy_of_the_message():
+    params, bare_state = train(INNER, make_params(), range(4))
+    expected = ByHand(INNER, params, 3)
+    expected.state = bare_state
+    state = OPTIMIZER.init(params)._replace(inner_state=bare_state)
+    for step in range(4, 11):
+        expected.apply(make_grads(step, params))
+        params, state = train(OPTIMIZER, params, [step], state)
+        assert_close((params, slow_params(state, params)), (expected.params, expected.slow))
+
+
+@pytest.mark.parametrize("sync_period", [3, np.array(3)])
+def test_a_state_without_slow_weights_is_refused_with_the_remedy_and_goes_on_by_it(sync_period):
+    params, state = train(lookahead(INNER, 0), make_params(), range(4))
+    optimizer = lookahead(INNER, sync_period)
+    for step in steps_of(optimizer):
+        with pytest.raises(ValueError, match=r"`state` must have slow parameters, .*step=state\.step\)`\. Received: "):
+            step(make_grads(4, params), state, params)
+    state = optimizer.init(params)._replace(inner_state=state.inner_state, step=state.step)
+    first = params
+    params, state = train(optimizer, params, [4], state)
+    assert_same_bits(slow_params(state, params), first)
+    params, state = train(optimizer, params, [5], state)
+    assert (state.step, state.captured) == (6, 0)
+
+
+def test_a_state_with_slow_weights_may_be_used_with_lookahead_switched_off_and_on_again():
+    params, state = train(OPTIMIZER, make_params(), range(4))
+    params, state = train(lookahead(INNER, 0), params, range(4, 6), state)
+    assert_same_bits(slow_params(state, params), params)
+    first = params
+    params, state = train(OPTIMIZER, params, [6], state)
+    assert_same_bits(slow_params(state, params), first)
+
+
+def test_an_inner_state_that_only_takes_shape_in_the_first_update_is_accepted():
+    def init(params):
+        del params
+
+    def update(updates, state, params=None):
+        return updates, {"count": jnp.int32(1) if state is None else state["count"] + 1}
+
+    optimizer = lookahead(optax.chain(optax.GradientTransformation(init, update), optax.scale(-0.1)), 3)
+    state = train(optimizer, make_params(), range(4))[1]
+    assert state.inner_state[0]["count"] == 4
+
+
+def test_an_inner_init_that_reads_values_is_not_asked_for_its_structure():
+    def init(params):
+        return {"norm": float(optax.tree.norm(params))}
+
+    def update(updates, state, params=None):
+        return updates, state
+
+    inner = optax.GradientTransformation(init, update)
+    state = lookahead(inner, 3).init(make_params())
+    assert train(lookahead(inner, 3), make_params(), range(2), state)[1].step == 2
+
+
+# Ends of the count.
+
+END = 2**31 - 1
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("sync_period", [1, 2, 3, 7, 1000, 2**30, END])
+def test_at_the_end_of_int32_the_count_goes_back_by_a_cycle_and_syncs_stay_due(sync_period, traced):
+    sizes = []
+
+    def slow_step_size(syncs):
+        sizes.append(syncs)
+        return 0.5
+
+    optimizer = lookahead(optax.sgd(0.1), jnp.array(sync_period) if traced else sync_period, slow_step_size)
+    params = jnp.zeros(1)
+    state = optimizer.init(params)._replace(step=jnp.int32(END - 9))
+    for count in range(END - 8, END + 12):
+        _, state = optimizer.update(jnp.ones(1), state, params)
+        assert (int(state.captured) == 0) == (count % sync_period == 0)
+        assert 0 < state.step <= END
+        assert state.step.dtype == "int32"
+        assert int(state.step) % sync_period == count % sync_period
+    assert all(abs(syncs - END // sync_period) <= 9 // sync_period + 1 for syncs in sizes[1:])
+
+
+@pytest.mark.parametrize("sync_period", [2**31, np.array(2**31), np.uint64(2**63), 10**30])
+@pytest.mark.parametrize("form", ["update", "apply_gradients"])
+def test_a_period_beyond_int32_is_never_due(form, sync_period):
+    optimizer = lookahead(optax.sgd(0.1), sync_period, optax.constant_schedule(0.5))
+    params = jnp.zeros(1)
+    state = optimizer.init(params)._replace(step=jnp.int32(END - 3))
+    step = {"update": whole_step(optimizer), "apply_gradients": whole_step(optimizer, "apply_gradients")}[form]
+    for number in range(1, 7):
+        params, state = jax.jit(step)(params, state, jnp.ones(1))
+        np.testing.assert_allclose(params, -0.1 * number, rtol=1e-6)
+        assert_same_bits(slow_params(state, params), jnp.zeros(1))
+    np.testing.assert_allclose(sync(state, params)[0], -0.3, rtol=1e-6)
+
+
+def test_at_the_end_of_int32_steps_of_accumulated_gradients_still_count():
+    optimizer = lookahead(optax.MultiSteps(optax.sgd(0.1), 2), 3)
+    params = jnp.zeros(1)
+    state = optimizer.init(params)
+    state = state._replace(inner_state=state.inner_state._replace(gradient_step=jnp.int32(END - 1)))
+    steps = []
+    for _ in range(8):
+        _, state = optimizer.update(jnp.ones(1), state, params)
+        steps.append(int(state.step))
+    assert steps == [0, 1, 1, 2, 2, 3, 3, 4]

@@ -5,9 +5,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-__all__ = ["LookaheadState", "by_path", "nodes", "progress", "restart", "shapes"]
+from lookahead_optim.optax._interpolation import is_weight
+
+__all__ = [
+    "END",
+    "LookaheadState",
+    "at_paths_of",
+    "by_path",
+    "fits",
+    "missing",
+    "nodes",
+    "progress",
+    "replaced",
+    "restart",
+    "shapes",
+]
+
+# The largest count. Optax' own counts stay there.
+END = np.int32(2**31 - 1)
 
 
 class LookaheadState(NamedTuple):
@@ -16,8 +34,8 @@ class LookaheadState(NamedTuple):
     Attributes:
         inner_state: State of the inner transformation.
         slow_params: Tree like the parameters, with their shapes, dtypes and shardings: the slow parameters where
-            `captured` is 1. `None` if Lookahead is switched off.
-        step: int32 scalar, the number of updates of the inner transformation.
+            `captured` is 1. `None` for what is no number, and if Lookahead is switched off.
+        step: int32 scalar, the number of updates of the inner transformation. After 2^31 - 1 it goes back by one cycle.
         captured: int32 scalar. 0 before the first update and right after a sync: the slow parameters are the parameters
             themselves then, and `slow_params` is set to them at the next update. Otherwise 1. (Not a boolean, as some
             wrappers do arithmetic on states.)
@@ -50,7 +68,8 @@ def progress(before: optax.OptState, after: optax.OptState) -> tuple[jax.Array, 
     kinds = (optax.MultiStepsState, optax.ApplyIfFiniteState, optax.contrib.SAMState)
     for old, new in zip(nodes(before, kinds), nodes(after, kinds)):
         if isinstance(new, optax.MultiStepsState):
-            is_applied &= new.gradient_step != old.gradient_step
+            is_at_end = (old.gradient_step == END) & (new.mini_step == 0) & (old.mini_step != 0)
+            is_applied &= (new.gradient_step != old.gradient_step) | is_at_end
         elif isinstance(new, optax.ApplyIfFiniteState):
             is_applied &= new.last_finite
         else:
@@ -79,11 +98,53 @@ def restart(state: optax.OptState, is_moved: Any, function: Callable[[LookaheadS
     return jax.tree.map(restarted, state, is_leaf=lambda node: isinstance(node, kinds))
 
 
+def fits(state: Any, like: Any) -> bool:
+    """Return whether a state has the structure of another. `None` fits too: it is the moment of a gradient `None`."""
+
+    def is_none(node: Any) -> bool:
+        return node is None
+
+    def is_leaf(node: Any, like: Any) -> bool:
+        return node is None or jax.tree_util.all_leaves([like])
+
+    try:
+        return all(jax.tree.leaves(jax.tree.map(is_leaf, state, like, is_leaf=is_none)))
+    except ValueError:
+        return False
+
+
 def by_path(tree: Any) -> dict[Any, Any]:
     """Return the leaves of a tree by their paths."""
     return dict(jax.tree_util.tree_leaves_with_path(tree))
 
 
+def missing(slow: Any, leaves: dict[Any, Any]) -> tuple[str, tuple[int, ...]] | None:
+    """Return path and shape of a slow parameter that has no parameter of its shape among leaves by path, or `None`.
+
+    What is no weight may be missing, as programs filter such leaves or not.
+    """
+    for path, one in by_path(slow).items():
+        if np.shape(leaves[path]) != jnp.shape(one) if path in leaves else is_weight(one):
+            return jax.tree_util.keystr(path) or "the root", jnp.shape(one)
+    return None
+
+
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the leaves of a tree by their paths."""
-    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in by_path(tree).items()}
+    return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in by_path(tree).items()}
+
+
+def at_paths_of(like: Any, tree: Any) -> Any:
+    """Return a tree like the first, with the leaves of the second at the same paths, or `None` where it has none."""
+    if jax.tree.structure(tree) == jax.tree.structure(like):  # type: ignore[operator]
+        return tree
+    leaves = by_path(tree)
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(path), like)
+
+
+def replaced(tree: Any, new: Any) -> Any:
+    """Return the first tree, with the leaves of the second instead of its own at the same paths."""
+    if jax.tree.structure(tree) == jax.tree.structure(new):  # type: ignore[operator]
+        return new
+    leaves = by_path(new)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lookahead_optim.optax._interpolation import interpolate, is_array, is_weight
-from lookahead_optim.optax._state import LookaheadState, by_path, nodes, restart, shapes
+from lookahead_optim.optax._state import LookaheadState, at_paths_of, by_path, missing, nodes, restart, shapes
 
 __all__ = ["reset_slow_params", "slow_params", "sync"]
 
@@ -72,11 +72,13 @@ def reset_slow_params(state: optax.OptState, params: optax.Params) -> optax.OptS
         ValueError: as `slow_params`.
     """
     _map(lambda state, slow, param: param, state, params)
-    leaves = by_path(params)
+
+    def copy(slow: Any, param: Any) -> jax.Array:
+        return jnp.copy(slow if param is None else param)
 
     def capture(node: LookaheadState) -> LookaheadState:
         return node._replace(
-            slow_params=jax.tree_util.tree_map_with_path(lambda path, _: jnp.copy(leaves[path]), node.slow_params),
+            slow_params=jax.tree.map(copy, node.slow_params, at_paths_of(node.slow_params, params)),
             captured=jax.tree.map(jnp.ones_like, node.captured),
         )
 
@@ -105,13 +107,12 @@ def _map(function: Callable[[LookaheadState, Any, Any], Any], state: optax.OptSt
     mapped = {path: jnp.copy(param) if is_array(param) else param for path, param in leaves.items()}
     for one in found:
         # By path: where parameters are masked out there are none in the state, and those of `nnx` are variables there.
+        if lacking := missing(one.slow_params, leaves):
+            raise ValueError(
+                "`params` must be those that the `lookahead` in `state` gets; it has a slow one of shape "
+                f"{lacking[1]} at {lacking[0]}. Received: parameters of shapes {shapes(params)!r:.500}"
+            )
         for path, slow in by_path(one.slow_params).items():
-            if path not in leaves or jnp.shape(leaves[path]) != jnp.shape(slow):
-                raise ValueError(
-                    "`params` must be those that the `lookahead` in `state` gets; it has a slow one of shape "
-                    f"{jnp.shape(slow)} at {jax.tree_util.keystr(path) or 'the root'}. Received: parameters of shapes "
-                    f"{shapes(params)!r:.500}"
-                )
-            if is_weight(leaves[path]):
+            if is_weight(slow):
                 mapped[path] = function(one, slow, leaves[path])
     return jax.tree.unflatten(jax.tree.structure(params), [mapped[path] for path in leaves])

@@ -1,6 +1,7 @@
 """The gradient transformation."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,8 +10,19 @@ import numpy as np
 import optax
 
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
-from lookahead_optim.optax._interpolation import interpolate, is_array, is_one, is_weight, slow_update
-from lookahead_optim.optax._state import LookaheadState, progress, restart, shapes
+from lookahead_optim.optax._interpolation import interpolate, is_array, is_number, is_one, is_weight, slow_update
+from lookahead_optim.optax._state import (
+    END,
+    LookaheadState,
+    at_paths_of,
+    by_path,
+    fits,
+    missing,
+    progress,
+    replaced,
+    restart,
+    shapes,
+)
 
 __all__ = ["LookaheadTransformation", "lookahead"]
 
@@ -69,7 +81,8 @@ def lookahead(
         inner: The inner transformation, or an `optax.MultiSteps`. What changes its updates belongs inside:
             `lookahead(optax.chain(...))`.
         sync_period: Integer >= 0, inner updates per slow step ($k$). 0 switches Lookahead off: the transformation then
-            is the inner one. An array may be traced, and its value is not checked. Defaults to 6.
+            is the inner one. 2^31 or more is never due. An array may be traced, and its value is not checked. Defaults
+            to 6.
         slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or an Optax schedule of the number of syncs
             so far, `step // sync_period`. 1 recovers the inner transformation. An array may be traced, and its value
             is not checked. Defaults to 0.5.
@@ -79,7 +92,8 @@ def lookahead(
 
     Raises:
         TypeError: if `inner`, `sync_period` or `slow_step_size` has the wrong type.
-        ValueError: if a number is out of range, or, from an update, if it is not given parameters like those of `init`.
+        ValueError: if a number is out of range, or, from an update, if it is not given a state of this transformation
+            and parameters like those of `init`. Parameters that the state does not have are left alone.
 
     Example:
 
@@ -130,13 +144,17 @@ class _Lookahead:
     inner: optax.GradientTransformationExtraArgs
     sync_period: Any
     slow_step_size: Any
+    # Of states that the inner transformation made, as to find out which it makes means to trace its `init`.
+    known_structures: list[Any] = dataclasses.field(default_factory=list)
 
     def init(self, params: optax.Params) -> LookaheadState:
         step = jnp.zeros((), jnp.int32)
+        inner_state = self.inner.init(params)
+        self._know(inner_state)
         return LookaheadState(
-            inner_state=self.inner.init(params),
+            inner_state=inner_state,
             # Copies, here and of the step size, as a buffer cannot be donated twice.
-            slow_params=None if self._is_off() else jax.tree.map(jnp.copy, params),
+            slow_params=None if self._is_off() else jax.tree.map(_copy, params),
             step=step,
             captured=jnp.zeros((), jnp.int32),
             next_slow_step_size=jnp.array(self._slow_step_size_at(step), float),
@@ -151,28 +169,37 @@ class _Lookahead:
             return updates, new_state
 
         def at_sync(slow: Any, param: Any, update: Any) -> Any:
-            if update is None or not is_weight(param):
+            if update is None or not is_weight(slow):
                 return update
             update = jnp.asarray(update)
             return jnp.where(is_sync, slow_update(slow, jnp.asarray(param), update, slow_step_size), update)
 
-        return jax.tree.map(at_sync, new_state.slow_params, params, updates), new_state
+        return self._where_slow(at_sync, new_state.slow_params, params, updates), new_state
 
     def apply_gradients(
         self, grads: optax.Updates, state: LookaheadState, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Params, LookaheadState]:
         updates, is_sync, new_state = self._advance(grads, state, params, extra_args)
         slow_step_size = self._slow_step_size_at(state.step)
+
+        def apply(param: Any, update: Any) -> Any:
+            return param if update is None else jnp.asarray(param + update).astype(jnp.result_type(param))
+
+        fast = jax.tree.map(apply, params, updates)
         if self._is_off() or is_one(slow_step_size):
-            return optax.apply_updates(params, updates), new_state
+            return fast, new_state
 
-        def apply(slow: Any, param: Any, update: Any) -> Any:
-            if update is None:
-                return param
-            fast = jnp.asarray(param + update).astype(jnp.result_type(param))
-            return jnp.where(is_sync, interpolate(slow, fast, slow_step_size), fast) if is_weight(param) else fast
+        def at_sync(slow: Any, update: Any, fast: Any) -> Any:
+            if update is None or not is_weight(slow):
+                return fast
+            return jnp.where(is_sync, interpolate(slow, fast, slow_step_size), fast)
 
-        return jax.tree.map(apply, new_state.slow_params, params, updates), new_state
+        return self._where_slow(at_sync, new_state.slow_params, updates, fast), new_state
+
+    def _where_slow(self, function: Callable[..., Any], slow: optax.Params, *trees: Any) -> Any:
+        """Return the last tree, with what a function makes of the leaves of all where there is a slow parameter."""
+        moved = jax.tree.map(function, slow, *(at_paths_of(slow, tree) for tree in trees))
+        return replaced(trees[-1], moved)
 
     def _advance(
         self, updates: optax.Updates, state: LookaheadState, params: optax.Params | None, extra_args: dict[str, Any]
@@ -183,15 +210,16 @@ class _Lookahead:
                 "`params` must be given to the update of a `lookahead`, which moves them: "
                 "`update(updates, state, params)`. Received: params=None"
             )
+        self._check(state, params)
         slow = state.slow_params
         if not self._is_off():
-            _check_like(slow, params)
             # In this order: with `_capture` where the predicate is false, XLA copies all slow parameters at every step.
-            slow = jax.lax.cond(state.captured == 0, _capture, _keep, slow, params)
+            slow = jax.lax.cond(state.captured == 0, _capture, _keep, slow, at_paths_of(slow, params))
         updates, inner_state = self.inner.update(updates, state.inner_state, params, **extra_args)
+        self._know(inner_state)
         is_applied, is_counted = progress(state.inner_state, inner_state)
-        step = jnp.where(is_counted, optax.safe_increment(state.step), state.step)
-        is_sync = is_counted & (step % self._cycle() == 0) & (self.sync_period > 0)
+        step = jnp.where(is_counted, self._next(state.step), state.step)
+        is_sync = is_counted & self._is_due(step)
         captured = jnp.where(is_sync | (self.sync_period == 0), 0, 1)
         new_state = LookaheadState(
             inner_state=restart(inner_state, is_sync),
@@ -202,11 +230,58 @@ class _Lookahead:
         )
         return updates, is_sync, new_state
 
+    def _check(self, state: Any, params: optax.Params) -> None:
+        """Raise `ValueError` if a state is none of this transformation, or of other parameters."""
+        if not isinstance(state, LookaheadState):
+            raise ValueError(
+                "`state` must be a `lookahead_optim.optax.LookaheadState`, as `init` returns it. For a state of the "
+                "bare inner transformation pass `init(params)._replace(inner_state=state)`. "
+                f"Received: state={state!r:.500} of type {type(state).__name__}"
+            )
+        slow = state.slow_params
+        if not self._is_off():
+            if slow is None and jax.tree.leaves(params):
+                raise ValueError(
+                    "`state` must have slow parameters, which `init` of a `lookahead` with sync_period=0 makes not. "
+                    "To go on, pass `init(params)._replace(inner_state=state.inner_state, step=state.step)`. "
+                    "Received: state.slow_params=None"
+                )
+            if missing(slow, by_path(params)):
+                raise ValueError(
+                    "`params` must be like those that the state was initialised with, which have the paths and shapes "
+                    f"{shapes(slow)!r:.500}. Received: {shapes(params)!r:.500}"
+                )
+        if jax.tree.structure(state.inner_state) not in self.known_structures:
+            try:
+                like = jax.eval_shape(self.inner.init, params if slow is None else slow)
+            except Exception:  # An `init` that cannot be traced, as it reads values, does not say what it returns.
+                like = state.inner_state
+            if not fits(state.inner_state, like):
+                raise ValueError(
+                    "`state` must be that of a `lookahead` around the same inner transformation, whose state has the "
+                    f"structure {jax.tree.structure(like)!s:.500}. Call `init` anew for another one. "
+                    f"Received: state.inner_state={state.inner_state!r:.500}"
+                )
+
+    def _know(self, inner_state: optax.OptState) -> None:
+        structure = jax.tree.structure(inner_state)
+        if structure not in self.known_structures:
+            self.known_structures.append(structure)
+
     def _is_off(self) -> bool:
         return not is_array(self.sync_period) and self.sync_period == 0
 
+    def _is_due(self, step: jax.Array) -> jax.Array:
+        return (step % self._cycle() == 0) & (self.sync_period > 0) & (self.sync_period <= END)
+
+    def _next(self, step: jax.Array) -> jax.Array:
+        # From the end of int32 a whole cycle back, which keeps the phase.
+        return jnp.where(step < END, step + 1, END - (self._cycle() - 1)).astype(step.dtype)
+
     def _cycle(self) -> Any:
-        return jnp.maximum(self.sync_period, 1)
+        if isinstance(self.sync_period, jax.Array):
+            return jnp.maximum(self.sync_period, 1)
+        return min(max(int(self.sync_period), 1), int(END))
 
     def _slow_step_size_at(self, step: jax.Array) -> Any:
         return self.slow_step_size(step // self._cycle()) if callable(self.slow_step_size) else self.slow_step_size
@@ -218,7 +293,13 @@ def _keep(slow: Any, params: Any) -> Any:
 
 
 def _capture(slow: Any, params: Any) -> Any:
-    return jax.tree.map(lambda slow, param: jnp.asarray(param, slow.dtype), slow, params)
+    return jax.tree.map(lambda slow, param: slow if param is None else jnp.asarray(param, slow.dtype), slow, params)
+
+
+def _copy(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros_like(leaf)
+    return jnp.copy(leaf) if is_number(leaf) else None
 
 
 def _check_scalar(name: str, value: Any, kinds: tuple[type, ...], article: str) -> None:
@@ -226,13 +307,4 @@ def _check_scalar(name: str, value: Any, kinds: tuple[type, ...], article: str) 
         raise TypeError(
             f"`{name}` must be {article} scalar if it is an array. "
             f"Received: an array of dtype {value.dtype} and shape {value.shape}"
-        )
-
-
-def _check_like(slow: Any, params: Any) -> None:
-    same = jax.tree.structure(slow) == jax.tree.structure(params)  # type: ignore[operator]
-    if not same or any(jnp.shape(one) != jnp.shape(two) for one, two in zip(*map(jax.tree.leaves, (slow, params)))):
-        raise ValueError(
-            "`params` must be like those that the state was initialised with, which have the paths and shapes "
-            f"{shapes(slow)!r:.500}. Received: {shapes(params)!r:.500}"
         )
