@@ -269,13 +269,9 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
             return self._count_of_iterations()
         return self._capture_state if name == "lookahead_captured" else None
 
-    def _create_or_restore_slot_variable(
-        self, slot_variable_position: Any, slot_name: str, variable: Any, slot_variable_shape: Any = None
-    ) -> Any:
-        slot = super()._create_or_restore_slot_variable(
-            slot_variable_position, slot_name, variable, slot_variable_shape
-        )
-        if slot_name == "slow":
+    def _create_or_restore_slot_variable(self, **kwargs: Any) -> Any:
+        slot = super()._create_or_restore_slot_variable(**kwargs)
+        if kwargs["slot_name"] == "slow":
             self._mark_restored()
         return slot
 
@@ -535,8 +531,8 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
             # An averaging wrapper around has put its count in place of this one's.
             self._weights = [one for one in self._weights if one is not self._listed_count]
             self._listed_count = None
-        _ = self.iterations
-        self._share_count()
+        if self._iterations is not None:
+            self._share_count()
         if isinstance(inner, Lookahead):
             inner._applied_steps = self._applied_steps
         _ = self._capture_state
