@@ -5,13 +5,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 __all__ = ["Block", "Swapping"]
 
 
 class Block:
     """Sets the fast weights aside while the slow ones are in the model."""
 
-    def __init__(self) -> None:
+    def __init__(self, to_numpy: Callable[[Any], Any] = np.asarray) -> None:
+        self._to_numpy = to_numpy
         self._put_back: Callable[[], None] | None = None
         self._count = 0
 
@@ -32,7 +35,8 @@ class Block:
         self._put_back, self._count = put_back, count
         try:
             for slow, fast, *_ in pairs:
-                fast.assign(copy_of(slow))
+                if slow is not None:
+                    fast.assign(copy_of(slow))
             yield
         finally:
             if self._put_back is put_back:

@@ -28,7 +28,8 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
     """Load a model stopped in training with `tfa.optimizers.Lookahead`, so that training goes on in Keras 3.
 
     The weights, the slow weights, the step count and the inner optimizer's state are loaded; the optimizers' settings
-    are those of `model`. Save it afterwards as any Keras 3 model.
+    are those of `model`. Save it afterwards as any Keras 3 model. The step count of Keras 2 includes the steps that a
+    loss scaler skipped. After such steps the first sync may come earlier than in the old run.
 
     Args:
         path: An `.h5` file that `model.save` wrote in Keras 2, or the prefix of a checkpoint (`.../ckpt`) that
@@ -76,8 +77,9 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
             f"`path` must have weights of the model's shapes, {[tuple(one.shape) for one in model.weights]}. "
             f"Received: {[one.shape for one in weights]}"
         )
-    # Under a loss scaler, `lookahead_optim.tf_keras` writes how many of the steps were applied.
-    (steps,) = state.pop("lookahead_step", [iterations])
+    # Under a loss scaler, `lookahead_optim.tf_keras` writes how many of the steps were applied. In Keras 3 there is one
+    # count, which also places Adam's bias correction and the learning rate schedule.
+    state.pop("lookahead_step", None)
     arrays = {"slow": _arrays_of(state, "slow", variables)}
     unknown = set(state) - {"slow"} - set(slots)
     if unknown:
@@ -101,8 +103,8 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
     for name, target in targets.items():
         for variable, value in zip(target, arrays[name]):
             variable.assign(value)
-    optimizer.iterations.assign(steps)
-    inner.iterations.assign(iterations)
+    optimizer.iterations.assign(iterations)
+    optimizer._captured.assign(1)
 
 
 def _slots_of(inner: Any) -> Mapping[str, str]:

@@ -262,15 +262,15 @@ def test_get_slot_is_the_slow_variable():
 def test_period_zero_has_no_slow_weights():
     model, optimizer = built(sync_period=0)
     assert optimizer.slow_variables == []
-    assert len(optimizer.variables) == 1 + len(optimizer.inner_optimizer.variables)
+    assert optimizer.variables == optimizer.inner_optimizer.variables
     with pytest.raises(ValueError, match=r"There are no slow weights: Lookahead is switched off"):
         optimizer.get_slot(model.trainable_variables[0], "slow")
 
 
-def test_variables_are_the_count_the_slow_weights_and_the_inner_optimizers():
+def test_variables_are_captured_the_slow_weights_and_the_inner_optimizers():
     _, optimizer = built()
     assert optimizer.variables == [
-        optimizer.iterations,
+        optimizer._captured,
         *optimizer.slow_variables,
         *optimizer.inner_optimizer.variables,
     ]

@@ -188,7 +188,7 @@ def test_donated_buffers_are_freed_and_give_the_eager_result():
         state = donating(state, x[rows], y[rows])
         eager = step(eager, x[rows], y[rows])
         assert all(leaf.is_deleted() for leaf in old)
-        assert int(state[2][0]) == batch + 1
+        assert int(state[2][slow.stop]) == batch + 1
         for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(eager), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
         if batch % 3 == 2:
@@ -216,7 +216,7 @@ def test_fast_and_slow_weights_share_no_buffer_that_would_be_donated_twice(betwe
         getattr(optimizer, between)()
     state = tuple(map(native, stateless_variables(model, optimizer)))
     trainable, _, variables = jax.jit(stateless_step(model, optimizer), donate_argnums=0)(state, x[:8], y[:8])
-    assert int(variables[0]) == (4 if between == "apply" else 5)
+    assert int(variables[5]) == (4 if between == "apply" else 5)
     assert differ(trainable, variables[1:5])
 
 
@@ -348,12 +348,13 @@ def test_layer_frozen_in_mid_cycle_does_not_move_at_a_sync():
     step()
     first, last = model.layers
     first.trainable = False
-    frozen, slow = values(first.weights), values(optimizer.slow_variables[:2])
-    assert differ(frozen, slow)
+    frozen = values(first.weights)
+    assert differ(frozen, optimizer.slow_variables[:2])
     for _ in range(5):
         step()
     assert_same_bits(first.weights, frozen)
-    assert_same_bits(optimizer.slow_variables[:2], slow)
+    # Otherwise the first sync after it is trained again would draw it back.
+    assert_same_bits(optimizer.slow_variables[:2], frozen)
     assert_same_bits(last.weights, optimizer.slow_variables[2:])
     assert int(optimizer.iterations) == 6
 

@@ -161,7 +161,7 @@ def test_get_weights_gives_the_variables_in_their_order():
     weights = model.optimizer.get_weights()
     assert all(type(weight) is np.ndarray for weight in weights)
     assert_same_bits(weights, model.optimizer.variables)
-    assert weights[0] == 3
+    assert (weights[0], weights[5]) == (1, 3)
     assert_same_bits(weights[1:5], model.optimizer.slow_variables)
     assert_same_bits(weights[5:], model.optimizer.inner_optimizer.variables)
 
@@ -314,7 +314,7 @@ def test_an_unregistered_inner_optimizer_comes_back_through_custom_objects(tmp_p
     loaded = keras.saving.load_model(tmp_path / "model.keras", custom_objects=objects)
     assert type(loaded.optimizer.inner_optimizer) is Unregistered
     assert_same_bits(resuming.state(loaded), resuming.state(model))
-    with pytest.raises(ValueError, match="Received: optimizer='Unregistered'"):
+    with pytest.raises(TypeError, match="Could not locate class 'Unregistered'"):
         Lookahead.from_config(config)
 
 
@@ -375,7 +375,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("inner", FOREIGN)
-@pytest.mark.parametrize("trained_before", [0, 3])
+@pytest.mark.parametrize("trained_before", [0, 1])
 def test_after_a_bare_optimizers_checkpoint_the_slow_weights_start_from_its_weights(tmp_path, inner, trained_before):
     saved = trained(FOREIGN[inner](), 5)
     saved.save_weights(tmp_path / "model.weights.h5")
@@ -387,7 +387,8 @@ def test_after_a_bare_optimizers_checkpoint_the_slow_weights_start_from_its_weig
         model.load_weights(tmp_path / "model.weights.h5")
     messages = [str(warning.message) for warning in caught]
     assert any("The slow weights start anew, from the model's weights." in message for message in messages)
-    assert int(model.optimizer.iterations) == 0
+    # The inner optimizer's state is that from before, its count too.
+    assert int(model.optimizer.iterations) == trained_before
     assert_same_bits(slow_start(model), saved.trainable_variables)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-__all__ = ["accumulation_steps", "make_inner_optimizer", "optimizers_in"]
+__all__ = ["accumulation_steps", "deserialize", "make_inner_optimizer", "optimizers_in"]
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 _KEYWORDS = ("learning_rate", "lr", "decay", *_CLIPPING)
@@ -38,7 +38,7 @@ def _get(optimizer: Any) -> Any:
         inner_optimizer = optimizer
     elif isinstance(optimizer, (str, dict)):
         try:
-            inner_optimizer = keras.optimizers.get(copy.deepcopy(optimizer))
+            inner_optimizer = deserialize(optimizer) if isinstance(optimizer, dict) else keras.optimizers.get(optimizer)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 "`optimizer` must be a Keras 3 optimizer, or a name or config that `keras.optimizers.get` takes. "
@@ -49,6 +49,11 @@ def _get(optimizer: Any) -> Any:
             "`optimizer` must be an instance of `keras.optimizers.Optimizer` (Keras 3), or a name or config that "
             f"`keras.optimizers.get` takes. Received: optimizer={optimizer!r} of type {type(optimizer)}"
         )
+    if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
+        raise ValueError(
+            "`optimizer` must be a Keras 3 optimizer, or a name or config that `keras.optimizers.get` takes. "
+            f"Received: optimizer={optimizer!r}, which is {inner_optimizer!r}"
+        )
     if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(
             "A `LossScaleOptimizer` cannot be inside `Lookahead`, as the steps that it skips must not count. Wrap the "
@@ -58,11 +63,27 @@ def _get(optimizer: Any) -> Any:
     return inner_optimizer
 
 
+def deserialize(config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+    """Return the optimizer of a config, which is left as it is."""
+    config = copy.deepcopy(config)
+    if str(config.get("module")).startswith("keras.src.backend.torch.optimizers"):
+        # On PyTorch Keras names a class that no other backend has.
+        config |= {"module": "keras.optimizers", "registered_name": None}
+    if "module" in config:
+        # As Keras loads a model. `keras.optimizers.deserialize` does not know all of Keras' optimizers, and takes a
+        # registered class for one of them if the names are equal.
+        return keras.saving.deserialize_keras_object(config, custom_objects)
+    return keras.optimizers.deserialize(config, custom_objects)
+
+
 def optimizers_in(optimizer: Any) -> Iterator[Any]:
     """Yield an optimizer and all that it wraps, from the outside in."""
     yield optimizer
-    inner = [optimizer.inner_optimizer] if hasattr(optimizer, "inner_optimizer") else []
-    for one in getattr(optimizer, "optimizers", inner):
+    # `Lookahead` has all attributes of its inner optimizer, a `MultiOptimizer`'s `optimizers` too.
+    inner = (
+        [optimizer.inner_optimizer] if hasattr(optimizer, "inner_optimizer") else getattr(optimizer, "optimizers", [])
+    )
+    for one in inner:
         yield from optimizers_in(one)
 
 

@@ -1,10 +1,12 @@
 """The slow weights' arithmetic on JAX: eager, and stateless under `jax.jit`."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import keras
 
-__all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synchronize"]
+__all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 
 
 def _when(iterations, due, pairs, update):
@@ -35,7 +37,7 @@ def _when(iterations, due, pairs, update):
             variable.assign(value)
 
 
-def capture(iterations, due, pairs):
+def capture(iterations, due, pairs, stepped=False):
     """Set every slow weight of `pairs()` to its fast one if `due(iterations)`."""
     # Without the copy two variables would share a buffer, which cannot be donated twice.
     _when(iterations, due, pairs, lambda slow, fast, constraint: (jnp.copy(fast), fast))
@@ -47,10 +49,16 @@ def synchronize(iterations, due, pairs, slow_step_size):
     def update(slow, fast, constraint):
         if slow_step_size == 1:
             new = fast
+        elif slow_step_size == 0:
+            new = slow
         else:
             dtype = jnp.promote_types(slow.dtype, jnp.float32)
-            start = slow.astype(dtype)
-            new = (start + slow_step_size * (fast.astype(dtype) - start)).astype(slow.dtype)
+            start, end = slow.astype(dtype), fast.astype(dtype)
+            difference = end - start
+            # Not finite for equal infinities, and for large weights of opposite sign.
+            otherwise = jnp.where(start == end, start, (1 - slow_step_size) * start + slow_step_size * end)
+            moved = jnp.where(jnp.isfinite(difference), start + slow_step_size * difference, otherwise)
+            new = moved.astype(slow.dtype)
         if constraint is not None:
             new = jnp.asarray(constraint(new))
         return jnp.copy(new), new
@@ -58,9 +66,22 @@ def synchronize(iterations, due, pairs, slow_step_size):
     _when(iterations, due, pairs, update)
 
 
-def increment(iterations):
-    """Add one to the step count."""
-    iterations.assign_add(1)
+def mark_captured(captured, iterations, steps):
+    """Set `captured` to one if an update was applied, which is one of `steps` calls."""
+    if steps == 1:
+        captured.assign(jnp.ones_like(captured.value))
+    else:
+        captured.assign(jnp.where(iterations.value % steps == 0, 1, captured.value))
+
+
+def read(variable):
+    """Return the value of a scalar integer."""
+    return jnp.asarray(variable.value)
+
+
+def after(gradients):
+    """Return a context manager for a step that follows the gradients, as every step does in JAX."""
+    return contextlib.nullcontext()
 
 
 def copy_of(variable):
@@ -100,3 +121,10 @@ def gradients(loss, variables, grad_loss):
 
 def check_scope(optimizers, variables):
     """JAX has no scope to check: a Keras distribution gives its layout to every variable."""
+
+
+class Tracked:
+    """JAX has no checkpoints that match objects by their attributes."""
+
+    def _track_own(self, objects):
+        pass

@@ -3,12 +3,14 @@
 Nothing here belongs into a graph that `torch.compile` makes: its guards on the step count would recompile every step.
 """
 
+import contextlib
+
 import torch
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from lookahead_optim._torch import cut, move
+from lookahead_optim._torch import cut, move_unwatched
 
-__all__ = ["capture", "check_scope", "copy_of", "gradients", "increment", "synchronize"]
+__all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 
 
 def _native(variables):
@@ -19,30 +21,34 @@ def _native(variables):
     return [variable._value for variable in variables]
 
 
-def _host_count(iterations):
-    """Return the step count, from the device only if it was assigned to since `increment` noted it."""
-    count = iterations.value
-    version, noted = getattr(count, "_lookahead_noted", (None, None))
-    return noted if version == count._version else int(count)
+def _read(variable, stepped=False):
+    """Return the value of a scalar integer, from the device only if the host cannot know it.
+
+    The host notes the value on the tensor. What was noted holds until the tensor's version changes. If the inner
+    optimizer's step (`stepped`) has changed it once, the step has added one.
+    """
+    tensor = variable.value
+    version, noted, noted_after_step = getattr(tensor, "_lookahead_noted", (None, 0, False))
+    if stepped and version is not None and tensor._version == version + 1 and noted < torch.iinfo(tensor.dtype).max:
+        noted += 1
+    elif tensor._version != version or stepped > noted_after_step:
+        noted = int(tensor)
+    tensor._lookahead_noted = (tensor._version, noted, stepped)
+    return noted
 
 
 @torch.compiler.disable
-def increment(iterations):
-    """Add one to the step count and note it on the host."""
-    noted = _host_count(iterations) + 1
-    if in_stateless_scope():
-        iterations.assign_add(1)
-    else:
-        iterations._value.add_(1)
-    count = iterations.value
-    count._lookahead_noted = (count._version, noted)
+def mark_captured(captured, iterations, steps):
+    """Set `captured` to one if an update was applied, which is one of `steps` calls."""
+    if not _read(captured) and _read(iterations, stepped=True) % steps == 0:
+        captured.assign(1)
 
 
 @torch.compiler.disable
 @torch.no_grad()
-def capture(iterations, due, pairs):
+def capture(iterations, due, pairs, stepped=False):
     """Set every slow weight of `pairs()` to its fast one if `due(iterations)`."""
-    if due(_host_count(iterations)) and (found := pairs()):
+    if due(_read(iterations, stepped)) and (found := pairs()):
         slow, fast = map(_native, zip(*found))
         torch._foreach_copy_(slow, fast)
 
@@ -51,16 +57,16 @@ def capture(iterations, due, pairs):
 @torch.no_grad()
 def synchronize(iterations, due, pairs, slow_step_size):
     """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
-    if not due(_host_count(iterations)):
+    if not due(_read(iterations, stepped=True)):
         return
     found = pairs()
-    free = [(fast, slow) for slow, fast in found if fast.constraint is None]
-    for fast, slow in cut(*map(_native, zip(*free))) if free else ():
-        move(slow, fast, slow_step_size)
+    free = [(slow, fast) for slow, fast in found if fast.constraint is None]
+    for slow, fast in cut(*map(_native, zip(*free))) if free else ():
+        move_unwatched(slow, fast, slow_step_size)
         torch._foreach_copy_(fast, slow)
     for slow, fast in found:
         if fast.constraint is not None:
-            move([slow.value], [fast.value], slow_step_size)
+            move_unwatched([slow.value], [fast.value], slow_step_size)
             slow.assign(fast.constraint(slow.value))
             # In a stateless scope the assignment has made a new value.
             fast.value.copy_(slow.value)
@@ -78,5 +84,22 @@ def gradients(loss, variables, grad_loss):
     return torch.autograd.grad(value, _native(variables), grad_loss, allow_unused=True)
 
 
+def read(variable):
+    """Return the value of a scalar integer."""
+    return _read(variable)
+
+
+def after(gradients):
+    """Return a context manager for a step that follows the gradients, as all of PyTorch's operations do."""
+    return contextlib.nullcontext()
+
+
 def check_scope(optimizers, variables):
     """PyTorch has no scope to check."""
+
+
+class Tracked:
+    """PyTorch has no checkpoints that match objects by their attributes."""
+
+    def _track_own(self, objects):
+        pass

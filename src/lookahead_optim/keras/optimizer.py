@@ -1,10 +1,9 @@
 """The `Lookahead` optimizer for Keras 3."""
 
 import contextlib
-import copy
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -13,13 +12,13 @@ import numpy as np
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
 from lookahead_optim._evaluation import Block
 from lookahead_optim.keras import _backend
-from lookahead_optim.keras._configure import accumulation_steps, make_inner_optimizer, optimizers_in
+from lookahead_optim.keras._configure import accumulation_steps, deserialize, make_inner_optimizer, optimizers_in
 
 __all__ = ["Lookahead"]
 
 
 @keras.saving.register_keras_serializable(package="lookahead_optim")
-class Lookahead(keras.optimizers.Optimizer):
+class Lookahead(_backend.Tracked, keras.optimizers.Optimizer):
     r"""Lookahead: `k` steps forward, one step back.
 
     Wraps an optimizer, which moves the model's weights, the *fast* weights $\theta$. After every `sync_period`
@@ -68,6 +67,8 @@ class Lookahead(keras.optimizers.Optimizer):
         back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1.
     """
 
+    built: bool
+
     def __init__(
         self,
         optimizer: Any,
@@ -79,16 +80,74 @@ class Lookahead(keras.optimizers.Optimizer):
         sync_period = check_sync_period(sync_period)
         slow_step_size = check_slow_step_size(slow_step_size)
         inner_optimizer = make_inner_optimizer(optimizer, kwargs)
-        # A callable learning rate spares Keras a variable of its own for it.
-        super().__init__(learning_rate=self._inner_learning_rate, name=name)
+        # A callable learning rate spares Keras a variable for it; it is never called.
+        super().__init__(learning_rate=float, name=name)
         self.inner_optimizer = inner_optimizer
-        self.sync_period = sync_period
-        self.slow_step_size = slow_step_size
+        # Keras' constructor made a step count, which is the inner optimizer's here.
+        self._untrack_variable(*self._variables)
+        self._sync_period, self._slow_step_size = sync_period, slow_step_size
         self._slow_variables: list[Any] = []
-        self._block = Block()
+        self._block = Block(keras.ops.convert_to_numpy)
+        # Without slow weights there is no such variable, so that no file of one kind says that there are some.
+        self._captured: Any = None
+        self._track_own({"inner_optimizer": inner_optimizer})
+        if sync_period:
+            self._add_captured()
 
-    def _inner_learning_rate(self) -> Any:
-        return self.inner_optimizer.learning_rate
+    def _add_captured(self) -> None:
+        """Add the variable that is 1 if the slow weights were captured, and is saved with them."""
+        self._captured = self.add_variable(
+            (), "zeros", dtype="int", aggregation="only_first_replica", name=f"{self._label()}_captured"
+        )
+        self._track_own({"captured": self._captured})
+
+    def _label(self) -> str:
+        """Return a name for variables that two wrappers in one optimizer do not share."""
+        return "_".join(one.name for one in optimizers_in(self.inner_optimizer) if not hasattr(one, "optimizers"))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the inner optimizer: a setting such as `momentum`, or a method of its own."""
+        if name.startswith("_") or "inner_optimizer" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.inner_optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, on the inner optimizer if it is one of that."""
+        if name.startswith("_") or name in ("name", "built", "inner_optimizer") or hasattr(type(self), name):
+            # Keras' way would track the model's variables, and the inner optimizer's, as the wrapper's own.
+            object.__setattr__(self, name, value)
+        elif "inner_optimizer" in self.__dict__:
+            if hasattr(self.inner_optimizer, name):
+                setattr(self.inner_optimizer, name, value)
+            else:
+                object.__setattr__(self, name, value)
+        # Else Keras' constructor sets the defaults of settings that are the inner optimizer's.
+
+    @property
+    def sync_period(self) -> int:
+        """Inner updates per slow step, $k$. A step that was compiled keeps the one that it was compiled with."""
+        return self._sync_period
+
+    @sync_period.setter
+    def sync_period(self, sync_period: int) -> None:
+        sync_period = check_sync_period(sync_period)
+        if sync_period and self.built and not self._slow_variables:
+            raise ValueError(
+                "`sync_period` must stay 0 in an optimizer that was built with 0, which has no slow weights. Make a "
+                f"new `Lookahead`. Received: sync_period={sync_period!r}"
+            )
+        self._sync_period = sync_period
+        if not sync_period and self._captured is not None:
+            self._captured.assign(0)
+
+    @property
+    def slow_step_size(self) -> float:
+        r"""The slow step size, $\alpha$. A step that was compiled keeps the one that it was compiled with."""
+        return self._slow_step_size
+
+    @slow_step_size.setter
+    def slow_step_size(self, slow_step_size: float) -> None:
+        self._slow_step_size = check_slow_step_size(slow_step_size)
 
     @property
     def learning_rate(self) -> Any:
@@ -102,15 +161,20 @@ class Lookahead(keras.optimizers.Optimizer):
     lr = learning_rate
 
     @property
-    def loss_scale_factor(self) -> float | None:
-        """The inner optimizer's loss scale factor."""
-        return self.inner_optimizer.loss_scale_factor
+    def _learning_rate(self) -> Any:
+        return self.inner_optimizer._learning_rate
 
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, loss_scale_factor: float | None) -> None:
-        # Keras' own constructor sets None before there is an inner optimizer.
-        if hasattr(self, "inner_optimizer"):
-            self.inner_optimizer.loss_scale_factor = loss_scale_factor
+    @_learning_rate.setter
+    def _learning_rate(self, learning_rate: Any) -> None:
+        """Ignore what Keras' constructor sets."""
+
+    @property
+    def _iterations(self) -> Any:
+        return self.inner_optimizer._iterations
+
+    @_iterations.setter
+    def _iterations(self, iterations: Any) -> None:
+        """Ignore what Keras' constructor sets."""
 
     @property
     def _model_variables_moving_average(self) -> list[Any]:
@@ -119,13 +183,13 @@ class Lookahead(keras.optimizers.Optimizer):
 
     @property
     def iterations(self) -> Any:
-        """Scalar integer: the number of applied updates, $t$."""
+        """Scalar integer: the number of applied updates, $t$. It is the inner optimizer's, also when assigned to."""
         steps = accumulation_steps(self.inner_optimizer)
         return self._iterations if steps == 1 else keras.ops.floor_divide(self._iterations, steps)
 
     @property
     def variables(self) -> list[Any]:
-        """All state: the step count, the slow weights, then the inner optimizer's variables."""
+        """All state: whether the slow weights were captured, these, then the inner optimizer's variables."""
         return self._variables + self.inner_optimizer.variables
 
     @property
@@ -136,7 +200,8 @@ class Lookahead(keras.optimizers.Optimizer):
     @property
     def slow_variables(self) -> list[Any]:
         """The slow weights: a list of `keras.Variable`, shaped and typed like the variables the optimizer was built
-        with, and in their order. Undefined before the first update; empty if `sync_period` is 0."""
+        with, and in their order. Undefined before the first update; empty if `sync_period` is 0. Variables that Keras
+        overwrites with their gradients, the scales of float8, have none; see `get_slot`."""
         return [slow for slow in self._slow_variables if slow is not None]
 
     def build(self, variables: Iterable[Any]) -> None:
@@ -159,30 +224,40 @@ class Lookahead(keras.optimizers.Optimizer):
                 f"that are not the {len(variables)} given to `Lookahead`. Wrap a new inner optimizer."
             )
         accumulation_steps(self.inner_optimizer)
-        super().build(variables)
         if self.sync_period:
-            self._slow_variables = self.add_optimizer_variables(variables, "slow")
+            if self._captured is None:
+                self._add_captured()
+            self._slow_variables = self.add_optimizer_variables(variables, f"{self._label()}_slow")
+            self._track_own(self._named_slow_variables())
+        # `super().build` would make the variables of EMA and accumulation a second time.
+        self._trainable_variables_indices = {self._var_key(variable): index for index, variable in enumerate(variables)}
+        self._trainable_variables = variables
+        self.built = True
+
+    def _named_slow_variables(self) -> dict[str, Any]:
+        return {f"slow_{index}": slow for index, slow in enumerate(self.slow_variables)}
 
     def _pairs(self) -> list[tuple[Any, Any]]:
-        """Return the (slow, fast) variables of every weight, frozen ones too."""
+        """Return the (slow, fast) variables of every weight that has a slow one."""
         return [(slow, fast) for slow, fast in zip(self._slow_variables, self._trainable_variables) if slow is not None]
 
-    def _trainable_pairs(self) -> list[tuple[Any, Any]]:
-        """Return the pairs that take part in a sync: those of weights that are not frozen now."""
-        return [(slow, fast) for slow, fast in self._pairs() if fast.trainable]
+    def _followers(self) -> list[tuple[Any, Any]]:
+        """Return the pairs of all wrappers inside this one, whose slow weights restart from the fast ones at a sync.
 
-    def _inner_pairs(self) -> list[tuple[Any, Any]]:
-        """Return the same of all wrappers inside this one."""
+        Left as they are, they would draw the fast ones back at their next sync.
+        """
         wrappers = (one for one in optimizers_in(self.inner_optimizer) if isinstance(one, Lookahead))
-        return [pair for wrapper in wrappers for pair in wrapper._trainable_pairs()]
+        return [pair for wrapper in wrappers for pair in wrapper._pairs()]
 
-    def _synchronize(self, due: Callable[[Any], Any]) -> None:
-        _backend.synchronize(self._iterations, due, self._trainable_pairs, self.slow_step_size)
-        # Left as they are, an inner wrapper's slow weights would draw the fast ones back at its next sync.
-        _backend.capture(self._iterations, due, self._inner_pairs)
+    def _is_captured(self) -> bool:
+        return self._captured is not None and bool(_to_numpy(self._captured))
 
-    def _is_first_update(self, count: Any) -> Any:
-        return count < accumulation_steps(self.inner_optimizer)
+    def _capture_for_now(self) -> bool:
+        """Return whether the slow weights were captured. If not, show the fast ones as them, until a step captures."""
+        if not self._is_captured():
+            _backend.capture(self._iterations, lambda count: True, self._pairs)
+            return False
+        return True
 
     def _count(self) -> int:
         return int(_to_numpy(self._iterations))
@@ -223,19 +298,8 @@ class Lookahead(keras.optimizers.Optimizer):
                     "`grads` and `trainable_variables` must have the same length. "
                     f"Received: {len(grads)} gradients and {len(trainable_variables)} variables"
                 )
-            self.build(trainable_variables)
-            known = self._trainable_variables
-            # Most often they are the same list, which is quicker to see than to look all up.
-            if len(trainable_variables) > len(known) or not all(map(operator.is_, trainable_variables, known)):
-                self._check_variables_are_known(trainable_variables)
-        self._check_ready("apply(grads)")
-        if self.sync_period:
-            _backend.capture(self._iterations, self._is_first_update, self._pairs)
-        self.inner_optimizer.apply(grads, trainable_variables)
-        _backend.increment(self._iterations)
-        if self.sync_period:
-            period = self.sync_period * accumulation_steps(self.inner_optimizer)
-            self._synchronize(lambda count: count % period == 0)
+            self._build_for(trainable_variables)
+        self._step(grads, lambda: self.inner_optimizer.apply(grads, trainable_variables))
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], name: str | None = None) -> Any:
         """Apply a list of `(gradient, variable)` pairs; see `apply`. `name` is not used.
@@ -246,8 +310,78 @@ class Lookahead(keras.optimizers.Optimizer):
         grads_and_vars = list(grads_and_vars)
         if not grads_and_vars:
             raise ValueError("`grads_and_vars` must have at least one pair (gradient, variable). Received none.")
-        self.apply(*zip(*grads_and_vars))
+        grads, trainable_variables = map(list, zip(*grads_and_vars))
+        self._build_for(trainable_variables)
+        self._step(grads, lambda: self.inner_optimizer.apply_gradients(grads_and_vars))
         return self.iterations
+
+    def stateless_apply(
+        self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """Do what `apply` does to values instead of variables, on JAX and PyTorch.
+
+        Args:
+            optimizer_variables: List of arrays, the values of `variables`.
+            grads: List of gradients, one per variable that the optimizer was built with, or `None`.
+            trainable_variables: List of arrays, the values of these variables.
+
+        Returns:
+            The new values of the trainable variables and of the optimizer's, two lists of arrays.
+        """
+        inner = self.inner_optimizer
+        weights, variables = self._trainable_variables, self.variables
+
+        def update() -> None:
+            values = [[one.value for one in group] for group in (inner.variables, weights)]
+            new_weights, new_state = inner.stateless_apply(values[0], grads, values[1])
+            for variable, value in zip([*weights, *inner.variables], [*new_weights, *new_state]):
+                variable.assign(value)
+
+        if not self.built or (len(optimizer_variables), len(trainable_variables)) != (len(variables), len(weights)):
+            # Keras' errors, which name what is wrong.
+            return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        mapping = [*zip(weights, trainable_variables), *zip(variables, optimizer_variables)]
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            self._step(list(grads), update)
+        return [scope.get_current_value(one) for one in weights], [scope.get_current_value(one) for one in variables]
+
+    def _build_for(self, variables: list[Any]) -> None:
+        self.build(variables)
+        known = self._trainable_variables
+        # Most often they are the same list, which is quicker to see than to look all up.
+        if len(variables) > len(known) or not all(map(operator.is_, variables, known)):
+            self._check_variables_are_known(variables)
+
+    def _step(self, grads: list[Any], update: Callable[[], Any]) -> None:
+        """Capture if this is the first applied update, let the inner optimizer make it, synchronise if that is due."""
+        self._check_ready("apply(grads)")
+        if not self.sync_period:
+            update()
+            return
+        steps = accumulation_steps(self.inner_optimizer)
+        period = self.sync_period * steps
+
+        def is_first(count: Any) -> Any:
+            return (_backend.read(self._captured) == 0) & ((count + 1) % steps == 0)
+
+        with _backend.after(grads):
+            _backend.capture(self._iterations, is_first, self._pairs)
+            update()
+            # Only now: an update that raised was none.
+            _backend.mark_captured(self._captured, self._iterations, steps)
+            if period <= np.iinfo(keras.backend.standardize_dtype(self._iterations.dtype)).max:
+                # Else the count never comes there.
+                self._synchronize(lambda count: count % period == 0)
+
+    def _synchronize(self, due: Callable[[Any], Any]) -> None:
+        def frozen() -> list[tuple[Any, Any]]:
+            return [(slow, fast) for slow, fast in self._pairs() if not fast.trainable]
+
+        def others() -> list[tuple[Any, Any]]:
+            return [(slow, fast) for slow, fast in self._pairs() if fast.trainable]
+
+        _backend.synchronize(self._iterations, due, others, self.slow_step_size)
+        _backend.capture(self._iterations, due, lambda: frozen() + self._followers(), stepped=True)
 
     def minimize(self, loss: Callable[[], Any], var_list: Any, grad_loss: Any = None, name: str | None = None) -> Any:
         """Compute the gradients of `loss` and apply them.
@@ -283,8 +417,9 @@ class Lookahead(keras.optimizers.Optimizer):
             RuntimeError: inside a `slow_weights()` block.
         """
         self._check_ready("sync()")
-        _backend.capture(self._iterations, self._is_first_update, self._pairs)
-        self._synchronize(lambda count: True)
+        if self._capture_for_now():
+            _backend.synchronize(self._iterations, lambda count: True, self._pairs, self.slow_step_size)
+            _backend.capture(self._iterations, lambda count: True, self._followers)
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the model again, after restoring its best weights, say.
@@ -294,7 +429,9 @@ class Lookahead(keras.optimizers.Optimizer):
             RuntimeError: inside a `slow_weights()` block.
         """
         self._check_ready("reset_slow_weights()")
-        _backend.capture(self._iterations, lambda count: True, lambda: self._pairs() + self._inner_pairs())
+        _backend.capture(self._iterations, lambda count: True, lambda: self._pairs() + self._followers())
+        if self.sync_period:
+            self._captured.assign(1)
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
@@ -311,12 +448,15 @@ class Lookahead(keras.optimizers.Optimizer):
             yield
             return
         self._check_ready("slow_weights()")
-        _backend.capture(self._iterations, self._is_first_update, self._pairs)
-        with self._block.run(self._trainable_pairs(), _backend.copy_of, self._count()):
+        # Weights without a slow one take part, too: what the block does to them is undone.
+        captured = self._capture_for_now()
+        slow_variables = self._slow_variables if captured else [None] * len(self._trainable_variables)
+        pairs = list(zip(slow_variables, self._trainable_variables))
+        with self._block.run(pairs, _backend.copy_of, self._count()):
             yield
 
     def _has_slow_weights(self) -> bool:
-        return self.built
+        return self.built and self._is_captured()
 
     def _leave_slow_weights(self) -> None:
         if self._block.is_open:
@@ -360,9 +500,15 @@ class Lookahead(keras.optimizers.Optimizer):
         if not self.built:
             self._check_ready("get_slot(var, slot_name)")
         self._check_variables_are_known([var])
-        if not self.sync_period:
+        if not self._slow_variables:
             raise ValueError("There are no slow weights: Lookahead is switched off. Received: sync_period=0")
-        return self._slow_variables[self._get_variable_index(var)]
+        slow = self._slow_variables[self._get_variable_index(var)]
+        if slow is None:
+            raise ValueError(
+                "`var` must not be a variable that Keras overwrites with its gradient, such as a scale of float8: "
+                f"those have no slow weight. Received: var={var!r}"
+            )
+        return slow
 
     def get_weights(self) -> list[np.ndarray]:
         """Return the values of `variables` as a list of NumPy arrays."""
@@ -375,19 +521,23 @@ class Lookahead(keras.optimizers.Optimizer):
             weights: List of arrays, as from `get_weights`.
 
         Raises:
-            ValueError: if the optimizer is not built, or the number or a shape of the arrays is wrong. Nothing is
-                changed then.
+            ValueError: if the optimizer is not built, the number or a shape of the arrays is wrong, one is not of
+                numbers, or a step count is no integer >= 0. Nothing is changed then.
         """
         self._check_ready("set_weights(weights)")
-        _assign(self.variables, weights, "set_weights(weights)")
+        arrays = _checked(self.variables, weights, "set_weights(weights)")
+        own = len(self._variables)
+        self.inner_optimizer.set_weights(arrays[own:])
+        for variable, array in zip(self._variables, arrays):
+            variable.assign(array)
 
     def _own_variables(self) -> dict[str, Any]:
         # Numbers for names would let a bare optimizer's momentum, of the same count and shapes, load as slow weights.
-        slow_variables = {f"slow_{index}": slow for index, slow in enumerate(self.slow_variables)}
-        return {"iterations": self._iterations, **slow_variables}
+        captured = {} if self._captured is None else {"captured": self._captured}
+        return {**captured, **self._named_slow_variables()}
 
     def save_own_variables(self, store: Any) -> None:
-        """Save the step count and the slow weights; Keras has the inner optimizer save its own state beside them."""
+        """Save the slow weights; Keras has the inner optimizer save its own state beside them."""
         for name, variable in self._own_variables().items():
             store[name] = _to_numpy(variable)
 
@@ -403,12 +553,13 @@ class Lookahead(keras.optimizers.Optimizer):
             return
         if set(store.keys()) != set(variables):
             warnings.warn(
-                f"Skipping the state of optimizer {self.name!r}, which has {len(variables) - 1} slow weights, as what "
-                f"was saved is another optimizer's state ({len(store.keys())} variables). The slow weights start anew, "
-                "from the model's weights.",
+                f"Skipping the state of optimizer {self.name!r}, which has {len(self.slow_variables)} slow weights, as "
+                f"what was saved is another optimizer's state ({len(store.keys())} variables). The slow weights start "
+                "anew, from the model's weights.",
                 stacklevel=2,
             )
-            self._iterations.assign(0)
+            if self._captured is not None:
+                self._captured.assign(0)
             return
         _assign(list(variables.values()), [store[name] for name in variables], "load_own_variables(store)")
 
@@ -429,9 +580,9 @@ class Lookahead(keras.optimizers.Optimizer):
             config: Dictionary, as from `get_config`.
             custom_objects: Dictionary of names to classes and functions that are not registered with Keras.
         """
-        config = copy.deepcopy(config)
+        config = dict(config)
         if isinstance(config["optimizer"], dict):
-            config["optimizer"] = keras.optimizers.deserialize(config["optimizer"], custom_objects)
+            config["optimizer"] = deserialize(config["optimizer"], custom_objects)
         return cls(**config)
 
 
@@ -442,16 +593,47 @@ def _to_numpy(variable: Any) -> np.ndarray:
 
 def _assign(variables: list[Any], values: Iterable[Any], caller: str) -> None:
     """Assign all values, or none if one does not fit."""
-    values = list(values)
-    if len(values) != len(variables):
+    for variable, value in zip(variables, _checked(variables, values, caller)):
+        variable.assign(value)
+
+
+def _checked(variables: list[Any], values: Iterable[Any], caller: str) -> list[np.ndarray]:
+    """Return the values as arrays, or raise `ValueError` if one does not fit its variable."""
+    arrays = list(map(_to_array, values))
+    if len(arrays) != len(variables):
         raise ValueError(
-            f"`{caller}` needs {len(variables)} arrays, one per optimizer variable. Received: {len(values)}"
+            f"`{caller}` needs {len(variables)} arrays, one per optimizer variable. Received: {len(arrays)}"
         )
-    for variable, value in zip(variables, values):
-        if tuple(np.shape(value)) != tuple(variable.shape):
+    for variable, array in zip(variables, arrays):
+        if array.shape != tuple(variable.shape):
             raise ValueError(
                 f"`{caller}` needs an array of shape {tuple(variable.shape)} for the optimizer variable "
-                f"{variable.path!r}. Received: shape {tuple(np.shape(value))}"
+                f"{variable.path!r}. Received: shape {array.shape}"
             )
-    for variable, value in zip(variables, values):
-        variable.assign(value)
+        if not _is_numeric(array):
+            raise ValueError(
+                f"`{caller}` needs an array of numbers for the optimizer variable {variable.path!r}. "
+                f"Received: dtype {array.dtype}"
+            )
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        # All integers in an optimizer's state are counts.
+        if "int" in dtype and not np.all((array >= 0) & (array <= np.iinfo(dtype).max) & (array == np.floor(array))):
+            raise ValueError(
+                f"`{caller}` needs an integer >= 0 for the optimizer variable {variable.path!r}, a count. "
+                f"Received: {array}"
+            )
+    return arrays
+
+
+def _to_array(value: Any) -> np.ndarray:
+    return keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else np.asarray(value)
+
+
+def _is_numeric(array: np.ndarray) -> bool:
+    if array.dtype.kind in "SUOMmc":
+        return False
+    try:
+        array[:0].astype("float64") if array.ndim else array.astype("float64")
+    except (TypeError, ValueError):
+        return False
+    return True
