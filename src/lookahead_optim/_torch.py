@@ -58,9 +58,9 @@ def move(slow: list[Tensor], fast: list[Tensor], slow_step_size: float, is_caref
 
     The difference of two large weights of opposite sign overflows, and the difference of equal infinities is no
     number. A careful move replaces what such a difference makes. It takes several times as long, so it is made only for
-    weights that `is_large` has found. Weights that become infinite in training are found here, in time: a finite slow
-    weight and an infinite fast one need no care. Other devices than the CPU would have to be waited for, so there
-    infinities are found at the capture only.
+    weights that `is_large` has found, and from the first move on that left weights which are not finite. Before that
+    all slow weights were finite, so that what went wrong is where a fast weight is infinite. Other devices than the CPU
+    would have to be waited for, so there infinities are found at the capture only.
     """
     if slow_step_size == 1:
         torch._foreach_copy_(slow, fast)
@@ -71,7 +71,11 @@ def move(slow: list[Tensor], fast: list[Tensor], slow_step_size: float, is_caref
             _move_carefully(slow_one, fast_one, slow_step_size)
     else:
         torch._foreach_lerp_(slow, fast, slow_step_size)
-    return not is_careful and all(one.is_cpu for one in slow) and not _are_finite(slow)
+    if is_careful or not all(one.is_cpu for one in slow) or _are_finite(slow):
+        return False
+    for slow_one, fast_one in zip(slow, fast):
+        slow_one.copy_(torch.where(fast_one.isinf(), fast_one, slow_one))
+    return True
 
 
 def move_unwatched(slow: list[Tensor], fast: list[Tensor], slow_step_size: float) -> None:
@@ -110,11 +114,11 @@ def _is_beyond(slow_step_size: float, weights: list[Tensor]) -> bool:
 
 def is_large(weights: Iterable[Tensor]) -> bool:
     """Return whether a difference of any of these weights could overflow, or not be a number."""
-    for weight in weights:
-        if weight.numel() and not weight.is_meta and weight.dtype in _DTYPES_WITH_A_NORM:
-            if not float(torch.linalg.vector_norm(weight.detach(), torch.inf)) <= torch.finfo(weight.dtype).max / 4:
-                return True
-    return False
+    return any(
+        not float(torch.linalg.vector_norm(weight.detach(), torch.inf)) <= torch.finfo(weight.dtype).max / 4
+        for weight in weights
+        if weight.numel() and not weight.is_meta and weight.dtype in _DTYPES_WITH_A_NORM
+    )
 
 
 def _are_finite(weights: list[Tensor]) -> bool:

@@ -301,8 +301,33 @@ def zero_redundancy(form, name):
     return {"history": history, "slow": slow, "count": count, "resumed": resumed}
 
 
+def first_steps_of_unequal_optimizers():
+    """Return, for each difference between the processes, the error of this one's first step and whether it moved."""
+    rank, outcomes = dist.get_rank(), {}
+    for name, change in {
+        "nothing": lambda optimizer, _: None,
+        "period": lambda optimizer, group: group.update(sync_period=3 + rank),
+        "step size": lambda optimizer, group: group.update(slow_step_size=0.5 + rank / 4),
+        "count": lambda optimizer, group: group.update(lookahead_step=7 * rank),
+        # Parts of a pipeline may have settings of their own.
+        "period and shape": lambda optimizer, group: group.update(sync_period=3 + rank),
+    }.items():
+        weights = [torch.nn.Parameter(torch.ones(9 + rank if name == "period and shape" else 9))]
+        optimizer = Lookahead(torch.optim.SGD(weights, 0.1))
+        change(optimizer, optimizer.param_groups[0])
+        weights[0].grad = torch.ones_like(weights[0])
+        error = None
+        try:
+            optimizer.step()
+        except RuntimeError as raised:
+            error = str(raised)
+        outcomes[name] = error, bool((weights[0] != 1).any())
+    return outcomes
+
+
 def two(directory):
     return {
+        "unequal": first_steps_of_unequal_optimizers(),
         "data_parallel": {name: data_parallel(name) for name in REPLICATED},
         "fully_sharded": {name: fully_sharded(name) for name in OPTIMIZERS},
         "gathered": evaluated_with_gathered_weights("momentum"),

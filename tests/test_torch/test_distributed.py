@@ -224,3 +224,21 @@ def test_consolidated_state_has_the_slow_weights_and_resumes_bit_for_bit(two, in
         assert result["count"] == SAVED_AFTER
         assert_close(result["slow"], in_one_process[name][SAVED_AFTER - 1]["slow"])
         assert_same_bits(result["resumed"], result["history"][SAVED_AFTER:])
+
+
+@pytest.mark.parametrize("difference", ["period", "step size", "count"])
+def test_processes_whose_settings_differ_are_told_so_at_the_first_step(two, difference):
+    outcomes = [one["unequal"][difference] for one in two]
+    refused = [outcome for outcome in outcomes if outcome[0]]
+    # The first process to come leaves its settings, the other one compares.
+    assert len(refused) == 1
+    (error, has_moved) = refused[0]
+    assert not has_moved
+    assert "All processes must have the same `sync_period`, `slow_step_size` and number of steps" in error
+    assert "on rank 0" in error
+    assert "on rank 1" in error
+
+
+@pytest.mark.parametrize("difference", ["nothing", "period and shape"])
+def test_processes_with_equal_settings_or_other_parameters_train(two, difference):
+    assert [one["unequal"][difference] for one in two] == [(None, True)] * 2
