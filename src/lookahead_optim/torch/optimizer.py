@@ -165,7 +165,7 @@ class Lookahead(Optimizer):
                 f"`Lookahead` has no attribute `{name}`: it is a setting of each group, in `optimizer.param_groups`."
             )
         if name.startswith("_") or "inner_optimizer" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            object.__getattribute__(self, name)  # raises Python's own error
         return getattr(self.inner_optimizer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
