@@ -14,7 +14,9 @@ _BYTES_PER_THREAD = 2**18
 
 _DTYPES_WITH_A_NORM = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
 
-# Slow weights, and their fast ones.
+_ONE = torch.ones(())
+
+# Slow weights, and their fast ones. All are on the CPU, or all on one other device.
 Piece: TypeAlias = tuple[list[Tensor], list[Tensor]]
 
 
@@ -71,7 +73,7 @@ def move(slow: list[Tensor], fast: list[Tensor], slow_step_size: float, is_caref
             _move_carefully(slow_one, fast_one, slow_step_size)
     else:
         torch._foreach_lerp_(slow, fast, slow_step_size)
-    if is_careful or not all(one.is_cpu for one in slow) or _are_finite(slow):
+    if is_careful or not slow[0].is_cpu or _are_finite(slow):
         return False
     for slow_one, fast_one in zip(slow, fast):
         slow_one.copy_(torch.where(fast_one.isinf(), fast_one, slow_one))
@@ -84,7 +86,7 @@ def move_unwatched(slow: list[Tensor], fast: list[Tensor], slow_step_size: float
     On the CPU a move that is not finite is made again, carefully. Until that is known it must not replace the slow
     weights, which costs a temporary array for each.
     """
-    if slow_step_size in (0, 1) or not all(one.is_cpu for one in slow):
+    if slow_step_size in (0, 1) or not slow[0].is_cpu:
         move(slow, fast, slow_step_size, is_careful=False)
         return
     if not _is_beyond(slow_step_size, slow):
@@ -127,10 +129,12 @@ def _are_finite(weights: list[Tensor]) -> bool:
     The operation is the one of `torch.amp.GradScaler`. No public operation of PyTorch answers for a whole list, and one
     question for each small weight takes longer than the whole slow step.
     """
-    if any(one.is_complex() or type(one) not in (Tensor, torch.nn.Parameter) for one in weights):
-        return all(bool(one.isfinite().all()) for one in weights)
     found = torch.zeros(())
-    torch._amp_foreach_non_finite_check_and_unscale_(weights, found, torch.ones(()))
+    try:
+        torch._amp_foreach_non_finite_check_and_unscale_(weights, found, _ONE)
+    except (NotImplementedError, RuntimeError):
+        # Complex weights, and some kinds of tensors.
+        return all(bool(one.isfinite().all()) for one in weights)
     return not found
 
 

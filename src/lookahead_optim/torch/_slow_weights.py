@@ -130,9 +130,12 @@ class SlowWeights:
             if parameter in self.by_parameter and not takes_part(parameter):
                 self.forget(parameter)
 
-    def check_shapes(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Raise an error if a parameter has another shape than its slow weight."""
-        for group in groups:
+    def check_shapes(self, groups: Iterable[tuple[int, dict[str, Any]]]) -> None:
+        """Raise an error if a parameter has another shape than its slow weight. Groups come with their indices."""
+        for index, group in groups:
+            plan = self._plans.get(index)
+            if plan is not None and plan.places[1] == [parameter.shape for parameter in group["params"]]:
+                continue
             for parameter in group["params"]:
                 slow = self.by_parameter.get(parameter)
                 if slow is not None and slow.shape != parameter.shape:
@@ -144,13 +147,13 @@ class SlowWeights:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def pairs(self, groups: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
+    def pairs(self, groups: list[tuple[int, dict[str, Any]]]) -> tuple[list[Tensor], list[Tensor]]:
         """Return slow weights and their fast ones, of a `DTensor` this process' shard.
 
         For a sync: the slow weights follow the fast ones in device and dtype, for good.
         """
         self.check_shapes(groups)
-        parameters = dict.fromkeys(one for group in groups for one in group["params"] if one in self.by_parameter)
+        parameters = dict.fromkeys(one for _, group in groups for one in group["params"] if one in self.by_parameter)
         for fast in parameters:
             slow = self.by_parameter[fast]
             if (fast.dtype, fast.device) != (slow.dtype, slow.device):
@@ -166,7 +169,7 @@ class SlowWeights:
         parameters = group["params"]
         plan = self._plans.get(index)
         if plan is None or not plan.holds(parameters):
-            slow, fast = self.pairs([group])
+            slow, fast = self.pairs([(index, group)])
             plan = _foreach.make_plan(slow, fast)
             # Not if some have no slow weight, or have shards.
             if len(fast) == len(parameters) and all(map(operator.is_, fast, parameters)):

@@ -254,7 +254,7 @@ class Lookahead(Optimizer):
     def _synchronize(self, due: list[tuple[int, dict[str, Any]]]) -> None:
         # What can fail comes first.
         plans = [self._slow.plan(index, group) for index, group in due]
-        restarts = [inner._slow.pairs([group for _, group in due]) for inner in _chain(self.inner_optimizer)]
+        restarts = [inner._slow.pairs(due) for inner in _chain(self.inner_optimizer)]
         self._slow.synchronize(plans, [group[self._names.slow_step_size] for _, group in due])
         for slow, fast in restarts:
             _foreach.copy(slow, fast)
@@ -269,7 +269,7 @@ class Lookahead(Optimizer):
             )
         self._adopt_groups()
         name = self._names.lookahead_step
-        due = [group for group in self.param_groups if self._is_due(group, group[name] + 1)]
+        due = [(index, group) for index, group in enumerate(self.param_groups) if self._is_due(group, group[name] + 1)]
         if due:
             for optimizer in _chain(self):
                 optimizer._slow.check_shapes(due)
@@ -522,7 +522,7 @@ class Lookahead(Optimizer):
     def _swap_in(self) -> tuple[list[Tensor], list[Tensor]]:
         """Put the slow weights into the parameters; return all parameters, and a copy of what they were."""
         self._adopt_groups()
-        self._slow.check_shapes(self.param_groups)
+        self._slow.check_shapes(enumerate(self.param_groups))
         parameters = dict.fromkeys(one for group in self.param_groups for one in group["params"] if not is_lazy(one))
         fast_weights = _foreach.local(list(parameters))
         kept = [fast.detach().clone() for fast in fast_weights]
