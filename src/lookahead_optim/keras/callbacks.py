@@ -1,5 +1,7 @@
 """A callback that evaluates a model on its slow weights."""
 
+from typing import Any
+
 import keras
 
 from lookahead_optim._evaluation import Swapping
@@ -36,6 +38,14 @@ class SwapSlowWeights(Swapping, keras.callbacks.Callback):
     >>> history = model.fit(x, y, validation_data=(x, y), callbacks=[SwapSlowWeights()], verbose=0)
     >>> loss = model.evaluate(x, y, callbacks=[SwapSlowWeights()], verbose=0)
     """
+
+    def _averages(self) -> dict[int, Any]:
+        averages: dict[int, Any] = {}
+        for one in optimizers_in(self.model.optimizer):
+            if not isinstance(one, Lookahead) and one.use_ema and one.built:
+                found = zip(one._trainable_variables, one._model_variables_moving_average)
+                averages |= {id(weight): average for weight, average in found if average is not None}
+        return averages
 
     def _lookahead(self) -> Lookahead:
         for optimizer in optimizers_in(self.model.optimizer):

@@ -1,0 +1,186 @@
+"""Callbacks that put other weights into the model for an evaluation, beside `SwapSlowWeights`."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, assert_same_bits, data, values
+
+from lookahead_optim.keras import Lookahead, SwapSlowWeights
+
+
+class UserSwap(keras.callbacks.Callback):
+    """Keeps the weights, sets others, and puts back what it kept."""
+
+    def __init__(self, on_epoch=False):
+        super().__init__()
+        self.on_epoch, self.kept = on_epoch, None
+
+    def swap_in(self):
+        self.kept = self.model.get_weights()
+        self.model.set_weights([np.full_like(weight, 0.25) for weight in self.kept])
+
+    def swap_out(self):
+        if self.kept is not None:
+            self.model.set_weights(self.kept)
+            self.kept = None
+
+    def on_test_begin(self, logs=None):
+        self.swap_in()
+
+    def on_test_end(self, logs=None):
+        self.swap_out()
+
+    on_predict_begin, on_predict_end = on_test_begin, on_test_end
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.on_epoch:
+            self.swap_in()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.swap_out()
+
+
+def make(callback):
+    return {
+        "ours": SwapSlowWeights,
+        "ours, epoch": lambda: SwapSlowWeights(swap_on_epoch=True),
+        "ema": keras.callbacks.SwapEMAWeights,
+        "ema, epoch": lambda: keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
+        "user": UserSwap,
+        "user, epoch": lambda: UserSwap(on_epoch=True),
+    }[callback]()
+
+
+def train(callbacks=(), use_ema=True, batches=7, epochs=3, **kwargs):
+    """Return a model after a training with validations, and the training losses."""
+    x, y = data(8 * batches)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    inner = keras.optimizers.SGD(0.02, momentum=0.5, use_ema=use_ema, ema_momentum=0.9)
+    kwargs |= {"jit_compile": False} if BACKEND == "tensorflow" else {}
+    model.compile(Lookahead(inner, sync_period=5), loss="mse", **kwargs)
+    history = model.fit(x, y, 8, epochs, validation_data=(x, y), callbacks=list(callbacks), shuffle=False, verbose=0)
+    return model, history.history["loss"]
+
+
+def state(model):
+    return values([*model.weights, *model.optimizer.variables])
+
+
+def assert_trains_as_without(callbacks, exact, **kwargs):
+    model, losses = train(map(make, callbacks), **kwargs)
+    # `SwapEMAWeights(swap_on_epoch=True)` leaves the average in the model, and itself, at the end of the training.
+    alone = [callback for callback in callbacks if callback.startswith("ema")]
+    other, expected = train(map(make, alone), **kwargs)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for one, right in zip(state(model), state(other), strict=True):
+        if exact:
+            assert one.tobytes() == right.tobytes()
+        np.testing.assert_allclose(one, right, rtol=1e-5, atol=1e-6)
+
+
+# As many batches as a cycle: fast and slow weights are equal at the end of each epoch.
+BATCHES = [7, 5]
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        *itertools.permutations(["ours", "ema"]),
+        *itertools.permutations(["ours, epoch", "ema"]),
+        *itertools.permutations(["ours", "ema, epoch"]),
+        *itertools.permutations(["ours, epoch", "ema, epoch"]),
+        ("ours", "ours"),
+        *itertools.permutations(["ours", "ours, epoch"]),
+        ("ours", "ema", "ours"),
+        ("ema", "ours", "ours, epoch"),
+    ],
+    ids=str,
+)
+def test_training_is_as_without_it_beside_averages_and_its_like(callbacks, batches):
+    # TensorFlow exchanges averages by addition and subtraction.
+    exact = BACKEND != "tensorflow" or not any("ema" in callback for callback in callbacks)
+    assert_trains_as_without(callbacks, exact, batches=batches)
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        *itertools.permutations(["ours", "user"]),
+        *itertools.permutations(["ours, epoch", "user"]),
+        *itertools.permutations(["ours", "user, epoch"]),
+        *itertools.permutations(["ours, epoch", "user, epoch"]),
+        ("ours", "user", "ours"),
+    ],
+    ids=str,
+)
+def test_training_is_as_without_it_beside_callbacks_that_keep_and_restore(callbacks, batches):
+    # After the last epoch some of these would end with weights that the user's callback keeps.
+    epochs = UntilLastEpoch(2)
+    model, losses = train([*map(make, callbacks), epochs], use_ema=False, batches=batches)
+    other, expected = train([again := UntilLastEpoch(2)], use_ema=False, batches=batches)
+    np.testing.assert_array_equal(losses, expected)
+    assert_same_bits(epochs.state, again.state)
+    assert_same_bits(model.optimizer.variables, other.optimizer.variables)
+
+
+class UntilLastEpoch(keras.callbacks.Callback):
+    """Records the state after the last batch of an epoch."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.is_last = epoch == self.epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.is_last:
+            self.state = state(self.model)
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+@pytest.mark.parametrize("callbacks", [("user", "ours"), ("ema", "ours"), ("ours", "ema"), ("ours", "ours")], ids=str)
+def test_an_evaluation_leaves_the_model_as_without_it(callbacks, method, batches):
+    arguments = data(8) if method == "evaluate" else data(8)[:1]
+    model, _ = train(batches=batches, epochs=1)
+    other, _ = train(batches=batches, epochs=1)
+    # `fit` has put the average into the model. The fast weights be others.
+    for one in (model, other):
+        one.set_weights([weight + 1 for weight in one.get_weights()])
+    getattr(model, method)(*arguments, callbacks=list(map(make, callbacks)), verbose=0)
+    # `SwapEMAWeights` does not put the weights back after `predict`.
+    others = [make(callback) for callback in callbacks if callback != "ours"]
+    getattr(other, method)(*arguments, callbacks=others, verbose=0)
+    for one, right in zip(state(model), state(other), strict=True):
+        np.testing.assert_allclose(one, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_an_evaluation_that_would_leave_the_slow_weights_is_refused_before_anything_is_lost(method):
+    model, _ = train(use_ema=False)
+    before = state(model)
+    arguments = data(8) if method == "evaluate" else data(8)[:1]
+    with pytest.raises(RuntimeError, match="`SwapSlowWeights` must come after the other callbacks in `callbacks`"):
+        getattr(model, method)(*arguments, callbacks=[SwapSlowWeights(), UserSwap()], verbose=0)
+    assert_same_bits(state(model), before)
+    model.evaluate(*data(8), callbacks=[UserSwap(), SwapSlowWeights()], verbose=0)
+    assert_same_bits(state(model), before)
+
+
+def test_the_slow_weights_are_what_is_evaluated():
+    model, _ = train(use_ema=False)
+    with model.optimizer.slow_weights():
+        expected = model.evaluate(*data(8), verbose=0)
+    assert model.evaluate(*data(8), callbacks=[SwapSlowWeights()], verbose=0) == expected
+    assert model.evaluate(*data(8), callbacks=[UserSwap(), SwapSlowWeights()], verbose=0) == expected
+    model, _ = train(use_ema=False, batches=5)
+    with model.optimizer.slow_weights():
+        expected = model.evaluate(*data(8), verbose=0)
+    loss = model.evaluate(*data(8), callbacks=[UserSwap(), SwapSlowWeights()], verbose=0)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
