@@ -72,7 +72,7 @@ class Model:
                     inner[one] = slow if inner[one] is not None else None
             else:
                 for inner in self.slow[:level]:
-                    inner[one] = self.fast[one] if inner[one] is not None else None
+                    inner[one] = self.fast[one].copy() if inner[one] is not None else None
 
     def reset(self, has_gradient):
         for level, slow in enumerate(self.slow):
