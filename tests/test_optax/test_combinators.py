@@ -436,6 +436,38 @@ def test_nested_lookahead_goes_on_as_by_hand_after_a_sync_by_call_or_a_reset(per
         assert_as_oracle(params, state, oracle)
 
 
+@pytest.mark.parametrize("outer_period", [0, jnp.array(0)], ids=["number", "array"])
+@pytest.mark.parametrize("first_period", [0, 4])
+def test_where_the_outer_lookahead_is_off_the_inner_one_has_the_slow_parameters(first_period, outer_period):
+    def optimizer(period):
+        return wrapped(wrapped(MOMENTUM, 3, 0.25), period, 0.5)
+
+    state = optimizer(first_period or outer_period).init(make_params())
+    hand, params, step = by_hand(MOMENTUM, 3), make_params(), stepper(optimizer(outer_period))
+    for number in range(1, 9):
+        hand.apply(gradient(hand.params, make_batch(number)))
+        params, state = step(gradient(params, make_batch(number)), state, params)
+        if number == 5:
+            params, state = sync(state, params)
+            hand.sync()
+        assert_close(params, hand.params)
+        assert_close(slow_params(state, params), hand.slow)
+
+
+@pytest.mark.parametrize("form", ["update", "apply_gradients"])
+def test_an_inner_lookahead_may_be_switched_off_and_on_again(form):
+    oracle = nested(2, 6)[1]
+    params, state = make_params(), nested(2, 6)[0].init(make_params())
+    for number in range(1, 13):
+        # A new optimizer at each step, as after loading.
+        oracle.inner.sync_period = period = 0 if 3 <= number <= 8 else 2
+        if number == 9:
+            oracle.inner.restart(oracle.weights)
+        oracle.apply(oracle_gradient(oracle, number))
+        params, state = stepper(nested(period, 6)[0], form)(gradient(params, make_batch(number)), state, params)
+        assert_as_oracle(params, state, oracle)
+
+
 # `sync`, `reset_slow_params` and the tools for trees, through combinators.
 
 THROUGH = {

@@ -99,18 +99,19 @@ def restart(state: optax.OptState, is_moved: Any, function: Callable[[LookaheadS
 
 
 def fits(state: Any, like: Any) -> bool:
-    """Return whether a state has the structure of another. `None` fits too: it is the moment of a gradient `None`."""
+    """Return whether a state has the node types of another.
 
-    def is_none(node: Any) -> bool:
-        return node is None
-
-    def is_leaf(node: Any, like: Any) -> bool:
-        return node is None or jax.tree_util.all_leaves([like])
-
-    try:
-        return all(jax.tree.leaves(jax.tree.map(is_leaf, state, like, is_leaf=is_none)))
-    except ValueError:
-        return False
+    `None` fits all: it is the moment of a gradient `None`, and the slow parameters of a `lookahead` that is off.
+    """
+    if state is None or like is None:
+        return True
+    # A leaf is flattened to `None`, a node to children and what else it holds: the keys of a `dict`.
+    one, other = map(jax.tree_util.default_registry.flatten_one_level, (state, like))
+    if one is None or other is None:
+        return one is other
+    children, others = list(one[0]), list(other[0])
+    same = type(state) is type(like) and len(children) == len(others)
+    return same and not (type(like) is dict and one[1] != other[1]) and all(map(fits, children, others))
 
 
 def by_path(tree: Any) -> dict[Any, Any]:

@@ -19,8 +19,8 @@ def slow_params(state: optax.OptState, params: optax.Params) -> optax.Params:
     Args:
         state: The state of an optimizer that has a `lookahead` at any depth: of `optax.chain`, `masked`, `partition`,
             `inject_hyperparams`, `MultiSteps`, `apply_if_finite`; the `opt_state` of a Flax `nnx.Optimizer`, or a whole
-            `TrainState`. Of a `lookahead` inside another, those of the outer one are returned. `optax.flatten` and
-            `optax.contrib.split_real_and_imaginary` must be inside the `lookahead`.
+            `TrainState`. Of a `lookahead` inside another, those of the outer one are returned, unless it is switched
+            off. `optax.flatten` and `optax.contrib.split_real_and_imaginary` must be inside the `lookahead`.
         params: Tree of the current parameters, as the optimizer gets them.
 
     Returns:
@@ -31,10 +31,7 @@ def slow_params(state: optax.OptState, params: optax.Params) -> optax.Params:
         ValueError: if `state` has no `lookahead`, or one of other parameters.
     """
 
-    def slow(state: LookaheadState, slow: Any, param: Any) -> Any:
-        return jnp.where(_scalar(state.captured, param) != 0, slow, param)
-
-    return _map(slow, state, params)
+    return _where_captured(lambda state, slow, param: slow, state, params)
 
 
 def sync(state: optax.OptState, params: optax.Params) -> tuple[optax.Params, optax.OptState]:
@@ -52,10 +49,9 @@ def sync(state: optax.OptState, params: optax.Params) -> tuple[optax.Params, opt
     """
 
     def synchronized(state: LookaheadState, slow: Any, param: Any) -> Any:
-        moved = interpolate(slow, param, _scalar(state.next_slow_step_size, param))
-        return jnp.where(_scalar(state.captured, param) != 0, moved, param)
+        return interpolate(slow, param, _scalar(state.next_slow_step_size, param))
 
-    return _map(synchronized, state, params), restart(state, True)
+    return _where_captured(synchronized, state, params), restart(state, True)
 
 
 def reset_slow_params(state: optax.OptState, params: optax.Params) -> optax.OptState:
@@ -71,7 +67,7 @@ def reset_slow_params(state: optax.OptState, params: optax.Params) -> optax.OptS
     Raises:
         ValueError: as `slow_params`.
     """
-    _map(lambda state, slow, param: param, state, params)
+    slow_params(state, params)  # for its errors
 
     def copy(slow: Any, param: Any) -> jax.Array:
         return jnp.copy(slow if param is None else param)
@@ -95,8 +91,8 @@ def _scalar(node: Any, param: Any) -> Any:
     return jnp.reshape(scalar, jnp.shape(scalar) + (1,) * (jnp.ndim(param) - jnp.ndim(scalar)))
 
 
-def _map(function: Callable[[LookaheadState, Any, Any], Any], state: optax.OptState, params: Any) -> Any:
-    """Map a function of state, slow parameter and parameter over the parameters that a `lookahead` has."""
+def _where_captured(function: Callable[[LookaheadState, Any, Any], Any], state: optax.OptState, params: Any) -> Any:
+    """Return the parameters, or what a function of state, slow parameter and parameter gives where one is captured."""
     found = list(nodes(state, (LookaheadState,)))
     if not found:
         raise ValueError(
@@ -105,14 +101,24 @@ def _map(function: Callable[[LookaheadState, Any, Any], Any], state: optax.OptSt
         )
     leaves = by_path(params)
     mapped = {path: jnp.copy(param) if is_array(param) else param for path, param in leaves.items()}
-    for one in found:
-        # By path: where parameters are masked out there are none in the state, and those of `nnx` are variables there.
-        if lacking := missing(one.slow_params, leaves):
+
+    def visit(one: LookaheadState, is_inside: bool) -> None:
+        lacking = missing(one.slow_params, leaves)
+        if lacking and not is_inside:
             raise ValueError(
                 "`params` must be those that the `lookahead` in `state` gets; it has a slow one of shape "
                 f"{lacking[1]} at {lacking[0]}. Received: parameters of shapes {shapes(params)!r:.500}"
             )
-        for path, slow in by_path(one.slow_params).items():
-            if is_weight(slow):
-                mapped[path] = function(one, slow, leaves[path])
+        # Those inside first: what an outer one has captured counts, or what they have if it is switched off.
+        for inside in nodes(one.inner_state, (LookaheadState,)):
+            visit(inside, True)
+        # By path: where parameters are masked out there are none in the state, and those of `nnx` are variables there.
+        for path, slow in by_path(one.slow_params).items() if not lacking else ():
+            if path in leaves and is_weight(slow):
+                param = leaves[path]
+                is_captured = _scalar(one.captured, param) != 0
+                mapped[path] = jnp.where(is_captured, function(one, slow, param), mapped[path])
+
+    for one in found:
+        visit(one, False)
     return jax.tree.unflatten(jax.tree.structure(params), [mapped[path] for path in leaves])

@@ -242,7 +242,7 @@ class _Lookahead:
         if not self._is_off():
             if slow is None and jax.tree.leaves(params):
                 raise ValueError(
-                    "`state` must have slow parameters, which `init` of a `lookahead` with sync_period=0 makes not. "
+                    "`state` must have slow parameters, and one that was made with sync_period=0 has none. "
                     "To go on, pass `init(params)._replace(inner_state=state.inner_state, step=state.step)`. "
                     "Received: state.slow_params=None"
                 )
