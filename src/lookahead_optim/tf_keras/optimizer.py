@@ -269,9 +269,12 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
             return self._count_of_iterations()
         return self._capture_state if name == "lookahead_captured" else None
 
-    def _create_or_restore_slot_variable(self, **kwargs: Any) -> Any:
-        slot = super()._create_or_restore_slot_variable(**kwargs)
-        if kwargs["slot_name"] == "slow":
+    def _create_or_restore_slot_variable(
+        self, slot_variable_position: Any, slot_name: str, variable: Any, *shape: Any, **kwargs: Any
+    ) -> Any:
+        # Only from TensorFlow 2.16 on is there a shape.
+        slot = super()._create_or_restore_slot_variable(slot_variable_position, slot_name, variable, *shape, **kwargs)
+        if slot_name == "slow":
             self._mark_restored()
         return slot
 
