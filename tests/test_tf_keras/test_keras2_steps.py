@@ -129,9 +129,10 @@ def test_a_model_that_another_step_trains_is_not_moved_by_its_sync():
     assert path == [(0.875, 1), (0.875, 0.9375), (0.75, 0.9375), (0.75, 0.875)]
 
 
-def test_a_weight_without_gradient_under_a_loss_scaler_takes_part():
+@pytest.mark.parametrize("outer", [lambda one: one, lambda one: Lookahead(one, 100)], ids=["single", "nested"])
+def test_a_weight_without_gradient_under_a_loss_scaler_takes_part(outer):
     one, other = tf.Variable(1.0), tf.Variable(1.0)
-    inner = Lookahead(legacy.SGD(0.125), 2, 0.5)
+    inner = outer(Lookahead(legacy.SGD(0.125), 2, 0.5))
     optimizer = keras.mixed_precision.LossScaleOptimizer(inner, dynamic=False, initial_scale=1.0)
     optimizer.apply_gradients(ones(one, other))
     optimizer.apply_gradients([(tf.constant(1.0), one), (None, other)])

@@ -602,8 +602,8 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         """
         if not self.sync_period:
             return None
-        if getattr(self, "_is_wrapped_by_loss_scale_optimizer", False):
-            # It leaves out variables without gradient, which are not frozen.
+        if self._applied_steps is not None:
+            # A loss scaler around leaves out variables without gradient, which are not frozen.
             trained = None
 
         def pairs(are_trained: bool) -> list[_tensorflow.Pair]:
