@@ -101,7 +101,8 @@ def make(structure, has_momentum, settings):
     }[structure]()
 
 
-STRUCTURES = ["alone", "chain", "masked", "partition", "nested", "injected"]
+# Twice the one that has most states.
+STRUCTURES = ["alone", "chain", "masked", "partition", "nested", "nested", "injected"]
 STRUCTURES += [f"{wrapper}_{side}" for wrapper in ("multi_steps", "finite") for side in ("inside", "around")]
 # Those whose outermost transformation is a `lookahead`.
 WITH_APPLY_GRADIENTS = ["alone", "nested", "multi_steps_inside", "finite_inside"]
