@@ -404,6 +404,23 @@ def test_what_is_restored_and_saved_again_before_a_step_is_the_same_checkpoint(n
     assert_same_bits(state(model), state(never_stopped))
 
 
+@pytest.mark.parametrize("stops", [1, 2])
+def test_the_count_of_applied_steps_is_saved_again_before_a_step(stops, tmp_path):
+    def make():
+        return keras.mixed_precision.LossScaleOptimizer(resuming.momentum(), initial_scale=64.0)
+
+    model = never_stopped = compiled(make())
+    model.train_on_batch(resuming.data(8)[0], np.full((8, 1), np.inf))
+    fit(model, end=4)
+    for number in range(stops + 1):
+        resuming.checkpoint_of(model).write(f"{tmp_path}/{number}")
+        model = compiled(make(), seed=3)
+        resuming.checkpoint_of(model).read(f"{tmp_path}/{number}")
+    for one in (never_stopped, model):
+        fit(one, begin=4)
+    assert_same_bits(state(model), state(never_stopped))
+
+
 # Averaging around.
 
 

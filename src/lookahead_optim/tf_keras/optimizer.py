@@ -267,6 +267,9 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         if name == "iter":
             self._create_hypers()
             return self._count_of_iterations()
+        if name == "lookahead_step":
+            _ = self.iterations
+            return self._applied_steps
         return self._capture_state if name == "lookahead_captured" else None
 
     def _create_or_restore_slot_variable(
