@@ -43,7 +43,7 @@ def capture(iterations, due, pairs, stepped=False):
     _when(iterations, due, pairs, lambda slow, fast, constraint: (jnp.copy(fast), fast))
 
 
-def synchronize(iterations, due, pairs, slow_step_size):
+def synchronize(iterations, due, pairs, slow_step_size, stepped=False):
     """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
 
     def update(slow, fast, constraint):

@@ -25,7 +25,7 @@ def capture(iterations, due, pairs, stepped=False):
     _tensorflow.capture(iterations, due, _native_pairs(pairs))
 
 
-def synchronize(iterations, due, pairs, slow_step_size):
+def synchronize(iterations, due, pairs, slow_step_size, stepped=False):
     """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
     _tensorflow.synchronize(iterations, due, _native_pairs(pairs), slow_step_size)
 

@@ -55,9 +55,9 @@ def capture(iterations, due, pairs, stepped=False):
 
 @torch.compiler.disable
 @torch.no_grad()
-def synchronize(iterations, due, pairs, slow_step_size):
+def synchronize(iterations, due, pairs, slow_step_size, stepped=False):
     """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
-    if not due(_read(iterations, stepped=True)):
+    if not due(_read(iterations, stepped)):
         return
     found = pairs()
     free = [(slow, fast) for slow, fast in found if fast.constraint is None]

@@ -374,13 +374,14 @@ class Lookahead(_backend.Tracked, keras.optimizers.Optimizer):
                 self._synchronize(lambda count: count % period == 0)
 
     def _synchronize(self, due: Callable[[Any], Any]) -> None:
+        # A frozen weight is not moved: its slow weight follows, so as not to draw it back when it is trained again.
         def frozen() -> list[tuple[Any, Any]]:
             return [(slow, fast) for slow, fast in self._pairs() if not fast.trainable]
 
         def others() -> list[tuple[Any, Any]]:
             return [(slow, fast) for slow, fast in self._pairs() if fast.trainable]
 
-        _backend.synchronize(self._iterations, due, others, self.slow_step_size)
+        _backend.synchronize(self._iterations, due, others, self.slow_step_size, stepped=True)
         _backend.capture(self._iterations, due, lambda: frozen() + self._followers(), stepped=True)
 
     def minimize(self, loss: Callable[[], Any], var_list: Any, grad_loss: Any = None, name: str | None = None) -> Any:
