@@ -104,6 +104,7 @@ def test_no_checkpoint_of_tensorflow_makes_zeros_or_old_weights_slow(old, new, t
 
 
 @on_tensorflow
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 def test_a_step_without_data_does_not_happen():
     import tensorflow as tf
 
@@ -115,7 +116,7 @@ def test_a_step_without_data_does_not_happen():
             dataset = dataset.filter(lambda *batch: True)
         model = make_model(Lookahead(keras.optimizers.SGD(0.05, weight_decay=0.1, use_ema=True), sync_period=6))
         model.compile(model.optimizer, loss="mse", jit_compile=False)
-        model.fit(dataset, epochs=3, verbose=0)
+        model.fit(dataset, epochs=3, shuffle=False, verbose=0)
         results.append(values([*model.weights, *model.optimizer.variables]))
     for known, unknown in zip(*results, strict=True):
         np.testing.assert_allclose(unknown, known, rtol=1e-5, atol=1e-6)
@@ -261,6 +262,35 @@ def test_variables_have_paths_of_their_own(make, tmp_path):
     assert len(set(paths)) == len(paths)
     model.get_state_tree()
     model.save(tmp_path / "model.h5")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_callbacks_change_the_learning_rates_of_a_multi_optimizer_inside(nested):
+    optimizer = Lookahead(by_layer(lambda one: one))
+    model = make_model(Lookahead(optimizer) if nested else optimizer)
+    halve = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    plateau = keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=0, min_delta=1e6)
+    model.fit(*data(8), epochs=2, callbacks=[halve, plateau], verbose=0)
+    rates = [float(one.learning_rate) for one in optimizer.inner_optimizer.optimizers]
+    # The first epoch is the best one.
+    np.testing.assert_allclose(rates, 0.01 / 2**3, rtol=1e-6)
+
+
+@on_tensorflow
+def test_a_bare_optimizers_checkpoint_goes_on_inside_of_a_wrapper(tmp_path):
+    import tensorflow as tf
+
+    saved = make_model(keras.optimizers.SGD(0.05, momentum=0.9))
+    step(saved.optimizer, saved.trainable_variables, 4)
+    tf.train.Checkpoint(model=saved, optimizer=saved.optimizer).write(str(tmp_path / "c"))
+    model = make_model(Lookahead(keras.optimizers.SGD(0.05, momentum=0.9), sync_period=3), seed=1)
+    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer.inner_optimizer)
+    checkpoint.read(str(tmp_path / "c")).expect_partial()
+    start = values(model.weights)
+    for one in (saved, model):
+        step(one.optimizer, one.trainable_variables, 2)
+    for slow, fast, end in zip(start, values(saved.weights), values(model.weights)):
+        np.testing.assert_allclose(end, slow + 0.5 * (fast - slow), rtol=1e-5)
 
 
 def test_an_optimizer_goes_when_it_is_deleted():
