@@ -12,7 +12,7 @@ import keras
 import resuming
 from helpers import data
 
-EPOCHS, BATCHES = 16, 3
+EPOCHS, BATCHES = 40, 3
 
 
 def fit(model, first_epoch=0, callbacks=()):
@@ -33,7 +33,7 @@ class Save(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         count = int(self.model.optimizer.iterations)
         (self.directory / f"resumed-{self.source}.txt").write_text(str(count))
-        # `BackupAndRestore` writes weights and epoch one after the other. In between the count in the weights is right.
+        # Without the epoch in the backup, see below.
         self.model._initial_epoch = count // BATCHES
 
     def on_epoch_end(self, epoch, logs=None):
@@ -58,7 +58,11 @@ def main(directory, source):
     if source == "weights":
         model.optimizer.build(model.trainable_variables)
         model.load_weights(directory / "run.weights.h5")
-    if source != "backup":
+    if source == "backup":
+        # `BackupAndRestore` writes weights and epoch one after the other, both in place. A process that is killed there
+        # leaves an epoch that is empty or one behind. The count in the weights is right.
+        (directory / "backup" / "training_metadata.json").unlink(missing_ok=True)
+    else:
         shutil.rmtree(directory / "backup", ignore_errors=True)
     backup = keras.callbacks.BackupAndRestore(directory / "backup", double_checkpoint=True, delete_checkpoint=False)
     first_epoch = int(model.optimizer.iterations) // BATCHES

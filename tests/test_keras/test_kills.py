@@ -50,7 +50,7 @@ def test_a_run_that_is_killed_while_it_saves_resumes_bit_for_bit_from_each_forma
                 finish(process, TIMEOUT)
                 break
             epoch += rng.randint(2, 4)
-            ends.append(kill_after(process, tmp_path, epoch, rng.uniform(0, 0.15)))
+            ends.append(kill_after(process, tmp_path, epoch, rng.uniform(0, 0.1)))
         finally:
             process.kill()
         epoch, source = ends[-1], following
