@@ -90,6 +90,8 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
     """
 
     _HAS_AGGREGATE_GRAD = True
+    _iterations: Any
+    _weights: list[Any]
 
     def __init__(
         self,
@@ -152,7 +154,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
             value = check_sync_period(value)
         elif name == "slow_step_size" and not tf.is_tensor(value):
             value = check_slow_step_size(value)
-        owner = self._optimizer if name == "learning_rate" else super()
+        owner: Any = self._optimizer if name == "learning_rate" else super()
         owner._set_hyper(name, value)
         if name == "sync_period" and "_complete" in self.__dict__:
             # Slots may have to be made now. Slow weights from before a time without any are none.
