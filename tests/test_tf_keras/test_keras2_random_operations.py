@@ -203,6 +203,7 @@ class Keras2(RuleBasedStateMachine):
     def steps_of_all(self, times, gradient):
         self.step(gradients=[gradient] * NUMBER, listed=[True] * NUMBER, traced=False, times=times)
 
+    @precondition(lambda self: self.model.t % 4 == 1)
     @operation()
     def no_gradient_at_all(self):
         with pytest.raises(ValueError, match="No gradients provided"):
@@ -219,7 +220,7 @@ class Keras2(RuleBasedStateMachine):
             self.model.make_slots([0.0] * NUMBER)
         self.model.calls += 1
 
-    @precondition(lambda self: not self.scaled)
+    @precondition(lambda self: not self.scaled and self.model.t % 4 == 2)
     @operation()
     def step_in_error(self):
         with pytest.raises(TypeError, match="must be pairs"):
@@ -262,7 +263,7 @@ class Keras2(RuleBasedStateMachine):
             self.model.fast[index] = value
 
     @precondition(lambda self: not self.scaled)
-    @operation(count=strategies.integers(0, 12))
+    @operation(count=strategies.sampled_from([0, 0, 0, 1, 2, 3, 5, 12]))
     def assign_count(self, count):
         self.optimizer.iterations.assign(count)
         self.model.t = self.model.calls = count
@@ -399,7 +400,7 @@ class Keras2(RuleBasedStateMachine):
         self.take()
         self.taken(copy.deepcopy(self.model), "list", False)
 
-    @precondition(lambda self: not self.scaled)
+    @precondition(lambda self: not self.scaled and any(level.slow for level in self.model.levels))
     @operation()
     def deep_copy(self):
         twin = copy.deepcopy(self.optimizer)
@@ -432,4 +433,4 @@ class Keras2(RuleBasedStateMachine):
 
 
 def test_random_operations():
-    random_operations.run(Keras2, examples=12, steps=25)
+    random_operations.run(Keras2, examples=30, steps=30)

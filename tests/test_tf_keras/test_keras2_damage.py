@@ -1,0 +1,170 @@
+"""Damaged files, files that would run code, and runs that are killed while they save."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras2_resuming as resuming
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras2_resuming import assert_same_bits, compiled, fit, state, values
+
+from lookahead_optim.tf_keras._keras import keras
+
+FORMATS = ["h5", "weights", "checkpoint_unbuilt", "saved_model"]
+
+
+def load(path, form):
+    """Return the model of a file, or raise what TensorFlow or Keras raises."""
+    if form == "h5":
+        return keras.models.load_model(f"{path}.h5")
+    model = compiled(resuming.momentum(), seed=3)
+    if form == "checkpoint_unbuilt":
+        resuming.checkpoint_of(model).read(f"{path}.{form}").expect_partial()
+    else:
+        model.load_weights(
+            f"{path}.{form}" + ("/variables/variables" if form == "saved_model" else "")
+        ).expect_partial()
+    return model
+
+
+def data_file(path, form):
+    """Return the file that has the arrays."""
+    if form == "h5":
+        return Path(f"{path}.h5")
+    prefix = f"{path}.{form}/variables/variables" if form == "saved_model" else f"{path}.{form}"
+    return Path(f"{prefix}.data-00000-of-00001")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+def test_a_truncated_file_is_an_error(form, part, tmp_path):
+    resuming.save(fit(compiled(resuming.momentum()), end=4), tmp_path / "model", form)
+    file = data_file(tmp_path / "model", form)
+    file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
+    with pytest.raises((OSError, tf.errors.OpError, IndexError, ValueError, KeyError)):
+        load(tmp_path / "model", form)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "h5"])
+def test_a_flipped_bit_in_the_arrays_of_a_checkpoint_is_an_error(form, tmp_path):
+    """Each tensor has a checksum. `.h5` files have none: there a flipped bit is another number."""
+    model = fit(compiled(resuming.momentum()), end=4)
+    resuming.save(model, tmp_path / "model", form)
+    file, expected = data_file(tmp_path / "model", form), state(model)
+    content, generator = file.read_bytes(), random.Random(0)
+    errors = 0
+    for _ in range(12):
+        place, damaged = generator.randrange(len(content)), bytearray(content)
+        damaged[place] ^= 1 << generator.randrange(8)
+        file.write_bytes(bytes(damaged))
+        try:
+            loaded = load(tmp_path / "model", form)
+            if form == "weights":
+                resuming.build(loaded)
+        except (tf.errors.OpError, IndexError, ValueError):
+            errors += 1
+        else:
+            # The bit is in the description of Python objects, or in padding.
+            resuming.build(loaded)
+            assert_same_bits(loaded.get_weights(), expected[:4])
+    assert errors >= 3
+
+
+def test_loading_an_h5_file_runs_no_code_of_the_optimizers_config(tmp_path):
+    """The config names classes that Keras knows or that are registered. It has no code, and is not imported by name."""
+    import json
+
+    import h5py
+
+    resuming.save(fit(compiled(resuming.momentum()), end=4), tmp_path / "model", "h5")
+    with h5py.File(tmp_path / "model.h5", "a") as file:
+        config = json.loads(file.attrs["training_config"])
+        inner = config["optimizer_config"]["config"]["optimizer"]
+        inner["class_name"], inner["config"] = "os>system", {"command": f"touch {tmp_path}/ran"}
+        file.attrs["training_config"] = json.dumps(config)
+    with pytest.raises((ValueError, TypeError), match=r"system|Unknown|optimizer"):
+        keras.models.load_model(tmp_path / "model.h5")
+    assert not (tmp_path / "ran").exists()
+
+
+SAVING = """
+import sys
+from pathlib import Path
+import numpy as np
+import tensorflow as tf
+import keras2_resuming as resuming
+
+directory, form = Path(sys.argv[1]), sys.argv[2]
+model, begin = resuming.compiled(resuming.momentum()), 0
+done = sorted(int(path.stem) for path in directory.glob("*.done"))
+if done:
+    begin = done[-1]
+    path = directory / str(begin)
+    if form == "h5":
+        model = resuming.keras.models.load_model(f"{path}.h5")
+    elif form == "weights":
+        model.load_weights(f"{path}.weights")
+    elif form == "saved_model":
+        model.load_weights(f"{path}.saved_model/variables/variables")
+    else:
+        resuming.checkpoint_of(model).read(f"{path}.{form}")
+for batch in range(begin, resuming.BATCHES):
+    resuming.fit(model, begin=batch, end=batch + 1)
+    resuming.save(model, directory / str(batch + 1), form)
+    # A file is complete when its mark is there.
+    (directory / f"{batch + 1}.done").touch()
+resuming.write(directory / "last.npz", model)
+"""
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_run_that_is_killed_at_any_time_resumes_bit_for_bit(form, tmp_path):
+    """SIGKILL, at times from a generator; the last run ends by itself."""
+    generator, environment = random.Random(form), {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    kills = 0
+    while not (tmp_path / "last.npz").exists():
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", SAVING, str(tmp_path), form],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if kills < 2:
+            before = len(list(tmp_path.glob("*.done")))
+            end = time.monotonic() + 60
+            # At some moment while it trains and saves, not while it imports.
+            while len(list(tmp_path.glob("*.done"))) == before and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(generator.uniform(0, 0.3))
+            process.send_signal(signal.SIGKILL)
+            process.communicate(timeout=60)
+            kills += process.returncode == -signal.SIGKILL
+        else:
+            output, _ = process.communicate(timeout=100)
+            assert process.returncode == 0, output[-3000:]
+    assert_same_bits(resuming.read(tmp_path / "last.npz"), state(fit(compiled(resuming.momentum()))))
+
+
+def test_values_of_a_flipped_h5_file_are_those_of_the_file(tmp_path):
+    """The stated limit: HDF5, as Keras 2 writes it, has no checksums."""
+    import h5py
+
+    model = fit(compiled(resuming.momentum()), end=4)
+    resuming.save(model, tmp_path / "model", "h5")
+    with h5py.File(tmp_path / "model.h5", "a") as file:
+        # The first one is the count.
+        name = file["optimizer_weights"].attrs["weight_names"][1]
+        slow = file["optimizer_weights"][name if isinstance(name, str) else name.decode()]
+        slow[...] = np.asarray(slow) + 1
+    loaded = keras.models.load_model(tmp_path / "model.h5")
+    (one, *_), (other, *_) = ([one.optimizer.get_slot(one.weights[0], "slow")] for one in (loaded, model))
+    np.testing.assert_allclose(values([one])[0], values([other])[0] + 1, rtol=1e-6)
