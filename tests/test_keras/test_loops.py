@@ -492,8 +492,8 @@ def test_eager_steps_list_no_weights_before_a_sync_is_due(monkeypatch):
     weight = keras.Variable(np.ones(3, "float32"))
     optimizer = Lookahead(keras.optimizers.SGD(0.1), sync_period=3)
     listed = []
-    pairs = Lookahead._trainable_pairs
-    monkeypatch.setattr(Lookahead, "_trainable_pairs", lambda self: listed.append(int(self.iterations)) or pairs(self))
+    pairs = Lookahead._pairs
+    monkeypatch.setattr(Lookahead, "_pairs", lambda self: listed.append(int(self.iterations)) or pairs(self))
     for _ in range(7):
         optimizer.apply([keras.ops.ones(3)], [weight])
     assert listed == [3, 6]
