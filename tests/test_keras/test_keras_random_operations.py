@@ -219,10 +219,11 @@ class Machine(stateful.RuleBasedStateMachine):
         if self.model.levels[-1]["slow"] is not None:
             self.model.synchronize(len(self.model.levels) - 1)
 
-    @operation(count=st.integers(0, 7))
-    def count_assigned(self, count):
+    @operation(count=st.integers(0, 7), seed=SEEDS, times=st.integers(0, 3))
+    def count_assigned(self, count, seed, times):
         self.optimizer.iterations.assign(count)
         self.model.count = count
+        self.step(seed, set(), times)
 
     @operation(index=st.integers(0, 1), period=PERIODS, size=STEP_SIZES, rate=RATES)
     def settings(self, index, period, size, rate):
