@@ -14,7 +14,7 @@ _BYTES_PER_THREAD = 2**18
 
 _DTYPES_WITH_A_NORM = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
 
-_ONE = torch.ones(())
+_ONE = torch.ones((), device="cpu")
 
 # Slow weights, and their fast ones. All are on the CPU, or all on one other device.
 Piece: TypeAlias = tuple[list[Tensor], list[Tensor]]
@@ -129,7 +129,7 @@ def _are_finite(weights: list[Tensor]) -> bool:
     The operation is the one of `torch.amp.GradScaler`. No public operation of PyTorch answers for a whole list, and one
     question for each small weight takes longer than the whole slow step.
     """
-    found = torch.zeros(())
+    found = torch.zeros((), device="cpu")
     try:
         torch._amp_foreach_non_finite_check_and_unscale_(weights, found, _ONE)
     except (NotImplementedError, RuntimeError):

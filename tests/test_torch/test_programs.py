@@ -439,3 +439,66 @@ def test_an_optimizer_that_is_deleted_goes_at_once():
         assert [reference() for reference in held] == [None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+@pytest.mark.parametrize("kinds", [("outer", "inner"), ("inner", "outer"), ("outer", "outer")])
+def test_blocks_that_overlap_in_any_order_bring_the_fast_weights_back(kinds, first_out):
+    (one,) = parameters((4,))
+    inner = Lookahead(torch.optim.SGD([one], 0.1), 2)
+    outer = Lookahead(inner, 4)
+    train(outer, [one], range(3))
+    fast = one.detach().clone()
+    blocks = [{"outer": outer, "inner": inner}[kind].slow_weights() for kind in kinds]
+    for block in blocks:
+        block.__enter__()
+    blocks[first_out].__exit__(None, None, None)
+    assert not torch.equal(one, fast)
+    with pytest.raises(RuntimeError, match="inside a `slow_weights"):
+        outer.step()
+    blocks[1 - first_out].__exit__(None, None, None)
+    assert_same_bits([one], [fast])
+    outer.step()
+
+
+def test_a_look_at_the_state_makes_no_entry_of_the_inner_optimizer():
+    (one,) = parameters((4,))
+    optimizer = Lookahead(torch.optim.SGD([one], 0.1), 3)
+    train(optimizer, [one], range(1))
+    assert [list(entries) for entries in optimizer.state.values()] == [["slow"]]
+    entries = optimizer.state[one]
+    assert one not in optimizer.inner_optimizer.state
+    entries["more"] = 1
+    assert optimizer.inner_optimizer.state[one] == {"more": 1}
+    assert list(entries) == list(optimizer.state[one]) == ["more", "slow"]
+
+
+def test_entries_may_be_changed_after_they_were_put_under_another_parameter():
+    weights = parameters((2,), (3,))
+    optimizer = Lookahead(torch.optim.SGD(weights, 0.1, momentum=0.9), 3)
+    train(optimizer, weights, range(2))
+    entries, new = optimizer.state[weights[0]], torch.nn.Parameter(torch.ones(4))
+    del optimizer.state[weights[0]]
+    optimizer.param_groups[0]["params"][0] = new
+    optimizer.state[new] = entries
+    entries["momentum_buffer"] = torch.zeros(4)
+    train(optimizer, [new, weights[1]], range(2, 3))
+    assert_same_bits([optimizer.state[new]["momentum_buffer"]], [new.grad])
+
+
+def test_a_slow_weight_that_is_assigned_from_its_parameter_is_a_copy():
+    (one,) = parameters((4,))
+    optimizer = Lookahead(torch.optim.SGD([one], 0.1), 3)
+    train(optimizer, [one], range(2))
+    expected = one.detach().clone()
+    optimizer.state[one]["slow"] = one.data
+    one.data.add_(1)
+    assert_same_bits([optimizer.state[one]["slow"]], [expected])
+
+
+def test_an_attribute_of_the_inner_optimizer_is_set_there():
+    optimizer = Lookahead(WithModes(parameters((3,)), 0.1))
+    optimizer.mode = "train"
+    assert optimizer.inner_optimizer.mode == "train"
+    optimizer.note = 1
+    assert not hasattr(optimizer.inner_optimizer, "note")

@@ -29,9 +29,13 @@ def check_equal_on_all_ranks(groups: list[dict[str, Any]], names: tuple[str, str
     _compared[signature] += 1
     own = json.dumps([{name: group[name] for name in names[:3]} for group in groups])
     # No public function gives the store. A new one would need an address of its own.
-    store = distributed.distributed_c10d._get_default_store()
     rank = distributed.get_rank()
-    first = json.loads(store.compare_set(key, "", json.dumps([rank, own])))
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        first = json.loads(store.compare_set(key, "", json.dumps([rank, own])))
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
+        # Not every store can do that. It is only a check.
+        return
     if first[1] != own:
         raise RuntimeError(
             "All processes must have the same `sync_period`, `slow_step_size` and number of steps, or their weights "

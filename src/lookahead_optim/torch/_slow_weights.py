@@ -67,6 +67,8 @@ class SlowWeights:
         if parameter not in self.captured and self.captured:
             return
         slow = slow.to_dense() if slow.layout is not torch.strided else slow
+        if slow.is_set_to(parameter):
+            slow = slow.detach().clone()
         by_parameter[parameter] = slow
         self._is_large |= is_large(_foreach.local([slow]))
         self._changed()

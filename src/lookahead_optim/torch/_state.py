@@ -57,8 +57,9 @@ class State(_View):
         self.inner, self.slow, self.slow_by_parameter = inner, slow, slow.by_parameter
 
     def __getitem__(self, key: Any) -> Any:
-        # An entry of its own is made for a parameter without one, as PyTorch's own state does.
-        entries = self.inner[key]
+        # A new entry is made for a key without any, as PyTorch's own state does. But a look at a slow weight must not
+        # make one for the inner optimizer, which may take it for its own.
+        entries = {} if key in self.slow_by_parameter and key not in self.inner else self.inner[key]
         # Some optimizers keep what belongs to no parameter beside the entries of these.
         if not isinstance(key, Tensor) or not isinstance(entries, MutableMapping):
             return entries
@@ -71,12 +72,15 @@ class State(_View):
 
     def __setitem__(self, key: Any, entries: Any) -> None:
         if isinstance(key, Tensor) and isinstance(entries, Mapping):
+            slow = entries.get(self.slow.name)
             self.forget(key)
-            if self.slow.name in entries or isinstance(entries, Entries):
-                entries = dict(entries)
-                slow = entries.pop(self.slow.name, None)
-                if slow is not None:
-                    self.slow.assign(key, slow, self.slow_by_parameter)
+            if isinstance(entries, Entries) and entries.owner is not None:
+                # The entries themselves, as a program may change them after it has put them here.
+                entries = entries.entries
+            elif self.slow.name in entries or isinstance(entries, Entries):
+                entries = {name: value for name, value in entries.items() if name != self.slow.name}
+            if slow is not None:
+                self.slow.assign(key, slow, self.slow_by_parameter)
         self.inner[key] = entries
 
     def __delitem__(self, key: Any) -> None:
@@ -152,6 +156,8 @@ class Entries(_View):
             state, parameter = self.owner
             state.slow.assign(parameter, value, state.slow_by_parameter)
         else:
+            if self.owner is not None and not self.entries and self.owner[1] not in self.owner[0].inner:
+                self.owner[0].inner[self.owner[1]] = self.entries
             self.entries[name] = value
 
     def __delitem__(self, name: str) -> None:

@@ -1,6 +1,7 @@
 """The `Lookahead` optimizer."""
 
 import contextlib
+import dataclasses
 import numbers
 import re
 import threading
@@ -98,8 +99,10 @@ class Lookahead(Optimizer):
     _names: _Names
     # Changed in place only, as tools copy an optimizer's attributes into an object of theirs.
     _slow: SlowWeights
-    _blocks: list[str]
+    _blocks: list["_Block"]
     _lock: Any
+    # With the settings of other processes, since the optimizer was made or loaded.
+    _is_compared: bool
 
     def __init__(self, optimizer: Optimizer, sync_period: int = 6, slow_step_size: float = 0.5) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -145,6 +148,7 @@ class Lookahead(Optimizer):
         others = {name: value for name, value in state.items() if name not in _OF_THE_INNER_OPTIMIZER}
         super().__setstate__(others)
         if "inner_optimizer" in others:
+            self._is_compared = False
             inner = self.inner_optimizer
             if isinstance(inner, Lookahead):
                 self._blocks, self._lock = inner._blocks, inner._lock
@@ -173,7 +177,10 @@ class Lookahead(Optimizer):
             raise AttributeError(
                 f"`{name}` is a setting of each group: set it in `optimizer.param_groups`. Received: {name}={value!r}"
             )
-        super().__setattr__(name, value)
+        inner = self.__dict__.get("inner_optimizer")
+        is_own = inner is None or name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
+        # What is read from the inner optimizer is set there, too.
+        super().__setattr__(name, value) if is_own or not hasattr(inner, name) else setattr(inner, name, value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} ({self.inner_optimizer!r})"
@@ -273,13 +280,17 @@ class Lookahead(Optimizer):
         if due:
             for optimizer in _chain(self):
                 optimizer._slow.check_shapes(due)
-        if not self._slow.captured:
+        if not self._is_compared:
             check_equal_on_all_ranks(self.param_groups, self._names)
+            self._is_compared = True
         self._slow.capture_new(self._active_groups(), name)
 
     @torch.compiler.disable
     def _end_step(self) -> None:
         name, due = self._names.lookahead_step, []
+        if not all(name in group for group in self.param_groups):
+            # The inner optimizer got a group in its step.
+            self._adopt_groups()
         for index, group in enumerate(self.param_groups):
             # Not in place: `ZeroRedundancyOptimizer` and users copy groups.
             group[name] += 1
@@ -290,12 +301,13 @@ class Lookahead(Optimizer):
         if due:
             self._synchronize(due)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Let the inner optimizer make one step and, after every `sync_period` of them, synchronise.
 
         Args:
             closure: Function that evaluates the model again and returns the loss, for inner optimizers that take one.
                 A step counts once, however often they call it.
+            **kwargs: What the inner optimizer's `step` takes besides.
 
         Returns:
             What the inner optimizer returns: the loss if there is a `closure`.
@@ -306,7 +318,6 @@ class Lookahead(Optimizer):
                 has changed its shape.
         """
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        kwargs: dict[str, Any] = {}
         for pre_hook in self._optimizer_step_pre_hooks.values():
             result = pre_hook(self, args, kwargs)
             if result is not None:
@@ -326,7 +337,8 @@ class Lookahead(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the inner optimizer does."""
-        self.inner_optimizer.zero_grad(set_to_none)
+        # Some optimizers take no argument.
+        self.inner_optimizer.zero_grad() if set_to_none else self.inner_optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, which may have a `sync_period` and `slow_step_size` of its own. Its count starts at 0.
@@ -353,14 +365,16 @@ class Lookahead(Optimizer):
         state = dict(state_dict["state"])
         for group, saved in zip(self.param_groups, groups):
             indices = dict(zip(group["params"], saved["params"]))
-            keeps_state = any(state.get(index) for index in indices.values())
+            keeps_state = any(isinstance(one, Mapping) and one for one in map(state.get, indices.values()))
             for parameter, index in indices.items():
                 slow = self._slow.by_parameter.get(parameter)
                 # Most inner optimizers refuse an entry in which nothing is theirs. They make none for a parameter that
                 # has had no gradient, and its slow weight is captured again from where the parameter still is.
-                if slow is None or (keeps_state and not state.get(index) and _are_same(slow, parameter)):
+                entries = state.get(index, {})
+                is_plain = keeps_state and not self._blocks and isinstance(entries, Mapping) and not entries
+                if slow is None or not isinstance(entries, Mapping) or (is_plain and _are_same(slow, parameter)):
                     continue
-                state[index] = {**state.get(index, {}), self._names.slow: slow}
+                state[index] = {**entries, self._names.slow: slow}
         state_dict = {**state_dict, "state": state, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
@@ -408,6 +422,7 @@ class Lookahead(Optimizer):
             group.update({**settings, **group})
         self._adopt_groups()
         self._slow.load(slow_weights)
+        self._is_compared = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -426,6 +441,8 @@ class Lookahead(Optimizer):
         for group, saved in zip(groups, saved_groups):
             for parameter, index in zip(group["params"], saved["params"]):
                 entries = state.get(index, {})
+                if not isinstance(entries, Mapping):
+                    continue
                 slow = entries.get(names.slow)
                 if slow is not None:
                     check_shape(slow, parameter, index)
@@ -506,41 +523,48 @@ class Lookahead(Optimizer):
         Raises:
             RuntimeError: if a parameter has changed its shape, before the block or in it.
         """
+        block = _Block(self._names.slow)
         with self._lock:
-            is_inside = self._names.slow in self._blocks
-            fast_weights, kept = ([], []) if is_inside else self._swap_in()
-        if is_inside:
-            yield
-            return
+            if any(one.name == block.name for one in self._blocks):
+                self._blocks.append(block)
+            else:
+                self._swap_in(block)
         try:
             with gathered_anew(self._slow.by_parameter):
                 yield
         finally:
             with self._lock:
-                self._swap_out(fast_weights, kept)
+                self._swap_out(block)
 
-    def _swap_in(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Put the slow weights into the parameters; return all parameters, and a copy of what they were."""
+    def _swap_in(self, block: "_Block") -> None:
+        """Put the slow weights into the parameters, and what these were into the block."""
         self._adopt_groups()
         self._slow.check_shapes(enumerate(self.param_groups))
         parameters = dict.fromkeys(one for group in self.param_groups for one in group["params"] if not is_lazy(one))
-        fast_weights = _foreach.local(list(parameters))
-        kept = [fast.detach().clone() for fast in fast_weights]
+        block.fast = _foreach.local(list(parameters))
+        block.kept = [fast.detach().clone() for fast in block.fast]
         pairs = [(one, slow) for one in parameters if (slow := self._slow.by_parameter.get(one)) is not None]
-        self._blocks.append(self._names.slow)
+        self._blocks.append(block)
         try:
             # Rounded, if the parameters have another dtype now; the slow weights themselves keep their own.
             _foreach.copy(_foreach.local([one for one, _ in pairs]), _foreach.local([slow for _, slow in pairs]))
         except BaseException:
-            self._swap_out(fast_weights, kept)
+            self._swap_out(block)
             raise
-        return fast_weights, kept
 
-    def _swap_out(self, fast_weights: list[Tensor], kept: list[Tensor]) -> None:
-        self._blocks.remove(self._names.slow)
-        fitting = [(fast, value) for fast, value in zip(fast_weights, kept) if fast.shape == value.shape]
+    def _swap_out(self, block: "_Block") -> None:
+        """Put back what a block keeps, or leave that to a block which began later and has not ended yet."""
+        later = self._blocks[self._blocks.index(block) + 1 :]
+        self._blocks.remove(block)
+        if not block.kept:
+            return
+        if later:
+            heir = next((one for one in later if one.kept), later[0])
+            heir.fast, heir.kept = block.fast, block.kept
+            return
+        fitting = [(fast, value) for fast, value in zip(block.fast, block.kept) if fast.shape == value.shape]
         _foreach.copy([fast for fast, _ in fitting], [value for _, value in fitting])
-        if len(fitting) < len(kept):
+        if len(fitting) < len(block.kept):
             raise RuntimeError(
                 "A parameter changed its shape inside a `slow_weights()` block, so that its fast weights did not "
                 "come back; those of the others did. Change shapes outside of the block."
@@ -552,6 +576,15 @@ class Lookahead(Optimizer):
                 f"`{caller}` was called inside a `slow_weights()` block, at whose end the fast weights come back. Call "
                 "it after the block."
             )
+
+
+@dataclasses.dataclass(eq=False)
+class _Block:
+    """A `slow_weights()` block that is open, and the fast weights that it puts back; none inside another one."""
+
+    name: str
+    fast: list[Tensor] = dataclasses.field(default_factory=list)
+    kept: list[Tensor] = dataclasses.field(default_factory=list)
 
 
 def _chain(optimizer: Optimizer) -> Iterator[Lookahead]:
