@@ -1,0 +1,48 @@
+"""Callbacks that swap beside each other: the training is that without them, in any order."""
+
+import itertools
+
+import pytest
+from keras2_resuming import assert_same_bits, compiled, data, state
+
+from lookahead_optim.tf_keras import Lookahead, SwapSlowWeights
+from lookahead_optim.tf_keras._keras import keras
+
+
+class OwnAverage(keras.callbacks.Callback):
+    """Keeps the weights, puts others in for the validation, and restores what it kept."""
+
+    def on_test_begin(self, logs=None):
+        self.kept = self.model.get_weights()
+        self.model.set_weights([0.5 * weight for weight in self.kept])
+
+    def on_test_end(self, logs=None):
+        self.model.set_weights(self.kept)
+
+
+KINDS = {
+    "slow": SwapSlowWeights,
+    "slow on epochs": lambda: SwapSlowWeights(swap_on_epoch=True),
+    "own": OwnAverage,
+}
+# Two of a user's own spoil the training by themselves.
+PAIRS = [pair for pair in itertools.product(KINDS, KINDS) if pair != ("own", "own")]
+
+
+def trained(*kinds, nested=False):
+    optimizer = Lookahead(keras.optimizers.legacy.SGD(0.05, momentum=0.9), 3)
+    model = compiled(Lookahead(optimizer, 7) if nested else optimizer)
+    x, y = data()
+    callbacks = [KINDS[kind]() for kind in kinds]
+    history = model.fit(
+        x, y, batch_size=8, epochs=3, shuffle=False, validation_data=(x, y), callbacks=callbacks, verbose=0
+    )
+    return history.history["loss"], state(model)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kinds", PAIRS, ids=" and ".join)
+def test_training_with_two_callbacks_that_swap_is_the_training_without(kinds, nested):
+    (loss, weights), (right_loss, right) = trained(*kinds, nested=nested), trained(nested=nested)
+    assert loss == right_loss
+    assert_same_bits(weights, right)
