@@ -81,20 +81,8 @@ def move(slow: list[Tensor], fast: list[Tensor], slow_step_size: float, is_caref
 
 
 def move_unwatched(slow: list[Tensor], fast: list[Tensor], slow_step_size: float) -> None:
-    """Move slow weights towards the fast ones, where nothing is known of what they were before.
-
-    On the CPU a move that is not finite is made again, carefully. Until that is known it must not replace the slow
-    weights, which costs a temporary array for each.
-    """
-    if slow_step_size in (0, 1) or not slow[0].is_cpu:
-        move(slow, fast, slow_step_size, is_careful=False)
-        return
-    if not _is_beyond(slow_step_size, slow):
-        moved = torch._foreach_lerp(slow, fast, slow_step_size)
-        if _are_finite(list(moved)):
-            torch._foreach_copy_(slow, moved)
-            return
-    move(slow, fast, slow_step_size, is_careful=True)
+    """Move slow weights towards the fast ones, where nobody has noted whether they need care: ask them each time."""
+    move(slow, fast, slow_step_size, is_careful=slow[0].is_cpu and is_large(slow))
 
 
 def _move_carefully(slow: Tensor, fast: Tensor, slow_step_size: float) -> None:
