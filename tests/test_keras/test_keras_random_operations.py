@@ -293,6 +293,9 @@ class Machine(stateful.RuleBasedStateMachine):
             "tree": lambda: self.keras_model.get_state_tree(value_format="numpy_array"),
             "checkpoint": lambda: self.checkpoint(self.keras_model).write(path),
         }[kind]
+        if kind == "tree" and not all(one.path.startswith("model/") for one in self.variables):
+            # Keras gives a loaded model other paths.
+            return
         # On PyTorch Keras gives arrays that share their memory with the variables.
         self.saved.append((kind, path, copy.deepcopy(what()), copy.deepcopy(self.model), self.frozen.copy()))
 
@@ -311,6 +314,8 @@ class Machine(stateful.RuleBasedStateMachine):
             return
         # An optimizer that is loaded is built for the weights that are trainable then.
         if frozen and kind == "keras":
+            return
+        if kind == "tree" and not anew and not all(one.path.startswith("model/") for one in self.variables):
             return
         model = copy.deepcopy(saved)
         self.compiled = None
