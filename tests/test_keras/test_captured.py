@@ -209,6 +209,16 @@ def test_a_period_cannot_be_switched_on_after_it_was_built_without():
         optimizer.sync_period = 3
 
 
+def test_a_model_saved_while_it_was_switched_off_loads_and_is_off(tmp_path):
+    model = make_model(Lookahead(keras.optimizers.SGD(0.05), sync_period=2))
+    model.fit(*data(8), verbose=0)
+    model.optimizer.sync_period = 0
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.sync_period == 0
+    assert_same_bits(loaded.optimizer.variables, model.optimizer.inner_optimizer.variables)
+
+
 @pytest.mark.parametrize("period", [2**31, 2**40, 2**80])
 def test_a_period_beyond_the_count_never_comes(period):
     weight = keras.Variable([0.0])

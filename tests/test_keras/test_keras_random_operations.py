@@ -313,7 +313,8 @@ class Machine(stateful.RuleBasedStateMachine):
         if frozen != self.frozen or any(not period for period, _ in levels):
             return
         # An optimizer that is loaded is built for the weights that are trainable then.
-        if frozen and kind == "keras":
+        is_off = any(not level["period"] for level in saved.levels)
+        if (frozen and kind == "keras") or (is_off and kind != "keras"):
             return
         if kind == "tree" and not anew and not all(one.path.startswith("model/") for one in self.variables):
             return

@@ -534,8 +534,8 @@ class Lookahead(_backend.Tracked, keras.optimizers.Optimizer):
 
     def _own_variables(self) -> dict[str, Any]:
         # Numbers for names would let a bare optimizer's momentum, of the same count and shapes, load as slow weights.
-        captured = {} if self._captured is None else {"captured": self._captured}
-        return {**captured, **self._named_slow_variables()}
+        # Switched off, it loads into one that was made so, from its config.
+        return {"captured": self._captured, **self._named_slow_variables()} if self.sync_period and self.built else {}
 
     def save_own_variables(self, store: Any) -> None:
         """Save the slow weights; Keras has the inner optimizer save its own state beside them."""
