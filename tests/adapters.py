@@ -247,8 +247,9 @@ if _joins("tf_keras") or (_joins("tensorflow") and importlib.metadata.version("t
             self.optimizer._create_all_weights(self.variables)
 
         def apply(self, gradients):
+            # With `None`, as `fit` does: a variable that is not in the list is one that is not trained.
             tensors = [None if one is None else tf.constant(one) for one in gradients]
-            self.optimizer.apply_gradients([pair for pair in zip(tensors, self.variables) if pair[0] is not None])
+            self.optimizer.apply_gradients(zip(tensors, self.variables))
 
         def fast(self):
             return [one.numpy() for one in self.variables]
