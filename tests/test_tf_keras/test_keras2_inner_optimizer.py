@@ -384,6 +384,18 @@ def test_a_count_that_is_set_is_the_inner_optimizers_too():
         assert int(count) == int(inner.iterations) == 21
 
 
+def assert_resumes_bit_for_bit(never_stopped, make, stops, folder):
+    """Save and restore a model that made four steps, `stops` times more before a step, and let both train on."""
+    model = never_stopped
+    for number in range(stops + 1):
+        resuming.checkpoint_of(model).write(f"{folder}/{number}")
+        model = compiled(make(), seed=3)
+        resuming.checkpoint_of(model).read(f"{folder}/{number}")
+    for one in (never_stopped, model):
+        fit(one, begin=4)
+    assert_same_bits(state(model), state(never_stopped))
+
+
 @pytest.mark.parametrize("stops", [1, 3])
 @pytest.mark.parametrize("name", resuming.OPTIMIZERS)
 def test_what_is_restored_and_saved_again_before_a_step_is_the_same_checkpoint(name, stops, tmp_path):
@@ -395,13 +407,7 @@ def test_what_is_restored_and_saved_again_before_a_step_is_the_same_checkpoint(n
         inner = inner.inner_optimizer
     if name != "nested":
         inner.learning_rate = 0.03
-    for number in range(stops + 1):
-        resuming.checkpoint_of(model).write(f"{tmp_path}/{number}")
-        model = compiled(make(), seed=3)
-        resuming.checkpoint_of(model).read(f"{tmp_path}/{number}")
-    for one in (never_stopped, model):
-        fit(one, begin=4)
-    assert_same_bits(state(model), state(never_stopped))
+    assert_resumes_bit_for_bit(never_stopped, make, stops, tmp_path)
 
 
 @pytest.mark.parametrize("stops", [1, 2])
@@ -412,13 +418,7 @@ def test_the_count_of_applied_steps_is_saved_again_before_a_step(stops, tmp_path
     model = never_stopped = compiled(make())
     model.train_on_batch(resuming.data(8)[0], np.full((8, 1), np.inf))
     fit(model, end=4)
-    for number in range(stops + 1):
-        resuming.checkpoint_of(model).write(f"{tmp_path}/{number}")
-        model = compiled(make(), seed=3)
-        resuming.checkpoint_of(model).read(f"{tmp_path}/{number}")
-    for one in (never_stopped, model):
-        fit(one, begin=4)
-    assert_same_bits(state(model), state(never_stopped))
+    assert_resumes_bit_for_bit(never_stopped, make, stops, tmp_path)
 
 
 # Averaging around.

@@ -371,3 +371,63 @@ def test_lookahead_inside_a_wrapper_of_another_kind_is_refused():
     wrapper.optimizer = Lookahead(torch.optim.SGD(wrapper.param_groups, lr=0.1))
     with pytest.raises(ValueError, match=r"must not have a `Lookahead` inside.*Received: optimizer=Wrapper\(\.\.\.\)"):
         Lookahead(wrapper)
+
+
+OTHERS = {
+    "SGD": lambda one: torch.optim.SGD(one, 0.2, momentum=0.9),
+    "Adam": lambda one: torch.optim.Adam(one, 0.2),
+    "RMSprop": lambda one: torch.optim.RMSprop(one, 0.2),
+}
+
+
+@pytest.mark.parametrize("loads", OTHERS)
+@pytest.mark.parametrize("wrote", OTHERS)
+@pytest.mark.parametrize("levels", [0, 1, 2])
+def test_checkpoint_of_another_inner_optimizer_is_refused_by_name_and_changes_nothing(loads, wrote, levels):
+    def trained(name, levels, steps=4):
+        weights = parameters((4,), (2, 3))
+        optimizer = OTHERS[name](weights)
+        for _ in range(levels):
+            optimizer = Lookahead(optimizer, 3, 0.25)
+        for step in range(steps):
+            set_gradients(weights, step)
+            optimizer.step()
+        return weights, optimizer
+
+    weights, optimizer = trained(loads, max(levels, 1))
+    state_dict = copy.deepcopy(trained(wrote, levels)[1].state_dict())
+    if loads == wrote:
+        optimizer.load_state_dict(state_dict)
+        return
+    before = comparable([weights, optimizer.state_dict(), optimizer.param_groups])
+    message = rf"`state_dict` must come from a `Lookahead` around a {loads}, or from that optimizer alone.*Received"
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state_dict)
+    assert comparable([weights, optimizer.state_dict(), optimizer.param_groups]) == before
+    expected, reference = trained(loads, max(levels, 1))
+    for step in range(4, 8):
+        for one, other in ((weights, optimizer), (expected, reference)):
+            set_gradients(one, step)
+            other.step()
+    assert_same_bits(weights, expected)
+
+
+@pytest.mark.parametrize("count", [2**63, -3, 2.7, True, "x", None, NAN, torch.tensor([1, 2])])
+@pytest.mark.parametrize("how", ["by_hand", "loaded"])
+def test_bad_count_is_refused_before_anything_changes(count, how):
+    trained = Trained()
+    if how == "loaded":
+        state_dict = copy.deepcopy(trained.optimizer.state_dict())
+        state_dict["param_groups"][0].update(lookahead_step=count, lr=0.7)
+        with pytest.raises(ValueError, match=r"`lookahead_step` must be an integer >= 0.*Received"):
+            trained.optimizer.load_state_dict(state_dict)
+    else:
+        kept = trained.optimizer.param_groups[0]["lookahead_step"]
+        trained.optimizer.param_groups[0]["lookahead_step"] = count
+        set_gradients(trained.fast, 6)
+        before = comparable(trained.fast)
+        with pytest.raises(ValueError, match=r"`lookahead_step` must be an integer >= 0.*Received"):
+            trained.optimizer.step()
+        assert comparable(trained.fast) == before
+        trained.optimizer.param_groups[0]["lookahead_step"] = kept
+    trained.assert_unchanged_and_able_to_train()

@@ -11,14 +11,16 @@ import numpy as np
 
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
 from lookahead_optim._evaluation import Block
-from lookahead_optim.keras import _backend
+from lookahead_optim.keras._backend import arithmetic as _backend
 from lookahead_optim.keras._configure import accumulation_steps, deserialize, make_inner_optimizer, optimizers_in
 
 __all__ = ["Lookahead"]
 
+_Tracked: Any = _backend.Tracked
+
 
 @keras.saving.register_keras_serializable(package="lookahead_optim")
-class Lookahead(_backend.Tracked, keras.optimizers.Optimizer):
+class Lookahead(_Tracked, keras.optimizers.Optimizer):
     r"""Lookahead: `k` steps forward, one step back.
 
     Wraps an optimizer, which moves the model's weights, the *fast* weights $\theta$. After every `sync_period`

@@ -12,20 +12,18 @@ from torch.nn.parameter import is_lazy
 from lookahead_optim._torch import is_large, move
 from lookahead_optim.torch import _foreach
 
-__all__ = ["SlowWeights", "check_shape", "takes_part"]
+__all__ = ["SlowWeights", "check_shape"]
 
 
 class SlowWeights:
     """The slow weights by parameter, and what is derived from them.
 
-    All is changed in place only, as tools copy an optimizer's attributes into an object of theirs.
-
     Attributes:
         name: The name of a slow weight in the entries of `Lookahead.state` and of state dicts.
         by_parameter: The slow weights.
         captured: The parameters that were captured, as far as they are still in the groups. Another one is captured
-            from its own value, even if a slow weight was put into its state: that is an entry which a program moved
-            from one parameter to another, and padded or cut as it does with moments.
+            from its own value, even if a slow weight was put into its state: a program has moved the entry from one
+            parameter to another, and padded or cut it like a moment.
     """
 
     def __init__(self, name: str) -> None:
@@ -116,7 +114,7 @@ class SlowWeights:
         new = []
         for parameter in members:
             is_restored = parameter in self.by_parameter and (parameter in self.captured or parameter in stepped)
-            if not is_restored and takes_part(parameter):
+            if not is_restored and _takes_part(parameter):
                 self.by_parameter[parameter] = parameter.detach().clone()
                 new.append(parameter)
             if parameter in self.by_parameter:
@@ -129,7 +127,7 @@ class SlowWeights:
     def drop_frozen(self, parameters: Iterable[Tensor]) -> None:
         """Drop the slow weights of parameters that are frozen, at a sync: these must not be moved."""
         for parameter in parameters:
-            if parameter in self.by_parameter and not takes_part(parameter):
+            if parameter in self.by_parameter and not _takes_part(parameter):
                 self.forget(parameter)
 
     def check_shapes(self, groups: Iterable[tuple[int, dict[str, Any]]]) -> None:
@@ -190,7 +188,7 @@ class SlowWeights:
                 torch._foreach_copy_(fast, slow)
 
 
-def takes_part(parameter: Tensor) -> bool:
+def _takes_part(parameter: Tensor) -> bool:
     """Return whether a parameter may move: it is not frozen and is there."""
     return (parameter.requires_grad or parameter.grad is not None) and not is_lazy(parameter)
 

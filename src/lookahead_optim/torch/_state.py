@@ -53,8 +53,14 @@ class _View(_MappingAndDict):
 class State(_View):
     """The inner optimizer's state, with one more entry for each parameter that has a slow weight."""
 
-    def __init__(self, inner: MutableMapping[Any, Any], slow: "SlowWeights") -> None:
-        self.inner, self.slow, self.slow_by_parameter = inner, slow, slow.by_parameter
+    def __init__(
+        self,
+        inner: MutableMapping[Any, Any],
+        slow: "SlowWeights",
+        slow_by_parameter: dict[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.inner, self.slow = inner, slow
+        self.slow_by_parameter = slow.by_parameter if slow_by_parameter is None else slow_by_parameter
 
     def __getitem__(self, key: Any) -> Any:
         # A new entry is made for a key without any, as PyTorch's own state does. But a look at a slow weight must not

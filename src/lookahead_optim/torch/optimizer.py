@@ -6,7 +6,7 @@ import numbers
 import re
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -55,9 +55,9 @@ class Lookahead(Optimizer):
 
     `param_groups` is the inner optimizer's own list. `sync_period` and `slow_step_size` are in the groups, so that they
     can differ between them, and a group's step count, `lookahead_step`, too. `state[parameter]` has the inner
-    optimizer's entries and `"slow"`, the slow weight: a tensor of the parameter's shape, dtype, device and sharding.
-    Checkpoints are those of any `torch.optim.Optimizer`. One of the bare inner optimizer can be loaded too: the slow
-    weights are then captured again.
+    optimizer's entries and `"slow"`, a copy of the slow weight: a tensor of the parameter's shape, dtype, device and
+    sharding. Checkpoints are those of any `torch.optim.Optimizer`. One of the bare inner optimizer can be loaded too:
+    the slow weights are then captured again.
 
     A `Lookahead` may be inside another. Both count the steps of the innermost optimizer, and all weights restart from
     those that the outer one has synchronised, the inner one's slow weights too. The outer one's names in groups and
@@ -97,7 +97,7 @@ class Lookahead(Optimizer):
 
     inner_optimizer: Optimizer
     _names: _Names
-    # Changed in place only, as tools copy an optimizer's attributes into an object of theirs.
+    # These objects stay the same, as tools copy an optimizer's attributes into an object of theirs.
     _slow: SlowWeights
     _blocks: list["_Block"]
     _lock: Any
@@ -215,22 +215,17 @@ class Lookahead(Optimizer):
 
     @state.setter
     def state(self, state: Mapping[Any, Any]) -> None:
-        inner: MutableMapping[Any, Any]
-        if isinstance(state, State) and state.slow.name == self._slow.name:
-            inner, by_parameter = state.inner, state.slow_by_parameter
-        else:
-            inner, by_parameter = state if isinstance(state, defaultdict) else defaultdict(dict, state), {}
-            if any(isinstance(entries, Mapping) and self._slow.name in entries for entries in state.values()):
-                inner = defaultdict(dict)
-                for key, entries in state.items():
-                    if isinstance(entries, Mapping):
-                        entries = dict(entries)
-                        slow = entries.pop(self._slow.name, None)
-                        if slow is not None:
-                            self._slow.assign(key, slow, by_parameter)
-                    inner[key] = entries
-        self.inner_optimizer.state = inner  # type: ignore[assignment]
-        self._slow.replace(by_parameter)
+        if not (isinstance(state, State) and state.slow.name == self._slow.name):
+            given = state
+            inner: defaultdict[Any, Any] = defaultdict(dict)
+            has_slow = any(isinstance(entries, Mapping) and self._slow.name in entries for entries in given.values())
+            if isinstance(given, defaultdict) and not has_slow:
+                inner = given
+            state = State(inner, self._slow, {})
+            if inner is not given:
+                state.update(given)
+        self.inner_optimizer.state = state.inner  # type: ignore[assignment]
+        self._slow.replace(state.slow_by_parameter)
 
     def _adopt_groups(self) -> None:
         """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint."""
@@ -414,9 +409,10 @@ class Lookahead(Optimizer):
             vars(self.inner_optimizer).update(before)
             if isinstance(self.inner_optimizer, Lookahead) and isinstance(error, (TypeError, ValueError)):
                 raise
+            name = type(self.inner_optimizer).__name__
             raise ValueError(
-                f"`state_dict` must be that of a `Lookahead` around a {type(self.inner_optimizer).__name__} like this "
-                f"one, or of the bare one. Received: one that it cannot load ({type(error).__name__}: {error})"
+                f"`state_dict` must come from a `Lookahead` around a {name}, or from that optimizer alone. "
+                f"Received: one that it cannot load ({type(error).__name__}: {error})"
             ) from error
         for group, settings in zip(self.param_groups, kept):
             group.update({**settings, **group})
@@ -460,7 +456,7 @@ class Lookahead(Optimizer):
     def _check_loaded_groups(self, settings_before: list[set[str]]) -> None:
         """Raise an error if a loaded group lacks a setting: it is that of another class, whose next step would fail."""
         for group, before in zip(self.param_groups, settings_before):
-            needed = before & set(_innermost(self).defaults) - set(group)
+            needed = before & set(self.defaults) - set(group)
             missing = sorted(name for name in needed if not re.fullmatch(_OWN_SETTING, name))
             if missing:
                 raise ValueError(f"its groups have no {missing}")
@@ -592,12 +588,6 @@ def _chain(optimizer: Optimizer) -> Iterator[Lookahead]:
     while isinstance(optimizer, Lookahead):
         yield optimizer
         optimizer = optimizer.inner_optimizer
-
-
-def _innermost(optimizer: Optimizer) -> Optimizer:
-    while isinstance(optimizer, Lookahead):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
 
 
 def _check_group(group: dict[str, Any], names: _Names) -> None:
