@@ -4,7 +4,7 @@ import torch
 from programs import of_torch
 from programs.of_torch import inner_optimizer, step_program, versions
 
-from lookahead_optim import _torch
+from lookahead_optim import _outer_step_torch as _torch
 
 __all__ = ["optimizers", "step_program", "versions"]
 

@@ -7,7 +7,7 @@ import torch
 from by_hand import ByHand, assert_same_bits, parameters, set_gradients
 
 import reference
-from lookahead_optim import _torch
+from lookahead_optim import _outer_step_torch as _torch
 from lookahead_optim.torch import Lookahead
 
 

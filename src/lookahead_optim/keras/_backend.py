@@ -12,4 +12,4 @@ if keras.config.backend() not in ("tensorflow", "jax", "torch"):
         f"Received: KERAS_BACKEND={keras.config.backend()}"
     )
 
-arithmetic = importlib.import_module(f"lookahead_optim.keras._{keras.config.backend()}")
+arithmetic = importlib.import_module(f"lookahead_optim.keras._on_{keras.config.backend()}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from lookahead_optim import _tensorflow
+from lookahead_optim import _outer_step_tensorflow as _tensorflow
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
 from lookahead_optim._evaluation import Block
 from lookahead_optim.tf_keras._configure import checked_settings, configure, legacy_form

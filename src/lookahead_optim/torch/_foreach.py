@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lookahead_optim._torch import Piece, cut, is_cut
+from lookahead_optim._outer_step_torch import Piece, cut, is_cut
 
 __all__ = ["Plan", "copy", "local", "make_plan", "share_memory"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lookahead_optim._torch import is_large, move
+from lookahead_optim._outer_step_torch import is_large, move
 from lookahead_optim.torch import _foreach
 
 __all__ = ["SlowWeights", "check_shape"]

@@ -19,7 +19,7 @@ from lookahead_optim.torch import _foreach
 from lookahead_optim.torch._fsdp import gathered_anew
 from lookahead_optim.torch._ranks import check_equal_on_all_ranks
 from lookahead_optim.torch._slow_weights import SlowWeights, check_shape
-from lookahead_optim.torch._state import State
+from lookahead_optim.torch._state_view import State
 
 __all__ = ["Lookahead"]
 

@@ -8,7 +8,7 @@ import contextlib
 import torch
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from lookahead_optim._torch import cut, move_unwatched
+from lookahead_optim._outer_step_torch import cut, move_unwatched
 
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from lookahead_optim import _tensorflow
+from lookahead_optim import _outer_step_tensorflow as _tensorflow
 from lookahead_optim.keras._configure import optimizers_in
 
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
