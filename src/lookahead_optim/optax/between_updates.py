@@ -1,4 +1,7 @@
-"""The slow parameters, found in the state of any optimizer that has a `lookahead`."""
+"""Functions for the time between two updates: the slow parameters, a sync by hand, a reset.
+
+They find each `lookahead` in the state of any optimizer.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from lookahead_optim.optax._interpolation import interpolate, is_array, is_weight
-from lookahead_optim.optax._state import LookaheadState, at_paths_of, by_path, missing, nodes, restart, shapes
+from lookahead_optim.optax._outer_step import outer_step
+from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, is_weight, mark_stale
+from lookahead_optim.optax._trees import at_paths_of, by_path, is_array, outermost_nodes, shapes
 
 __all__ = ["reset_slow_params", "slow_params", "sync"]
 
@@ -30,7 +35,6 @@ def slow_params(state: optax.OptState, params: optax.Params) -> optax.Params:
     Raises:
         ValueError: if `state` has no `lookahead`, or one of other parameters.
     """
-
     return _where_captured(lambda state, slow, param: slow, state, params)
 
 
@@ -48,10 +52,10 @@ def sync(state: optax.OptState, params: optax.Params) -> tuple[optax.Params, opt
         ValueError: as `slow_params`.
     """
 
-    def synchronized(state: LookaheadState, slow: Any, param: Any) -> Any:
-        return interpolate(slow, param, _scalar(state.next_slow_step_size, param))
+    def synchronized(state: LookaheadState, slow: Any, param: Any) -> jax.Array:
+        return outer_step(slow, param, _scalar(state.next_slow_step_size, param))
 
-    return _where_captured(synchronized, state, params), restart(state, True)
+    return _where_captured(synchronized, state, params), mark_stale(state, True)
 
 
 def reset_slow_params(state: optax.OptState, params: optax.Params) -> optax.OptState:
@@ -67,21 +71,68 @@ def reset_slow_params(state: optax.OptState, params: optax.Params) -> optax.OptS
     Raises:
         ValueError: as `slow_params`.
     """
-    slow_params(state, params)  # for its errors
+    _check(state, params)
 
     def copy(slow: Any, param: Any) -> jax.Array:
         return jnp.copy(slow if param is None else param)
 
-    def capture(node: LookaheadState) -> LookaheadState:
+    def capture(node: Any) -> Any:
+        if not isinstance(node, LookaheadState):
+            return node
         return node._replace(
             slow_params=jax.tree.map(copy, node.slow_params, at_paths_of(node.slow_params, params)),
             captured=jax.tree.map(jnp.ones_like, node.captured),
         )
 
-    return restart(state, True, capture)
+    # The outermost only: those inside capture at the next update, as after any sync of an outer one.
+    return jax.tree.map(capture, mark_stale(state, True), is_leaf=lambda node: isinstance(node, LookaheadState))
 
 
-def _scalar(node: Any, param: Any) -> Any:
+def _check(state: Any, params: Any) -> list[LookaheadState]:
+    """Return the outermost states of a `lookahead`, or raise `ValueError` if there is none, or other parameters."""
+    found = list(outermost_nodes(state, (LookaheadState,)))
+    if not found:
+        raise ValueError(
+            "`state` must be the state of an optimizer that has a `lookahead_optim.optax.lookahead`. "
+            f"Received: state={state!r:.500}"
+        )
+    for lookahead_state in found:
+        missing = first_missing(lookahead_state.slow_params, by_path(params))
+        if missing:
+            raise ValueError(
+                "`params` must be those that the `lookahead` in `state` gets; it has a slow one of shape "
+                f"{missing.shape} at {missing.path}. Received: parameters of shapes {shapes(params)!r:.500}"
+            )
+    return found
+
+
+def _where_captured(
+    function: Callable[[LookaheadState, Any, Any], ArrayLike], state: optax.OptState, params: optax.Params
+) -> optax.Params:
+    """Return the parameters, or what a function of state, slow parameter and parameter gives where one is captured."""
+    found = _check(state, params)
+    leaves = by_path(params)
+    mapped = {path: jnp.copy(param) if is_array(param) else param for path, param in leaves.items()}
+
+    def visit(lookahead_state: LookaheadState) -> None:
+        # Those inside first: what an outer one has captured counts, or what they have if it is switched off.
+        for inside in outermost_nodes(lookahead_state.inner_state, (LookaheadState,)):
+            visit(inside)
+        if first_missing(lookahead_state.slow_params, leaves):
+            return  # One that is inside `optax.flatten`, for example, gets other parameters.
+        # By path: where parameters are masked out there are none in the state, and those of `nnx` are variables there.
+        for path, slow in by_path(lookahead_state.slow_params).items():
+            if path in leaves and is_weight(slow):
+                param = leaves[path]
+                is_captured = _scalar(lookahead_state.captured, param) != 0
+                mapped[path] = jnp.where(is_captured, function(lookahead_state, slow, param), mapped[path])
+
+    for lookahead_state in found:
+        visit(lookahead_state)
+    return jax.tree.unflatten(jax.tree.structure(params), [mapped[path] for path in leaves])
+
+
+def _scalar(node: Any, param: ArrayLike) -> jax.Array:
     """Return a scalar of the state, with axes that broadcast with a parameter's.
 
     It is in a node of one leaf, as `nnx` keeps it in a variable. In states that `jax.vmap` has stacked it has the
@@ -89,36 +140,3 @@ def _scalar(node: Any, param: Any) -> Any:
     """
     (scalar,) = jax.tree.leaves(node)
     return jnp.reshape(scalar, jnp.shape(scalar) + (1,) * (jnp.ndim(param) - jnp.ndim(scalar)))
-
-
-def _where_captured(function: Callable[[LookaheadState, Any, Any], Any], state: optax.OptState, params: Any) -> Any:
-    """Return the parameters, or what a function of state, slow parameter and parameter gives where one is captured."""
-    found = list(nodes(state, (LookaheadState,)))
-    if not found:
-        raise ValueError(
-            "`state` must be the state of an optimizer that has a `lookahead_optim.optax.lookahead`. "
-            f"Received: state={state!r:.500}"
-        )
-    leaves = by_path(params)
-    mapped = {path: jnp.copy(param) if is_array(param) else param for path, param in leaves.items()}
-
-    def visit(one: LookaheadState, is_inside: bool) -> None:
-        lacking = missing(one.slow_params, leaves)
-        if lacking and not is_inside:
-            raise ValueError(
-                "`params` must be those that the `lookahead` in `state` gets; it has a slow one of shape "
-                f"{lacking[1]} at {lacking[0]}. Received: parameters of shapes {shapes(params)!r:.500}"
-            )
-        # Those inside first: what an outer one has captured counts, or what they have if it is switched off.
-        for inside in nodes(one.inner_state, (LookaheadState,)):
-            visit(inside, True)
-        # By path: where parameters are masked out there are none in the state, and those of `nnx` are variables there.
-        for path, slow in by_path(one.slow_params).items() if not lacking else ():
-            if path in leaves and is_weight(slow):
-                param = leaves[path]
-                is_captured = _scalar(one.captured, param) != 0
-                mapped[path] = jnp.where(is_captured, function(one, slow, param), mapped[path])
-
-    for one in found:
-        visit(one, False)
-    return jax.tree.unflatten(jax.tree.structure(params), [mapped[path] for path in leaves])

@@ -1,0 +1,64 @@
+"""What a `lookahead` must know of Optax' own transformations inside it, which their states say."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from lookahead_optim.optax._count import END
+from lookahead_optim.optax._trees import outermost_nodes
+
+__all__ = ["completes_step", "is_applied", "restarted_line_searches"]
+
+_LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
+
+
+def is_applied(before: optax.OptState, after: optax.OptState) -> jax.Array:
+    """Return whether the inner updates between two states move the parameters.
+
+    They do for all transformations but these: `optax.MultiSteps` accumulates, and `optax.apply_if_finite` rejects. What
+    the latter lets pass after too many errors in a row cannot be told from what it rejects.
+    """
+    answer = jnp.array(True)
+    kinds = (optax.MultiStepsState, optax.ApplyIfFiniteState)
+    for old, new in zip(_nodes(before, kinds), _nodes(after, kinds)):
+        if isinstance(new, optax.MultiStepsState):
+            # Its count of steps stays at the end of int32. There only the end of an accumulation tells.
+            is_at_end = (old.gradient_step == END) & (new.mini_step == 0) & (old.mini_step != 0)
+            answer &= (new.gradient_step != old.gradient_step) | is_at_end
+        else:
+            answer &= new.last_finite
+    return answer
+
+
+def completes_step(after: optax.OptState) -> jax.Array:
+    """Return whether the inner update that made a state completes a step: all do but adversarial steps of `sam`."""
+    answer = jnp.array(True)
+    for state in _nodes(after, (optax.contrib.SAMState,)):
+        answer &= state.steps_since_sync == 0
+    return answer
+
+
+def restarted_line_searches(state: optax.OptState, is_moved: ArrayLike) -> optax.OptState:
+    """Return a state for parameters that something else has moved, if `is_moved`.
+
+    Line searches keep their last value for `optax.value_and_grad_from_state`. It computes value and gradient anew where
+    the one that was kept is infinite.
+    """
+
+    def restart(node: Any) -> Any:
+        if not isinstance(node, _LINE_SEARCHES):
+            return node
+        return node._replace(value=jax.tree.map(lambda value: jnp.where(is_moved, jnp.inf, value), node.value))
+
+    return jax.tree.map(restart, state, is_leaf=lambda node: isinstance(node, _LINE_SEARCHES))
+
+
+def _nodes(tree: Any, kinds: tuple[type, ...]) -> Iterator[Any]:
+    """Yield the nodes of certain types, each before those that are inside it."""
+    for node in outermost_nodes(tree, kinds):
+        yield node
+        yield from _nodes(tuple(node), kinds)

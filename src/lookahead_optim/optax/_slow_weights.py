@@ -1,0 +1,113 @@
+"""The slow weights: which leaves have one, where they lie, how they are captured, and when they are stale.
+
+Stale are those of a state whose `captured` is 0. Nothing else says so.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from lookahead_optim.optax._combinators import restarted_line_searches
+from lookahead_optim.optax._trees import at_paths_of, by_path, is_number
+
+__all__ = ["LookaheadState", "Missing", "capture_if_stale", "first_missing", "initial", "is_weight", "mark_stale"]
+
+
+class LookaheadState(NamedTuple):
+    """State of the transformation that `lookahead` returns. Read the slow parameters with `slow_params`.
+
+    Attributes:
+        inner_state: State of the inner transformation.
+        slow_params: Tree like the parameters, with their shapes, dtypes and shardings: the slow parameters where
+            `captured` is 1. `None` for what is no number, and if Lookahead is switched off.
+        step: int32 scalar, the number of updates of the inner transformation. After 2^31 - 1 it goes back by one cycle.
+        captured: int32 scalar. 0 before the first update and right after a sync: the slow parameters are the parameters
+            themselves then, and `slow_params` is set to them at the next update. Otherwise 1. (Not a boolean, as some
+            wrappers do arithmetic on states.)
+        next_slow_step_size: float scalar, the slow step size of the next sync.
+    """
+
+    inner_state: optax.OptState
+    slow_params: optax.Params
+    step: jax.Array
+    captured: jax.Array
+    next_slow_step_size: jax.Array
+
+
+# The module that pickles name, so that they load whatever file defines the class.
+LookaheadState.__module__ = "lookahead_optim.optax"
+
+
+def is_weight(slow: ArrayLike) -> bool:
+    """Return whether a leaf of the slow parameters takes part in the outer step: numbers that are not integers."""
+    return jnp.issubdtype(jnp.result_type(slow), jnp.inexact)
+
+
+def initial(params: optax.Params) -> optax.Params:
+    """Return room for the slow parameters, which holds the parameters. Copies, as no buffer can be donated twice."""
+
+    def copy(leaf: Any) -> jax.Array | None:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jnp.zeros_like(leaf)
+        return jnp.copy(leaf) if is_number(leaf) else None
+
+    return jax.tree.map(copy, params)
+
+
+def capture_if_stale(state: LookaheadState, params: optax.Params) -> optax.Params:
+    """Return the slow parameters with which the next update starts.
+
+    The branches are in this order as XLA copies all slow parameters at every step if the predicate is false where
+    `_capture` is not taken. A selection in place of the conditional would read and write them at every step.
+    """
+    slow = state.slow_params
+    return jax.lax.cond(state.captured == 0, _capture, _keep, slow, at_paths_of(slow, params))
+
+
+# Branches of a conditional: as functions of the module they are traced and compiled once outside of `jit` too.
+def _capture(slow: optax.Params, params: optax.Params) -> optax.Params:
+    return jax.tree.map(lambda slow, param: slow if param is None else jnp.asarray(param, slow.dtype), slow, params)
+
+
+def _keep(slow: optax.Params, params: optax.Params) -> optax.Params:
+    return slow
+
+
+def mark_stale(state: optax.OptState, is_moved: ArrayLike) -> optax.OptState:
+    """Mark the state of any optimizer as stale, if something else than an inner update has moved the parameters.
+
+    That is a sync or the user. A scalar of a state may be in a node of its own, as `nnx` has it.
+    """
+
+    def mark(node: Any) -> Any:
+        if not isinstance(node, LookaheadState):
+            return node
+        captured = jax.tree.map(lambda captured: jnp.where(is_moved, 0, captured), node.captured)
+        return node._replace(inner_state=mark_stale(node.inner_state, is_moved), captured=captured)
+
+    state = jax.tree.map(mark, state, is_leaf=lambda node: isinstance(node, LookaheadState))
+    return restarted_line_searches(state, is_moved)
+
+
+class Missing(NamedTuple):
+    """A slow parameter without a parameter."""
+
+    path: str
+    shape: tuple[int, ...]
+
+
+def first_missing(slow: optax.Params, params_by_path: Mapping[Any, Any]) -> Missing | None:
+    """Return the first slow parameter without a parameter of its shape, if there is one.
+
+    What is no weight may be missing, as programs filter such leaves or not.
+    """
+    for path, leaf in by_path(slow).items():
+        is_there = path in params_by_path
+        if np.shape(params_by_path[path]) != jnp.shape(leaf) if is_there else is_weight(leaf):
+            return Missing(jax.tree_util.keystr(path) or "the root", jnp.shape(leaf))
+    return None

@@ -1,0 +1,103 @@
+"""Trees: nodes of a type, leaves at the paths of another tree, types of nodes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+__all__ = [
+    "add_updates",
+    "at_paths_of",
+    "by_path",
+    "has_node_types_of",
+    "is_array",
+    "is_number",
+    "map_at_paths_of",
+    "outermost_nodes",
+    "shapes",
+]
+
+Path = tuple[Any, ...]  # of keys, of a type for each kind of node
+
+
+def is_array(leaf: object) -> TypeGuard[jax.Array | np.ndarray]:
+    return isinstance(leaf, (jax.Array, np.ndarray))
+
+
+def is_number(leaf: object) -> bool:
+    """Return whether a leaf is an array or a number. Models in Equinox have functions among their leaves."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)) or hasattr(leaf, "__jax_array__")
+
+
+def outermost_nodes(tree: Any, kinds: tuple[type, ...]) -> Iterator[Any]:
+    """Yield the nodes of certain types that are in no other node of these types."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds))
+    return (node for node in nodes if isinstance(node, kinds))
+
+
+def by_path(tree: Any) -> dict[Path, Any]:
+    """Return the leaves of a tree by their paths."""
+    return dict(jax.tree_util.tree_leaves_with_path(tree))
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the leaves of a tree by their paths, written as in an expression."""
+    return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in by_path(tree).items()}
+
+
+def at_paths_of(like: Any, tree: Any) -> Any:
+    """Return a tree like the first, with the leaves of the second at the same paths, or `None` where it has none."""
+    if jax.tree.structure(tree) == jax.tree.structure(like):  # type: ignore[operator]
+        return tree
+    leaves = by_path(tree)
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves.get(path), like)
+
+
+def map_at_paths_of(function: Callable[..., Any], like: Any, tree: Any, *others: Any) -> Any:
+    """Return a tree, changed where another has leaves at the same paths.
+
+    There it has what the function makes of the leaves of `like`, `tree` and the others.
+    """
+    mapped = jax.tree.map(function, like, *(at_paths_of(like, one) for one in (tree, *others)))
+    if jax.tree.structure(tree) == jax.tree.structure(mapped):  # type: ignore[operator]
+        return mapped
+    leaves = by_path(mapped)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
+
+
+def add_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
+    """Return what `optax.apply_updates` does, where `None` for an update leaves a parameter as it is."""
+
+    def add(param: Any, update: Any) -> Any:
+        return param if update is None else jnp.asarray(param + update).astype(jnp.result_type(param))
+
+    return jax.tree.map(add, params, updates)
+
+
+def has_node_types_of(tree: Any, like: Any) -> bool:
+    """Return whether two trees have nodes of the same types, with as many children and, in a `dict`, the same keys.
+
+    `None` on either side is taken for any node: it is the moment of a gradient `None`, and the slow parameters of a
+    `lookahead` that is off. Other data of nodes than the keys of a `dict`, such as the static fields of a model, may
+    differ: the transformation that has them knows what it takes.
+    """
+    if tree is None or like is None:
+        return True
+    nodes, other_nodes = _children(tree), _children(like)
+    if nodes is None or other_nodes is None:
+        return nodes is other_nodes
+    return (
+        type(tree) is type(like)
+        and len(nodes) == len(other_nodes)
+        and not (type(tree) is dict and tree.keys() != like.keys())
+        and all(map(has_node_types_of, nodes, other_nodes))
+    )
+
+
+def _children(tree: Any) -> list[Any] | None:
+    """Return the children of a node, or `None` of a leaf."""
+    children = jax.tree.leaves(tree, is_leaf=lambda node: node is not tree)
+    return None if len(children) == 1 and children[0] is tree else children
