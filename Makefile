@@ -59,10 +59,10 @@ fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: .venv/.installed  ## Random operations in every front end, SECONDS_EACH each, with new seeds; prints their number.
 	@failed=; \
 	for one in tests/test_torch tests/test_optax tests/test_tf_keras; do \
-	    $(DEV)python -m pytest --quiet --timeout 0 -s $$one/test_*random_operations.py || failed="$$failed $$one"; \
+	    $(DEV)python -m pytest --quiet --timeout 0 -s $$one/test_random_operations.py || failed="$$failed $$one"; \
 	done; \
 	for backend in $(BACKENDS); do \
-	    KERAS_BACKEND=$$backend $(DEV)python -m pytest --quiet --timeout 0 -s tests/test_keras/test_*random_operations.py \
+	    KERAS_BACKEND=$$backend $(DEV)python -m pytest --quiet --timeout 0 -s tests/test_keras/test_random_operations.py \
 	        || failed="$$failed $$backend"; \
 	done; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }

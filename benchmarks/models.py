@@ -1,6 +1,7 @@
 """A small transformer and a small ResNet, for Keras 2 and 3 and for PyTorch, with data of the right shapes."""
 
 import numpy as np
+
 from timing import Program
 
 TOKENS, LENGTH, WIDTH, HEADS, BATCH = 256, 64, 128, 4, 16

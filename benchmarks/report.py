@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from cases import ARRAYS, MODELS, MODES, SHAPES, designs, full
 from rich.console import Console
 from rich.table import Table
+
+from cases import ARRAYS, MODELS, MODES, SHAPES, designs, full
 from timing import limit, quartiles, ratios
 
 OURS = "lookahead-optim"

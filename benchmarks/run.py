@@ -14,14 +14,15 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 import cases
 import machine
-import typer
 from cases import MODES
 from processes import ask, interpreter, measure
 from report import print_table
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 FOLDER = Path(__file__).resolve().parent
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from cases import Case
 from timing import in_turn, timed
 

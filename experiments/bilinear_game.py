@@ -10,10 +10,10 @@ import sys
 
 import numpy as np
 import torch
-from common import BARE, FAST, SLOW, command, markdown
 from matplotlib.figure import Figure
 from rich.progress import track
 
+from common import BARE, FAST, SLOW, command, markdown
 from lookahead_optim.torch import Lookahead
 
 LEARNING_RATE = 0.1

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import BARE, FAST, SLOW, command, markdown
 from matplotlib.figure import Figure
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from common import BARE, FAST, SLOW, command, markdown
 from lookahead_optim.torch import Lookahead
 
 CONTEXT, BATCH, WIDTH = 64, 32, 64

@@ -15,11 +15,11 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from common import BARE, FAST, SLOW
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import nn
 
+from common import BARE, FAST, SLOW
 from lookahead_optim.torch import Lookahead
 
 MILESTONES, FACTOR = (60, 120, 160), 0.2

@@ -9,11 +9,11 @@ import sys
 
 import numpy as np
 import torch
-from common import BARE, SLOW, command, markdown
 from matplotlib.figure import Figure
 from rich.progress import track
 from scipy.optimize import minimize
 
+from common import BARE, SLOW, command, markdown
 from lookahead_optim.torch import Lookahead
 
 STEP_SIZE = 0.5

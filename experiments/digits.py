@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import BARE, SLOW, command, markdown
 from matplotlib.figure import Figure
 from rich.progress import track
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from common import BARE, SLOW, command, markdown
 from lookahead_optim.optax import lookahead, slow_params
 
 BATCH = 64

@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import torch
-from common import BARE, FAST, SLOW, command
 from matplotlib.figure import Figure
 
+from common import BARE, FAST, SLOW, command
 from lookahead_optim.torch import Lookahead
 
 START = (-2.6, 1.6)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import BARE, FAST, SLOW, command, markdown
 from matplotlib.figure import Figure
 from rich.progress import track
 from scipy.optimize import brentq
 
+from common import BARE, FAST, SLOW, command, markdown
 from lookahead_optim.optax import lookahead, slow_params
 
 # Of the second part: curvatures, and noise of variance 1 / curvature, so that all directions' gradients are as noisy.

@@ -1,7 +1,25 @@
-"""The end of child processes in tests: a good one in time, or one by SIGKILL."""
+"""Child processes of tests: how they start, and how they end, by themselves in time or by SIGKILL."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(module, *arguments, options=(), output=subprocess.PIPE, **environment):
+    """Start `python -m` with a module of these tests. What it prints, errors too, goes to `output`."""
+    return subprocess.Popen(
+        [sys.executable, *options, "-m", module.__name__, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finish(process, timeout):

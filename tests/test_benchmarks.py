@@ -5,21 +5,19 @@ import json
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+import processes
+import report
+import worker
+from cases import MODES, Case, designs, full, quick
+from report import OURS
+from timing import Program, in_turn, limit, quartiles, ratios
 
-import processes  # noqa: E402
-import report  # noqa: E402
-import worker  # noqa: E402
-from cases import MODES, Case, designs, full, quick  # noqa: E402
-from report import OURS  # noqa: E402
-from timing import Program, in_turn, limit, quartiles, ratios  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 # Those that are committed: the tables of the docs are not made of what was measured since.
 LISTED = subprocess.run(["git", "ls-files", "benchmarks/results"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import reference
-from adapters import ADAPTERS
+from tests import reference
+from tests.adapters import ADAPTERS
 
 # Settings that every framework's own optimizers have, under the oracle's names.
 INNER = {

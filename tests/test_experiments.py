@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+import cifar
+import common
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "experiments"
-sys.path.insert(0, str(FOLDER))
-
-import cifar  # noqa: E402
-import common  # noqa: E402
 
 NAMES = ["noisy_quadratic", "deterministic_quadratic", "bilinear_game", "digits", "characters", "loss_surface"]
 

@@ -1,6 +1,7 @@
 """Designs in Keras on TensorFlow, in graphs: by TensorFlow's own executor, and compiled by XLA."""
 
 import tensorflow as tf
+
 from programs import of_keras
 from programs.of_keras import INNER
 

@@ -2,10 +2,10 @@
 
 import keras
 import torch
-from programs import of_keras
-from programs.of_keras import INNER
 
 from designs.of_torch import in_pieces, whole
+from programs import of_keras
+from programs.of_keras import INNER
 
 
 class Designed:

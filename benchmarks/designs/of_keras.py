@@ -3,6 +3,7 @@
 import importlib
 
 import keras
+
 from programs.of_keras import step_program, versions
 
 __all__ = ["optimizers", "step_program", "versions"]

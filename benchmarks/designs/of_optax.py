@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
+
 from programs import of_optax
 from programs.of_optax import INNER, step_program, versions
 

@@ -1,10 +1,10 @@
 """Designs in PyTorch."""
 
 import torch
-from programs import of_torch
-from programs.of_torch import inner_optimizer, step_program, versions
 
 from lookahead_optim import _outer_step_torch as _torch
+from programs import of_torch
+from programs.of_torch import inner_optimizer, step_program, versions
 
 __all__ = ["optimizers", "step_program", "versions"]
 

@@ -1,11 +1,11 @@
 """Programs of Keras 3, on its three backends."""
 
 import keras
-import models
 import numpy as np
-from timing import Program
 
+import models
 from lookahead_optim.keras import Lookahead
+from timing import Program
 
 INNER = {
     "SGD": lambda: keras.optimizers.SGD(1e-3),

@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import keras
-import models
 import optax
-from timing import Program
 
+import models
 from lookahead_optim.optax import lookahead
 from programs.of_keras import jax_program
+from timing import Program
 
 INNER = {
     "SGD": lambda: optax.sgd(1e-3),

@@ -2,14 +2,14 @@
 
 import importlib.util
 
-import models
 import numpy as np
 import tensorflow as tf
-from timing import Program
 
+import models
 from lookahead_optim.tf_keras import Lookahead
 from lookahead_optim.tf_keras._keras import keras
 from programs.tensorflow_graphs import loop_program, operations
+from timing import Program
 
 INNER = {
     "SGD": lambda: keras.optimizers.legacy.SGD(1e-3),

@@ -3,11 +3,11 @@
 import importlib.metadata
 import importlib.util
 
-import models
 import torch
-from timing import Program
 
+import models
 from lookahead_optim.torch import Lookahead
+from timing import Program
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEERS = ("timm", "pytorch_optimizer", "torch_optimizer")

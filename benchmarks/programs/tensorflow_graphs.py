@@ -1,7 +1,8 @@
 """What programs of Keras 2 and 3 on TensorFlow share: the size of graphs, and loops by hand."""
 
-import models
 import tensorflow as tf
+
+import models
 from timing import Program
 
 

@@ -1,6 +1,6 @@
 """The distributed training runs of test_distribution.py that need processes of their own.
 
-    python distribution_worker.py RUN RESULT [RANK PORT]
+    python -m tests.test_keras.distribution_worker RUN RESULT [RANK PORT]
 
 A run checks what holds within its process, and writes the history of its weights to the file RESULT.
 """
@@ -10,9 +10,9 @@ import sys
 
 import keras
 import numpy as np
-from helpers import assert_same_bits, data, mlp, values
 
 from lookahead_optim.keras import Lookahead
+from tests.test_keras.helpers import assert_same_bits, data, mlp, values
 
 BATCH = 16
 BATCHES = 17

@@ -1,6 +1,6 @@
 """A training that saves after each epoch in three formats, and resumes from one of them; test_kills.py kills it.
 
-python killed_training.py DIRECTORY FORMAT      FORMAT: none, keras, weights or backup
+python -m tests.test_keras.killed_training DIRECTORY FORMAT      FORMAT: none, keras, weights or backup
 """
 
 import os
@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import keras
-import resuming
-from helpers import data
+
+from tests.test_keras import resuming
+from tests.test_keras.helpers import data
 
 EPOCHS, BATCHES = 40, 3
 

@@ -1,8 +1,8 @@
 """The training runs of test_saving.py, and the processes in which it stops and resumes them.
 
-python resuming.py killed DIRECTORY         trains and waits to be killed in mid-epoch
-python resuming.py resumed DIRECTORY        resumes all runs that were saved there
-python resuming.py moved FILE RESULT        resumes one file, which another backend may have written
+python -m tests.test_keras.resuming killed DIRECTORY         trains and waits to be killed in mid-epoch
+python -m tests.test_keras.resuming resumed DIRECTORY        resumes all runs that were saved there
+python -m tests.test_keras.resuming moved FILE RESULT        resumes one file, which another backend may have written
 """
 
 import sys
@@ -54,7 +54,7 @@ def optimizers():
 
 def make_model(name):
     """Return the compiled model of a run."""
-    from helpers import mlp
+    from tests.test_keras.helpers import mlp
 
     model = mlp(dtype="mixed_float16") if name == "loss_scaled" else mlp()
     model.compile(optimizers()[name](), loss="mse")
@@ -63,7 +63,7 @@ def make_model(name):
 
 def fit(model, begin=0, end=None, callbacks=(), epochs=1):
     """Train on the batches from `begin` to `end`."""
-    from helpers import data
+    from tests.test_keras.helpers import data
 
     x, y = data(BATCH * BATCHES)
     rows = slice(BATCH * begin, None if end is None else BATCH * end)
@@ -73,7 +73,7 @@ def fit(model, begin=0, end=None, callbacks=(), epochs=1):
 
 def state(model):
     """Return the values of all weights and optimizer variables."""
-    from helpers import values
+    from tests.test_keras.helpers import values
 
     return values([*model.weights, *model.optimizer.variables])
 

@@ -6,9 +6,9 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, assert_same_bits, data, train, values
 
 from lookahead_optim.keras import Lookahead, SwapSlowWeights
+from tests.test_keras.helpers import BACKEND, assert_same_bits, data, train, values
 
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow only")
 

@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, mlp
 
 from lookahead_optim.keras import Lookahead
+from tests.test_keras.helpers import BACKEND, mlp
 
 SHAPE = (64, 64)
 

@@ -2,21 +2,29 @@
 
 import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import distribution_worker as worker
 import keras
 import numpy as np
 import pytest
-from distribution_worker import BATCH, BATCHES, OPTIMIZERS, STOPPED_AT, History, batches, fit, momentum, tensorflow_loop
-from helpers import BACKEND, assert_same_bits, data, mlp, values
 
 from lookahead_optim.keras import Lookahead, SwapSlowWeights
+from tests.child_processes import start
+from tests.test_keras import distribution_worker as worker
+from tests.test_keras.distribution_worker import (
+    BATCH,
+    BATCHES,
+    OPTIMIZERS,
+    STOPPED_AT,
+    History,
+    batches,
+    fit,
+    momentum,
+    tensorflow_loop,
+)
+from tests.test_keras.helpers import BACKEND, assert_same_bits, data, mlp, values
 
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="a tf.distribute strategy")
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="a JAX device mesh")
@@ -40,12 +48,8 @@ def run_children(tmp_path, commands, environments):
         result = tmp_path / f"result{number}.npz"
         output = tmp_path / f"output{number}.txt"
         with output.open("w") as file:
-            process = subprocess.Popen(
-                [sys.executable, worker.__file__, command[0], str(result), *command[1:]],
-                env={**os.environ, "KERAS_BACKEND": BACKEND, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
+            environment = {"KERAS_BACKEND": BACKEND, "TF_CPP_MIN_LOG_LEVEL": "3", **environment}
+            process = start(worker, command[0], result, *command[1:], output=file, **environment)
         children.append((process, output, result))
     deadline = time.monotonic() + LIMIT
     try:

@@ -6,9 +6,19 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, Recorder, assert_lookahead_in_fit, assert_same_bits, data, differ, mlp, train, values
 
 from lookahead_optim.keras import Lookahead
+from tests.test_keras.helpers import (
+    BACKEND,
+    Recorder,
+    assert_lookahead_in_fit,
+    assert_same_bits,
+    data,
+    differ,
+    mlp,
+    train,
+    values,
+)
 
 # `jit_compile=True` is torch.compile on PyTorch, which takes seconds per model: one small test below.
 MODES = {

@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, assert_same_bits, values
 
 from lookahead_optim.keras import Lookahead
+from tests.test_keras.helpers import BACKEND, assert_same_bits, values
 
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.1),

@@ -3,25 +3,20 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import killed_training
 import pytest
-import resuming
-from helpers import BACKEND, assert_same_bits
 
-from child_processes import finish
+from tests import child_processes
+from tests.test_keras import killed_training, resuming
+from tests.test_keras.helpers import BACKEND, assert_same_bits
 
 TIMEOUT = 300
 
 
 def start(directory, source):
-    environment = {**os.environ, "KERAS_BACKEND": BACKEND, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, str(Path(__file__).with_name("killed_training.py")), str(directory), source]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {"KERAS_BACKEND": BACKEND, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return child_processes.start(killed_training, directory, source, **environment)
 
 
 def kill_after(process, directory, epoch, delay):
@@ -47,7 +42,7 @@ def test_a_run_that_is_killed_while_it_saves_resumes_bit_for_bit_from_each_forma
         process = start(tmp_path, source)
         try:
             if following is None:
-                finish(process, TIMEOUT)
+                child_processes.finish(process, TIMEOUT)
                 break
             epoch += rng.randint(2, 4)
             ends.append(kill_after(process, tmp_path, epoch, rng.uniform(0, 0.1)))

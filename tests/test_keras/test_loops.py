@@ -5,7 +5,10 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-from helpers import (
+
+from lookahead_optim.keras import Lookahead
+from tests import reference
+from tests.test_keras.helpers import (
     BACKEND,
     Recorder,
     assert_lookahead,
@@ -15,9 +18,6 @@ from helpers import (
     mlp,
     values,
 )
-
-import reference
-from lookahead_optim.keras import Lookahead
 
 only_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow only")
 only_jax = pytest.mark.skipif(BACKEND != "jax", reason="JAX only")

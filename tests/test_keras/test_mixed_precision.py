@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, assert_lookahead_in_fit, assert_same_bits, data, find_lookahead, mlp
 
 from lookahead_optim.keras import Lookahead
+from tests.test_keras.helpers import BACKEND, assert_lookahead_in_fit, assert_same_bits, data, find_lookahead, mlp
 
 MODES = {"compiled": {"jit_compile": True}, "eager": {"run_eagerly": True}}
 if BACKEND == "tensorflow":

@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, assert_lookahead_in_fit, data, mlp, train, values
 
-import reference
 from lookahead_optim.keras import Lookahead
+from tests import reference
+from tests.test_keras.helpers import BACKEND, assert_lookahead_in_fit, data, mlp, train, values
 
 not_on_tensorflow = pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow has no stateless_apply")
 not_on_jax = pytest.mark.skipif(BACKEND == "jax", reason="on JAX a LossScaleOptimizer has stateless_apply alone")

@@ -2,20 +2,17 @@
 
 import copy
 import importlib.util
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-import resuming
-from helpers import BACKEND, assert_same_bits, find_lookahead, mlp, values
 
-from child_processes import finish, kill_when_reached
 from lookahead_optim.keras import Lookahead
+from tests import child_processes
+from tests.child_processes import finish, kill_when_reached
+from tests.test_keras import resuming
+from tests.test_keras.helpers import BACKEND, assert_same_bits, find_lookahead, mlp, values
 
 OTHERS = sorted({"jax", "tensorflow", "torch"} - {BACKEND})
 if not hasattr(keras.optimizers, "MultiOptimizer"):
@@ -29,9 +26,7 @@ EAGERLY = BACKEND != "jax"
 
 
 def start(*arguments, backend=BACKEND):
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, str(Path(__file__).with_name("resuming.py")), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return child_processes.start(resuming, *arguments, KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3")
 
 
 @pytest.fixture(scope="module")

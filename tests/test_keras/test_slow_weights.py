@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 import pytest
-import resuming
-from helpers import BACKEND, assert_is_slow_step, assert_same_bits, data, find_lookahead, mlp, values
 
 from lookahead_optim.keras import Lookahead, SwapSlowWeights
+from tests.test_keras import resuming
+from tests.test_keras.helpers import BACKEND, assert_is_slow_step, assert_same_bits, data, find_lookahead, mlp, values
 
 ALL_X, ALL_Y = data(136)
 X, Y = ALL_X[:96], ALL_Y[:96]

@@ -1,8 +1,10 @@
 """The training runs of test_orbax.py, and the processes in which they are stopped and resumed.
 
-python orbax_worker.py killed DIRECTORY      saves after every step, and is killed in the middle of a save
-python orbax_worker.py resumed DIRECTORY     resumes all runs that were saved there
-python orbax_worker.py resharded DIRECTORY   resumes the run that was saved from four devices on those that it has
+python -m tests.test_optax.orbax_worker COMMAND DIRECTORY
+
+killed     saves after every step, and is killed in the middle of a save
+resumed    resumes all runs that were saved there
+resharded  resumes the run that was saved from four devices on those that it has
 """
 
 import functools

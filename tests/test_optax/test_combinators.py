@@ -6,11 +6,19 @@ import numpy as np
 import optax
 import pytest
 from optax import contrib
-from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
-from training_runs import SLOW_STEP_SIZE, SYNC_PERIOD, assert_as_by_hand, by_hand, gradient, make_batch, stepper
 
-import reference
 from lookahead_optim.optax import LookaheadState, lookahead, reset_slow_params, slow_params, sync
+from tests import reference
+from tests.test_optax.by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
+from tests.test_optax.training_runs import (
+    SLOW_STEP_SIZE,
+    SYNC_PERIOD,
+    assert_as_by_hand,
+    by_hand,
+    gradient,
+    make_batch,
+    stepper,
+)
 
 MOMENTUM = optax.sgd(0.1, momentum=0.5)
 

@@ -13,11 +13,11 @@ import pytest
 from flax import linen, nnx
 from flax.core import FrozenDict, freeze
 from flax.training.train_state import TrainState
-from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_grads
-from training_runs import make_batch
-from whole_steps import FORMS, snapshot, whole_step
 
 from lookahead_optim.optax import LookaheadTransformation, lookahead, reset_slow_params, slow_params, sync
+from tests.test_optax.by_hand import ByHand, assert_close, assert_same_bits, make_grads
+from tests.test_optax.training_runs import make_batch
+from tests.test_optax.whole_steps import FORMS, snapshot, whole_step
 
 SYNC_PERIOD, SLOW_STEP_SIZE = 3, 0.25
 STEPS = 2 * SYNC_PERIOD + 2

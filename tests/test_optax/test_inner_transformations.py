@@ -10,10 +10,19 @@ import optax
 import pytest
 from optax import contrib
 from optax._src import alias
-from slow_step_by_hand import assert_close, assert_same_bits, make_grads, make_params
-from training_runs import SLOW_STEP_SIZE, SYNC_PERIOD, assert_as_by_hand, by_hand, gradient, loss, make_batch, stepper
 
 from lookahead_optim.optax import lookahead, reset_slow_params, slow_params, sync
+from tests.test_optax.by_hand import assert_close, assert_same_bits, make_grads, make_params
+from tests.test_optax.training_runs import (
+    SLOW_STEP_SIZE,
+    SYNC_PERIOD,
+    assert_as_by_hand,
+    by_hand,
+    gradient,
+    loss,
+    make_batch,
+    stepper,
+)
 
 STEPS = 2 * SYNC_PERIOD + 1
 

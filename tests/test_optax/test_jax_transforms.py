@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
-from whole_steps import FORMS, snapshot, whole_step
 
 from lookahead_optim.optax import lookahead, reset_slow_params, slow_params, sync
+from tests.test_optax.by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
+from tests.test_optax.whole_steps import FORMS, snapshot, whole_step
 
 STEPS = 7
 

@@ -1,33 +1,26 @@
 """A run that is stopped anywhere, saved by Orbax or as bytes, and resumed, ends bit for bit as one never stopped."""
 
-import os
 import pickle
-import subprocess
-import sys
 
 import equinox
 import flax.serialization
 import jax
 import numpy as np
-import orbax_worker
 import pytest
-from orbax_worker import KILLED_IN, OPTIMIZERS, SAVED_AFTER, STEPS
-from slow_step_by_hand import assert_same_bits
 
-from child_processes import finish, kill_when_reached
 from lookahead_optim.optax import slow_params
+from tests import child_processes
+from tests.child_processes import finish, kill_when_reached
+from tests.test_optax import orbax_worker
+from tests.test_optax.by_hand import assert_same_bits
+from tests.test_optax.orbax_worker import KILLED_IN, OPTIMIZERS, SAVED_AFTER, STEPS
 
 TIMEOUT = 90
 
 
 def start(command, directory, devices=1):
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", orbax_worker.__file__, command, str(directory)],
-        env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return child_processes.start(orbax_worker, command, directory, options=["-W", "error"], XLA_FLAGS=flags)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
-from whole_steps import FORMS, whole_step
 
 from lookahead_optim.optax import lookahead, slow_params, sync
-from reference import SGD, Adam, Lookahead
+from tests.reference import SGD, Adam, Lookahead
+from tests.test_optax.by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
+from tests.test_optax.whole_steps import FORMS, whole_step
 
 forms = pytest.mark.parametrize("form", FORMS)
 

@@ -9,11 +9,11 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
-from training_runs import gradient, loss, make_batch
-from whole_steps import FORMS, whole_step
 
 from lookahead_optim.optax import lookahead, reset_slow_params, slow_params, sync
+from tests.test_optax.by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
+from tests.test_optax.training_runs import gradient, loss, make_batch
+from tests.test_optax.whole_steps import FORMS, whole_step
 
 SYNC_PERIOD, SLOW_STEP_SIZE = 3, 0.25
 COLLECTIVES = ["all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute", "collective-broadcast"]

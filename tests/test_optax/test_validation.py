@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from slow_step_by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
-from whole_steps import whole_step
 
 from lookahead_optim.optax import (
     LookaheadState,
@@ -18,6 +16,8 @@ from lookahead_optim.optax import (
     slow_params,
     sync,
 )
+from tests.test_optax.by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
+from tests.test_optax.whole_steps import whole_step
 
 NAN, INF = float("nan"), float("inf")
 INNER = optax.adam(0.1)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from slow_step_by_hand import ByHand, assert_close, make_params
 
 from lookahead_optim.optax import slow_params
+from tests.test_optax.by_hand import ByHand, assert_close, make_params
 
 SYNC_PERIOD, SLOW_STEP_SIZE = 3, 0.25
 

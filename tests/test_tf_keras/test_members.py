@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import reference
 from lookahead_optim.tf_keras import Lookahead
 from lookahead_optim.tf_keras._keras import keras
+from tests import reference
 
 legacy = keras.optimizers.legacy
 ExponentialDecay = keras.optimizers.schedules.ExponentialDecay

@@ -1,6 +1,6 @@
 """The training runs of test_distributed.py, most of which need processes of their own.
 
-    python distributed_worker.py RUN DIRECTORY RANK WORLD_SIZE
+    python -m tests.test_torch.distributed_worker RUN DIRECTORY RANK WORLD_SIZE
 
 A run writes what it did to DIRECTORY/RUN-RANK.pt. Weights are gathered, so that they can be compared with those of one
 process; shards are written as such.

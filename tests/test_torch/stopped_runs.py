@@ -1,7 +1,9 @@
 """The training runs of test_resume.py, and the processes in which they are stopped and resumed.
 
-python stopped_runs.py killed DIRECTORY      saves after every step, and waits to be killed in the middle of a save
-python stopped_runs.py resumed DIRECTORY     resumes all runs that were saved there
+python -m tests.test_torch.stopped_runs COMMAND DIRECTORY
+
+killed     saves after every step, and waits to be killed in the middle of a save
+resumed    resumes all runs that were saved there
 """
 
 import os

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from by_hand import ByHand, assert_same_bits, parameters, set_gradients
 
 from lookahead_optim.torch import Lookahead
+from tests.test_torch.by_hand import ByHand, assert_same_bits, parameters, set_gradients
 
 NAN, INF = float("nan"), float("inf")
 BAD_SETTINGS = [

@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from by_hand import ByHand, assert_same_bits, parameters, set_gradients
 
-import reference
 from lookahead_optim import _outer_step_torch as _torch
 from lookahead_optim.torch import Lookahead
+from tests import reference
+from tests.test_torch.by_hand import ByHand, assert_same_bits, parameters, set_gradients
 
 
 def sgd(parameters):

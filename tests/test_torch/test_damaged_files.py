@@ -11,8 +11,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from damage import check
 from lookahead_optim.torch import Lookahead
+from tests.damage import check
 
 COUNT = 400
 

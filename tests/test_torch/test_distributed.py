@@ -1,15 +1,22 @@
 """Training in several processes is training in one: replicated, on shards, and from checkpoints made by others."""
 
-import os
-import subprocess
-import sys
 import time
 
-import distributed_worker as worker
 import pytest
 import torch
-from by_hand import ByHand
-from distributed_worker import CHECKPOINTED, OPTIMIZERS, REPLICATED, SAVED_AFTER, STEPS, TIMEOUT, ZERO_REDUNDANCY
+
+from tests.child_processes import start
+from tests.test_torch import distributed_worker as worker
+from tests.test_torch.by_hand import ByHand
+from tests.test_torch.distributed_worker import (
+    CHECKPOINTED,
+    OPTIMIZERS,
+    REPLICATED,
+    SAVED_AFTER,
+    STEPS,
+    TIMEOUT,
+    ZERO_REDUNDANCY,
+)
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has no FSDP2 for the CPU"
@@ -24,12 +31,8 @@ def run_worker(directory, run, world_size):
     for rank in range(world_size):
         output = directory / f"{run}-{rank}.txt"
         with output.open("w") as file:
-            process = subprocess.Popen(
-                [sys.executable, worker.__file__, run, str(directory), str(rank), str(world_size)],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
+            environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+            process = start(worker, run, directory, rank, world_size, output=file, **environment)
         children.append((process, output))
     deadline = time.monotonic() + TIMEOUT
     try:

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from by_hand import ByHand, assert_same_bits, parameters, set_gradients
 
-import reference
 from lookahead_optim.torch import Lookahead
+from tests import reference
+from tests.test_torch.by_hand import ByHand, assert_same_bits, parameters, set_gradients
 
 SHAPES = (3, 4), (5,)
 

@@ -4,10 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from by_hand import ByHand, assert_same_bits
-from small_task import PERIOD, SIZE, adamw, loss_of, momentum, network, step_lr
 
 from lookahead_optim.torch import Lookahead
+from tests.test_torch.by_hand import ByHand, assert_same_bits
+from tests.test_torch.small_task import PERIOD, SIZE, adamw, loss_of, momentum, network, step_lr
 
 pl = pytest.importorskip("lightning")
 callbacks = pytest.importorskip("lightning.pytorch.callbacks")

@@ -9,9 +9,9 @@ import weakref
 
 import pytest
 import torch
-from by_hand import ByHand, assert_same_bits, parameters, set_gradients
 
 from lookahead_optim.torch import Lookahead
+from tests.test_torch.by_hand import ByHand, assert_same_bits, parameters, set_gradients
 
 
 def adam(weights):

@@ -1,29 +1,20 @@
 """A run that is stopped anywhere and resumed in a new process ends bit for bit as one that never stopped."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-import stopped_runs
 import torch
-from by_hand import ByHand
-from stopped_runs import RUNS, SAVED_AFTER, STEPS, Run
 
-from child_processes import finish, kill_when_reached
+from tests import child_processes
+from tests.child_processes import finish, kill_when_reached
+from tests.test_torch import stopped_runs
+from tests.test_torch.by_hand import ByHand
+from tests.test_torch.stopped_runs import RUNS, SAVED_AFTER, STEPS, Run
 
 TIMEOUT = 120
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def start(command, directory):
-    return subprocess.Popen(
-        [sys.executable, stopped_runs.__file__, command, str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return child_processes.start(stopped_runs, command, directory, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")

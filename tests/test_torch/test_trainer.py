@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from by_hand import ByHand, assert_same_bits
-from small_task import PERIOD, SIZE, momentum, network, step_lr
 
 from lookahead_optim.torch import Lookahead
+from tests.test_torch.by_hand import ByHand, assert_same_bits
+from tests.test_torch.small_task import PERIOD, SIZE, momentum, network, step_lr
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -1,12 +1,12 @@
 """Keras 2 training loops: each step is the bare inner optimizer's, and each sync the slow step, bit for bit."""
 
-import keras2_resuming as resuming
 import numpy as np
 import pytest
-from keras2_resuming import assert_same_bits, compiled, data, mlp, slow_of, state, values
 
 from lookahead_optim.tf_keras import Lookahead, SwapSlowWeights
 from lookahead_optim.tf_keras._keras import keras
+from tests.test_tf_keras import resuming
+from tests.test_tf_keras.resuming import assert_same_bits, compiled, data, mlp, slow_of, state, values
 
 # Keras 2.15 on Python 3.11.
 pytestmark = pytest.mark.filterwarnings("ignore:non-integer arguments to randrange:DeprecationWarning")

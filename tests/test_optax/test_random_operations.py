@@ -14,9 +14,9 @@ from flax import serialization
 from hypothesis import stateful
 from hypothesis import strategies as st
 
-import random_operations
 from lookahead_optim.optax import lookahead, reset_slow_params, slow_params, sync
-from random_operations import operation
+from tests import random_operations
+from tests.random_operations import operation
 
 LEARNING_RATE, MOMENTUM, MICRO_STEPS = 0.125, 0.5, 2
 NAMES = ("w", "b")

@@ -1,7 +1,7 @@
-"""The training runs of test_keras2_saving.py, and the processes in which it stops and resumes them.
+"""The training runs of test_saving.py, and the processes in which it stops and resumes them.
 
-python keras2_resuming.py killed DIRECTORY     trains and waits to be killed in mid-epoch
-python keras2_resuming.py resumed DIRECTORY    resumes all runs that were saved there
+python -m tests.test_tf_keras.resuming killed DIRECTORY     trains and waits to be killed in mid-epoch
+python -m tests.test_tf_keras.resuming resumed DIRECTORY    resumes all runs that were saved there
 """
 
 import sys

@@ -1,13 +1,13 @@
 """The inner optimizer keeps what is its own: its methods, its settings, its count; and averaging goes around both."""
 
-import keras2_resuming as resuming
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras2_resuming import assert_same_bits, compiled, fit, state, values
 
 from lookahead_optim.tf_keras import Lookahead
 from lookahead_optim.tf_keras._keras import keras
+from tests.test_tf_keras import resuming
+from tests.test_tf_keras.resuming import assert_same_bits, compiled, fit, state, values
 
 legacy = keras.optimizers.legacy
 ExponentialDecay = keras.optimizers.schedules.ExponentialDecay

@@ -7,10 +7,10 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-import resuming
 
-from damage import check
 from lookahead_optim.keras import Lookahead
+from tests.damage import check
+from tests.test_keras import resuming
 
 COUNT = 60
 

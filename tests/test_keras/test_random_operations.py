@@ -12,12 +12,12 @@ import tempfile
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, find_lookahead, values
 from hypothesis import stateful
 from hypothesis import strategies as st
 
 from lookahead_optim.keras import Lookahead, SwapSlowWeights
-from random_operations import operation, run
+from tests.random_operations import operation, run
+from tests.test_keras.helpers import BACKEND, find_lookahead, values
 
 PERIODS = st.sampled_from([0, 1, 2, 3, 5])
 STEP_SIZES = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5])

@@ -2,7 +2,6 @@
 
 import collections
 import io
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,11 +12,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
-from slow_step_by_hand import make_grads, make_params
-from whole_steps import whole_step
 
-from damage import check
 from lookahead_optim.optax import lookahead
+from tests.child_processes import finish, start
+from tests.damage import check
+from tests.test_optax.by_hand import make_grads, make_params
+from tests.test_optax.whole_steps import whole_step
 
 COUNT = 400
 
@@ -70,11 +70,7 @@ def test_damaged_msgpack_is_an_error_if_it_is_cut_off_but_has_no_checksum(saved)
 
 def test_a_damaged_orbax_checkpoint_is_an_error_or_unharmed(tmp_path):
     # In a process of its own: Orbax leaves reads that it has begun when one of them fails.
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    lines = [f"import sys; sys.path[:0] = {paths}", "from test_optax_damaged_files import damage_orbax"]
-    program = "; ".join([*lines, f"damage_orbax({str(tmp_path)!r})"])
-    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert child.returncode == 0, child.stderr[-3000:]
+    finish(start(sys.modules[__name__], tmp_path), timeout=300)
 
 
 def damage_orbax(directory):
@@ -95,3 +91,7 @@ def damage_orbax(directory):
     assert found["cut", "error"] > 0
     assert found["flip", "error"] > 0
     assert found["cut", "changed"] == found["flip", "changed"] == 0
+
+
+if __name__ == "__main__":
+    damage_orbax(*sys.argv[1:])

@@ -1,7 +1,7 @@
-"""The distributed training runs of test_keras2_distribution.py that need processes of their own.
+"""The distributed training runs of test_distribution.py that need processes of their own.
 
-    python keras2_distribution_worker.py multi_worker RESULT
-    python keras2_distribution_worker.py parameter_server RESULT PORT PORT PORT
+    python -m tests.test_tf_keras.distribution_worker multi_worker RESULT
+    python -m tests.test_tf_keras.distribution_worker parameter_server RESULT PORT PORT PORT
 
 The history of the weights goes to the file RESULT.
 """
@@ -11,9 +11,9 @@ import sys
 
 import numpy as np
 import tensorflow as tf
-from keras2_resuming import adam, data, mlp, momentum, nested, slow_of, values
 
 from lookahead_optim.tf_keras._keras import keras
+from tests.test_tf_keras.resuming import adam, data, mlp, momentum, nested, slow_of, values
 
 BATCH = 16
 BATCHES = 8

@@ -1,20 +1,18 @@
 """Damaged files, files that would run code, and runs that are killed while they save."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import keras2_resuming as resuming
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras2_resuming import assert_same_bits, compiled, fit, state, values
 
 from lookahead_optim.tf_keras._keras import keras
+from tests.child_processes import start
+from tests.test_tf_keras import killed_training, resuming
+from tests.test_tf_keras.resuming import assert_same_bits, compiled, fit, state, values
 
 FORMATS = ["h5", "weights", "checkpoint_unbuilt", "saved_model"]
 
@@ -93,51 +91,13 @@ def test_loading_an_h5_file_runs_no_code_of_the_optimizers_config(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-SAVING = """
-import sys
-from pathlib import Path
-import numpy as np
-import tensorflow as tf
-import keras2_resuming as resuming
-
-directory, form = Path(sys.argv[1]), sys.argv[2]
-model, begin = resuming.compiled(resuming.momentum()), 0
-done = sorted(int(path.stem) for path in directory.glob("*.done"))
-if done:
-    begin = done[-1]
-    path = directory / str(begin)
-    if form == "h5":
-        model = resuming.keras.models.load_model(f"{path}.h5")
-    elif form == "weights":
-        model.load_weights(f"{path}.weights")
-    elif form == "saved_model":
-        model.load_weights(f"{path}.saved_model/variables/variables")
-    else:
-        resuming.checkpoint_of(model).read(f"{path}.{form}")
-for batch in range(begin, resuming.BATCHES):
-    resuming.fit(model, begin=batch, end=batch + 1)
-    resuming.save(model, directory / str(batch + 1), form)
-    # A file is complete when its mark is there.
-    (directory / f"{batch + 1}.done").touch()
-resuming.write(directory / "last.npz", model)
-"""
-
-
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_run_that_is_killed_at_any_time_resumes_bit_for_bit(form, tmp_path):
     """SIGKILL, at times from a generator; the last run ends by itself."""
-    generator, environment = random.Random(form), {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    kills = 0
+    generator, kills = random.Random(form), 0
     while not (tmp_path / "last.npz").exists():
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SAVING, str(tmp_path), form],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        process = start(killed_training, tmp_path, form, options=["-W", "ignore"], TF_CPP_MIN_LOG_LEVEL="3")
         if kills < 2:
             before = len(list(tmp_path.glob("*.done")))
             end = time.monotonic() + 60

@@ -5,9 +5,9 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, assert_same_bits, data, values
 
 from lookahead_optim.keras import Lookahead, SwapSlowWeights
+from tests.test_keras.helpers import BACKEND, assert_same_bits, data, values
 
 
 class UserSwap(keras.callbacks.Callback):

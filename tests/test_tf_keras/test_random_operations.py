@@ -10,10 +10,10 @@ import tensorflow as tf
 from hypothesis import strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition
 
-import random_operations
 from lookahead_optim.tf_keras import Lookahead
 from lookahead_optim.tf_keras._keras import keras
-from random_operations import operation
+from tests import random_operations
+from tests.random_operations import operation
 
 # Keras 2.15 on Python 3.11.
 pytestmark = pytest.mark.filterwarnings("ignore:non-integer arguments to randrange:DeprecationWarning")

@@ -2,21 +2,19 @@
 
 import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 
-import keras2_distribution_worker as worker
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras2_distribution_worker import BATCHES, OPTIMIZERS, STOPPED_AT, History, fit
-from keras2_resuming import checkpoint_of, mlp, momentum, slow_of, values
 
 from lookahead_optim.tf_keras import Lookahead
 from lookahead_optim.tf_keras._keras import keras
+from tests.child_processes import start
+from tests.test_tf_keras import distribution_worker as worker
+from tests.test_tf_keras.distribution_worker import BATCHES, OPTIMIZERS, STOPPED_AT, History, fit
+from tests.test_tf_keras.resuming import checkpoint_of, mlp, momentum, slow_of, values
 
 # Keras 2.15 on Python 3.11.
 pytestmark = pytest.mark.filterwarnings("ignore:non-integer arguments to randrange:DeprecationWarning")
@@ -48,9 +46,8 @@ def run_children(tmp_path, run, *arguments, environments=({},)):
     try:
         for result, log, environment in zip(results, logs, environments):
             with log.open("w") as file:
-                command = [sys.executable, worker.__file__, run, str(result), *arguments]
-                variables = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment}
-                children.append(subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT))
+                environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **environment}
+                children.append(start(worker, run, result, *arguments, output=file, **environment))
         while any(child.poll() is None for child in children) and time.monotonic() < deadline:
             if any(child.poll() for child in children):
                 break

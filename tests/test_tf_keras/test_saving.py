@@ -1,14 +1,15 @@
 """Save, load and go on with Keras 2: in new processes, in every format that keeps an optimizer's state, bit for bit."""
 
-import os
-import subprocess
-import sys
-
-import keras2_resuming as resuming
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras2_resuming import (
+
+from lookahead_optim.tf_keras import Lookahead
+from lookahead_optim.tf_keras._keras import keras
+from tests import child_processes
+from tests.child_processes import finish, kill_when_reached
+from tests.test_tf_keras import resuming
+from tests.test_tf_keras.resuming import (
     CASES,
     FORMATS,
     OPTIMIZERS,
@@ -22,10 +23,6 @@ from keras2_resuming import (
     values,
 )
 
-from child_processes import finish, kill_when_reached
-from lookahead_optim.tf_keras import Lookahead
-from lookahead_optim.tf_keras._keras import keras
-
 # Keras 2.15 on Python 3.11.
 pytestmark = pytest.mark.filterwarnings("ignore:non-integer arguments to randrange:DeprecationWarning")
 
@@ -38,9 +35,7 @@ def differ(actual, expected):
 
 
 def start(*arguments):
-    command = [sys.executable, resuming.__file__, *map(str, arguments)]
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return child_processes.start(resuming, *arguments, TF_CPP_MIN_LOG_LEVEL="3")
 
 
 class SaveAt(keras.callbacks.Callback):

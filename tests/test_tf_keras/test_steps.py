@@ -2,14 +2,14 @@
 
 import copy
 
-import keras2_resuming as resuming
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras2_resuming import assert_same_bits, compiled, fit, slow_of, values
 
 from lookahead_optim.tf_keras import Lookahead
 from lookahead_optim.tf_keras._keras import keras
+from tests.test_tf_keras import resuming
+from tests.test_tf_keras.resuming import assert_same_bits, compiled, fit, slow_of, values
 
 legacy = keras.optimizers.legacy
 

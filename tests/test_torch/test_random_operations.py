@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition
 
 from lookahead_optim.torch import Lookahead
-from random_operations import operation, run
+from tests.random_operations import operation, run
 
 COUNT, LR, MOMENTUM = 4, 0.05, 0.5
 index = st.integers(0, COUNT - 1)

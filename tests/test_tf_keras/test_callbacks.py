@@ -3,10 +3,10 @@
 import itertools
 
 import pytest
-from keras2_resuming import assert_same_bits, compiled, data, state
 
 from lookahead_optim.tf_keras import Lookahead, SwapSlowWeights
 from lookahead_optim.tf_keras._keras import keras
+from tests.test_tf_keras.resuming import assert_same_bits, compiled, data, state
 
 
 class OwnAverage(keras.callbacks.Callback):
