@@ -1,109 +1,96 @@
-"""What PyTorch's front ends share: lists of weights, cut so that the CPU finds in its cache what it needs twice."""
+"""The outer step on lists of PyTorch tensors: where the slow weights go, and where the fast ones restart."""
 
-from collections.abc import Iterable, Iterator
-from typing import TypeAlias
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-__all__ = ["Piece", "cut", "is_cut", "is_large", "move", "move_unwatched"]
-
-# Of the slow weights, and of as many fast ones: what one core's cache holds.
-_BYTES_PER_THREAD = 2**18
-
-_DTYPES_WITH_A_NORM = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
-
-_ONE = torch.ones((), device="cpu")
-
-# Slow weights, and their fast ones. All are on the CPU, or all on one other device.
-Piece: TypeAlias = tuple[list[Tensor], list[Tensor]]
+__all__ = ["Piece", "cut", "is_large", "outer_step"]
 
 
-def cut(slow: list[Tensor], fast: list[Tensor]) -> Iterator[Piece]:
-    """Cut lists of slow and fast weights into pieces for `foreach` operations.
+class Piece(NamedTuple):
+    """Slow weights and their fast ones, in one order. All are on the CPU, or all on one other device."""
 
-    On the CPU such an operation is a loop, and there are two in a sync. Small weights make one piece together and large
-    ones several each, so that the second operation reads what the first one left in the cache.
+    slow: list[Tensor]
+    fast: list[Tensor]
+
+
+def outer_step(pieces: list[Piece], slow_step_sizes: list[float], is_careful: bool) -> bool:
+    """Move the slow weights of all pieces, then restart all fast weights from there.
+
+    With s = slow - fast, the pseudo-gradient, this is slow = slow - slow_step_size * s, then fast = slow. No memory is
+    needed for s: both operations in one are a linear interpolation.
+
+    All fast weights are read before the first of them is written, as some may share memory. If none do, call this piece
+    by piece: the restart then finds the slow weights in the CPU's cache. The caller has switched gradients off.
+
+    Args:
+        pieces: What `cut` returned.
+        slow_step_sizes: The slow step size of each piece.
+        is_careful: Whether some weight is not finite, or so large that a difference may overflow.
+
+    Returns:
+        Whether the next outer step must be careful.
     """
-    if not all(one.is_cpu for one in fast):
-        groups = Optimizer._group_tensors_by_device_and_dtype([slow, fast])  # type: ignore[list-item]
-        yield from (tuple(tensors) for tensors, _ in groups.values())  # type: ignore[misc]
-        return
-    piece: Piece = [], []
-    size, limit = 0, _limit()
-    for weight in zip(slow, fast):
-        for slow_part, part in zip(*map(_parts, weight)) if is_cut(*weight) else [weight]:
-            piece[0].append(slow_part)
-            piece[1].append(part)
-            size += slow_part.nbytes
-            if size >= limit:
-                yield piece
-                piece, size = ([], []), 0
-    if size:
-        yield piece
+    is_careful_next = is_careful
+    for piece, slow_step_size in zip(pieces, slow_step_sizes):
+        is_careful_next |= _slow_step(piece, slow_step_size, is_careful)
+    for piece in pieces:
+        torch._foreach_copy_(piece.fast, piece.slow)
+    return is_careful_next
 
 
-def is_cut(slow: Tensor, fast: Tensor) -> bool:
-    """Return whether a weight is cut: it is larger than a piece, and is laid out as its elements are numbered."""
-    return (
-        slow.nbytes > _limit()
-        and type(fast) in (Tensor, torch.nn.Parameter)
-        and fast.is_cpu
-        and fast.is_contiguous()
-        and slow.is_contiguous()
-    )
+def _slow_step(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
+    """Move slow weights towards their fast ones; return whether the result calls for care.
 
+    The difference of two large weights of opposite sign overflows, and the difference of equal infinities is NaN. A
+    careful step replaces what such a difference makes. It takes several times as long. So only weights that `is_large`
+    has found take it, and all weights from the first step on that left something not finite. Before that step all slow
+    weights were finite, so that an infinite fast weight is what went wrong there.
 
-def move(slow: list[Tensor], fast: list[Tensor], slow_step_size: float, is_careful: bool) -> bool:
-    """Move slow weights towards the fast ones; return whether the next move must be careful.
-
-    The difference of two large weights of opposite sign overflows, and the difference of equal infinities is no
-    number. A careful move replaces what such a difference makes. It takes several times as long, so it is made only for
-    weights that `is_large` has found, and from the first move on that left weights which are not finite. Before that
-    all slow weights were finite, so that what went wrong is where a fast weight is infinite. Other devices than the CPU
-    would have to be waited for, so there infinities are found at the capture only.
+    Other devices than the CPU would have to be waited for. There only `is_large` finds infinities.
     """
+    slow, fast = piece
     if slow_step_size == 1:
         torch._foreach_copy_(slow, fast)
     elif slow_step_size == 0:
         return False
-    elif is_careful or _is_beyond(slow_step_size, slow):
-        for slow_one, fast_one in zip(slow, fast):
-            _move_carefully(slow_one, fast_one, slow_step_size)
+    elif is_careful or _overflows(slow_step_size, slow):
+        for slow_weight, fast_weight in zip(slow, fast):
+            _slow_step_with_care(slow_weight, fast_weight, slow_step_size)
     else:
         torch._foreach_lerp_(slow, fast, slow_step_size)
     if is_careful or not slow[0].is_cpu or _are_finite(slow):
         return False
-    for slow_one, fast_one in zip(slow, fast):
-        slow_one.copy_(torch.where(fast_one.isinf(), fast_one, slow_one))
+    for slow_weight, fast_weight in zip(slow, fast):
+        slow_weight.copy_(torch.where(fast_weight.isinf(), fast_weight, slow_weight))
     return True
 
 
-def move_unwatched(slow: list[Tensor], fast: list[Tensor], slow_step_size: float) -> None:
-    """Move slow weights towards the fast ones, where nobody has noted whether they need care: ask them each time."""
-    move(slow, fast, slow_step_size, is_careful=slow[0].is_cpu and is_large(slow))
-
-
-def _move_carefully(slow: Tensor, fast: Tensor, slow_step_size: float) -> None:
-    wide_slow, wide_fast = (one.to(torch.promote_types(one.dtype, torch.float64)) for one in (slow, fast))
-    mixed = torch.where(
-        wide_slow == wide_fast, wide_slow, (1 - slow_step_size) * wide_slow + slow_step_size * wide_fast
-    ).to(slow.dtype)
-    if not _is_beyond(slow_step_size, [slow]):
+def _slow_step_with_care(slow: Tensor, fast: Tensor, slow_step_size: float) -> None:
+    """Move a slow weight: as usual where that is finite, and by a weighted mean elsewhere."""
+    wide = torch.promote_types(slow.dtype, torch.float64)
+    start, end = slow.to(wide), fast.to(wide)
+    mean = torch.where(start == end, start, (1 - slow_step_size) * start + slow_step_size * end).to(slow.dtype)
+    if not _overflows(slow_step_size, [slow]):
         moved = torch.lerp(slow, fast, slow_step_size)
-        mixed = torch.where(moved.isfinite(), moved, mixed)
-    slow.copy_(mixed)
+        mean = torch.where(moved.isfinite(), moved, mean)
+    slow.copy_(mean)
 
 
-def _is_beyond(slow_step_size: float, weights: list[Tensor]) -> bool:
-    """Return whether a step size is no number of the dtype of any weight: PyTorch's operations refuse it then."""
-    # 1e4 is one in every dtype.
-    return slow_step_size > 1e4 and any(slow_step_size > torch.finfo(one.dtype).max for one in weights)
+def _overflows(slow_step_size: float, weights: list[Tensor]) -> bool:
+    """Return whether a step size is too large for the dtype of any weight: PyTorch's operations refuse it then."""
+    # No dtype is too small for 1e4.
+    return slow_step_size > 1e4 and any(slow_step_size > torch.finfo(weight.dtype).max for weight in weights)
+
+
+_DTYPES_WITH_A_NORM = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
 
 
 def is_large(weights: Iterable[Tensor]) -> bool:
-    """Return whether a difference of any of these weights could overflow, or not be a number."""
+    """Return whether the difference of two such weights could overflow, or be NaN."""
     return any(
         not float(torch.linalg.vector_norm(weight.detach(), torch.inf)) <= torch.finfo(weight.dtype).max / 4
         for weight in weights
@@ -111,25 +98,58 @@ def is_large(weights: Iterable[Tensor]) -> bool:
     )
 
 
+_ONE = torch.ones((), device="cpu")
+
+
 def _are_finite(weights: list[Tensor]) -> bool:
     """Return whether all elements are finite.
 
-    The operation is the one of `torch.amp.GradScaler`. No public operation of PyTorch answers for a whole list, and one
-    question for each small weight takes longer than the whole slow step.
+    This is the operation of `torch.amp.GradScaler`. No public operation of PyTorch answers for a whole list, and asking
+    for each small weight takes longer than the slow step itself.
     """
     found = torch.zeros((), device="cpu")
     try:
         torch._amp_foreach_non_finite_check_and_unscale_(weights, found, _ONE)
     except (NotImplementedError, RuntimeError):
         # Complex weights, and some kinds of tensors.
-        return all(bool(one.isfinite().all()) for one in weights)
+        return all(bool(weight.isfinite().all()) for weight in weights)
     return not found
 
 
-def _limit() -> int:
-    """Return the bytes of a piece."""
-    return _BYTES_PER_THREAD * torch.get_num_threads()
+# An outer step reads and writes the slow weights twice. On the CPU a `foreach` operation is a loop over its weights, so
+# that it pays to make both operations on as many weights as one core's cache holds, and then to go on.
+_BYTES_PER_THREAD = 2**18
 
 
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.view(-1).split(_limit() // tensor.element_size())
+def cut(slow: list[Tensor], fast: list[Tensor]) -> list[Piece]:
+    """Cut lists of slow and fast weights into pieces for `outer_step`.
+
+    On the CPU several small weights make one piece, and a large weight makes several, which are views of it. On other
+    devices a piece has all weights of one device and dtype, as their `foreach` operations ask for.
+    """
+    if not all(fast_weight.is_cpu for fast_weight in fast):
+        by_kind: dict[tuple[torch.device, torch.dtype], Piece] = defaultdict(lambda: Piece([], []))
+        for slow_weight, fast_weight in zip(slow, fast):
+            kind = by_kind[fast_weight.device, fast_weight.dtype]
+            kind.slow.append(slow_weight)
+            kind.fast.append(fast_weight)
+        return list(by_kind.values())
+    pieces, size, limit = [Piece([], [])], 0, _BYTES_PER_THREAD * torch.get_num_threads()
+    for slow_weight, fast_weight in zip(slow, fast):
+        for slow_part, fast_part in _parts(slow_weight, fast_weight, limit):
+            if size >= limit:
+                pieces.append(Piece([], []))
+                size = 0
+            pieces[-1].slow.append(slow_part)
+            pieces[-1].fast.append(fast_part)
+            size += slow_part.nbytes
+    return pieces if fast else []
+
+
+def _parts(slow: Tensor, fast: Tensor, limit: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return a slow weight and its fast one, both in parts if they are larger than a piece."""
+    is_plain = type(fast) in (Tensor, torch.nn.Parameter) and fast.is_contiguous() and slow.is_contiguous()
+    if slow.nbytes <= limit or not is_plain:
+        return [(slow, fast)]
+    elements = limit // slow.element_size()
+    return zip(slow.view(-1).split(elements), fast.view(-1).split(elements))

@@ -8,7 +8,7 @@ import contextlib
 import torch
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from lookahead_optim._outer_step_torch import cut, move_unwatched
+from lookahead_optim._outer_step_torch import Piece, cut, is_large, outer_step
 
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 
@@ -61,15 +61,19 @@ def synchronize(iterations, due, pairs, slow_step_size, stepped=False):
         return
     found = pairs()
     free = [(slow, fast) for slow, fast in found if fast.constraint is None]
-    for slow, fast in cut(*map(_native, zip(*free))) if free else ():
-        move_unwatched(slow, fast, slow_step_size)
-        torch._foreach_copy_(fast, slow)
+    for piece in cut(*map(_native, zip(*free))) if free else ():
+        _outer_step(piece, slow_step_size)
     for slow, fast in found:
         if fast.constraint is not None:
-            move_unwatched([slow.value], [fast.value], slow_step_size)
+            _outer_step(Piece([slow.value], [fast.value]), slow_step_size)
             slow.assign(fast.constraint(slow.value))
             # In a stateless scope the assignment has made a new value.
             fast.value.copy_(slow.value)
+
+
+def _outer_step(piece, slow_step_size):
+    # Nobody notes whether these weights need care, so that they are asked each time.
+    outer_step([piece], [slow_step_size], is_careful=piece.slow[0].is_cpu and is_large(piece.slow))
 
 
 def copy_of(variable):

@@ -13,7 +13,7 @@ __all__ = ["check_equal_on_all_ranks"]
 _compared: collections.Counter[str] = collections.Counter()
 
 
-def check_equal_on_all_ranks(groups: list[dict[str, Any]], names: tuple[str, str, str, str]) -> None:
+def check_equal_on_all_ranks(groups: list[dict[str, Any]], names: tuple[str, ...]) -> None:
     """Raise `RuntimeError` if another process has an optimizer like this one, with other settings or counts.
 
     Nothing is known of the processes but that they belong to one run: each may have another part of a model, or make

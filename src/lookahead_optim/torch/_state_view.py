@@ -62,6 +62,16 @@ class State(_View):
         self.inner, self.slow = inner, slow
         self.slow_by_parameter = slow.by_parameter if slow_by_parameter is None else slow_by_parameter
 
+    @classmethod
+    def of(cls, given: Mapping[Any, Any], slow: "SlowWeights") -> "State":
+        """Return a view of a state that a program has put in the place of an optimizer's."""
+        has_slow = any(isinstance(entries, Mapping) and slow.name in entries for entries in given.values())
+        if isinstance(given, defaultdict) and not has_slow:
+            return cls(given, slow, {})
+        state = cls(defaultdict(dict), slow, {})
+        state.update(given)
+        return state
+
     def __getitem__(self, key: Any) -> Any:
         # A new entry is made for a key without any, as PyTorch's own state does. But a look at a slow weight must not
         # make one for the inner optimizer, which may take it for its own.
@@ -118,7 +128,7 @@ class State(_View):
         self.slow.forget(key, self.slow_by_parameter)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([*self.inner, *(one for one in self.slow_by_parameter if one not in self.inner)])
+        return iter([*self.inner, *(key for key in self.slow_by_parameter if key not in self.inner)])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -128,7 +138,8 @@ class State(_View):
 
     def __reduce__(self) -> Any:
         # A copy is no view, and goes without the optimizer.
-        return defaultdict, (dict, {key: dict(one) if isinstance(one, Entries) else one for key, one in self.items()})
+        copied = {key: dict(entries) if isinstance(entries, Entries) else entries for key, entries in self.items()}
+        return defaultdict, (dict, copied)
 
 
 class Entries(_View):
@@ -154,7 +165,8 @@ class Entries(_View):
     def __getitem__(self, name: str) -> Any:
         if self.owner is not None and self._is_slow(name):
             state, parameter = self.owner
-            return state.slow.copy_for(parameter, state.slow_by_parameter[parameter])
+            slow = state.slow_by_parameter[parameter].detach()
+            return slow.to(parameter.device, parameter.dtype, copy=True)
         return self.entries[name]
 
     def __setitem__(self, name: str, value: Any) -> None:

@@ -1,42 +1,24 @@
-"""The `Lookahead` optimizer."""
+"""The `Lookahead` optimizer: PyTorch's protocol around the inner optimizer and the slow weights."""
 
 import contextlib
-import dataclasses
-import numbers
-import re
-import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
-from lookahead_optim.torch import _foreach
+from lookahead_optim.torch._blocks import Blocks
+from lookahead_optim.torch._checkpoint import load_inner, with_slow_weights, without_slow_weights
 from lookahead_optim.torch._fsdp import gathered_anew
 from lookahead_optim.torch._ranks import check_equal_on_all_ranks
-from lookahead_optim.torch._slow_weights import SlowWeights, check_shape
+from lookahead_optim.torch._settings import Names, check_group, complete_group
+from lookahead_optim.torch._slow_weights import Group, SlowWeights
 from lookahead_optim.torch._state_view import State
 
 __all__ = ["Lookahead"]
 
-
 _OF_THE_INNER_OPTIMIZER = ("defaults", "param_groups", "state")
-_OWN_SETTING = r"(sync_period|slow_step_size|lookahead_step)(_\d+)?"
-# That of an int64, in which other tools may keep it.
-_LARGEST_COUNT = 2**63
-
-
-class _Names(NamedTuple):
-    """What a wrapper calls its entries in groups and state."""
-
-    sync_period: str
-    slow_step_size: str
-    lookahead_step: str
-    slow: str
 
 
 class Lookahead(Optimizer):
@@ -96,50 +78,32 @@ class Lookahead(Optimizer):
     """
 
     inner_optimizer: Optimizer
-    _names: _Names
+    _names: Names
     # These objects stay the same, as tools copy an optimizer's attributes into an object of theirs.
     _slow: SlowWeights
-    _blocks: list["_Block"]
-    _lock: Any
+    _blocks: Blocks
     # With the settings of other processes, since the optimizer was made or loaded.
     _is_compared: bool
 
     def __init__(self, optimizer: Optimizer, sync_period: int = 6, slow_step_size: float = 0.5) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                "`optimizer` must be an instance of `torch.optim.Optimizer`, made with the parameters to optimize. "
-                f"Received: optimizer={optimizer!r} of type {type(optimizer).__name__}"
-            )
-        if any(settings.get("differentiable") for settings in (optimizer.defaults, *optimizer.param_groups)):
-            raise ValueError(
-                "`optimizer` must not be differentiable, as the slow step is not. Pass `differentiable=False` to it. "
-                f"Received: optimizer={type(optimizer).__name__}(..., differentiable=True)"
-            )
-        if not isinstance(optimizer, Lookahead) and any(isinstance(one, Lookahead) for one in vars(optimizer).values()):
-            raise ValueError(
-                "`optimizer` must not have a `Lookahead` inside a wrapper of another kind, which it could not restart. "
-                "Put one directly around the other. "
-                f"Received: optimizer={type(optimizer).__name__}(...) around a Lookahead"
-            )
-        level = 1 + sum(1 for _ in _chain(optimizer))
-        names = _Names(*(name if level == 1 else f"{name}_{level}" for name in _Names._fields))
+        _check_inner_optimizer(optimizer)
+        names = Names.at_level(1 + sum(1 for _ in _wrappers(optimizer)))
         settings = {
             names.sync_period: check_sync_period(sync_period),
             names.slow_step_size: check_slow_step_size(slow_step_size),
         }
         for group in optimizer.param_groups:
             if names.lookahead_step not in group:
-                _check_group(group, names)
-        for group in optimizer.param_groups:
-            # Left by another wrapper of the same optimizer.
-            if names.lookahead_step in group:
+                check_group(group, names)
+        for entries in (*optimizer.param_groups, *optimizer.state.values()):
+            if isinstance(entries, dict) and (names.lookahead_step in entries or names.slow in entries):
+                # Another wrapper of the same optimizer has left them.
                 for name in names:
-                    group.pop(name, None)
-        for entries in optimizer.state.values():
-            if isinstance(entries, dict):
-                entries.pop(names.slow, None)
+                    entries.pop(name, None)
         optimizer.defaults = {**optimizer.defaults, **settings}
-        # The base class' constructor would make groups of its own. This is how it restores an optimizer without it.
+        # The base class' constructor is not called: it would make parameter groups and a state of its own, and add the
+        # parameters to them, while a wrapper has those of the inner optimizer. `__setstate__` makes what is left: the
+        # hooks. PyTorch makes an optimizer so that it reads from a file, too.
         self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow": SlowWeights(names.slow)})
         self._adopt_groups()
 
@@ -150,10 +114,7 @@ class Lookahead(Optimizer):
         if "inner_optimizer" in others:
             self._is_compared = False
             inner = self.inner_optimizer
-            if isinstance(inner, Lookahead):
-                self._blocks, self._lock = inner._blocks, inner._lock
-            else:
-                self._blocks, self._lock = [], threading.RLock()
+            self._blocks = inner._blocks if isinstance(inner, Lookahead) else Blocks()
         for name in _OF_THE_INNER_OPTIMIZER:
             if name in state:
                 setattr(self, name, state[name])
@@ -164,7 +125,7 @@ class Lookahead(Optimizer):
     def __getattr__(self, name: str) -> Any:
         """Return what only the inner optimizer has: `train` and `eval` of `schedulefree`, for example."""
         # Not what begins with an underscore: tools ask there for what the wrapper itself would have to do.
-        if name in _Names._fields:
+        if name in Names._fields:
             raise AttributeError(
                 f"`Lookahead` has no attribute `{name}`: it is a setting of each group, in `optimizer.param_groups`."
             )
@@ -173,7 +134,7 @@ class Lookahead(Optimizer):
         return getattr(self.inner_optimizer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _Names._fields:
+        if name in Names._fields:
             raise AttributeError(
                 f"`{name}` is a setting of each group: set it in `optimizer.param_groups`. Received: {name}={value!r}"
             )
@@ -216,83 +177,61 @@ class Lookahead(Optimizer):
     @state.setter
     def state(self, state: Mapping[Any, Any]) -> None:
         if not (isinstance(state, State) and state.slow.name == self._slow.name):
-            given = state
-            inner: defaultdict[Any, Any] = defaultdict(dict)
-            has_slow = any(isinstance(entries, Mapping) and self._slow.name in entries for entries in given.values())
-            if isinstance(given, defaultdict) and not has_slow:
-                inner = given
-            state = State(inner, self._slow, {})
-            if inner is not given:
-                state.update(given)
+            state = State.of(state, self._slow)
         self.inner_optimizer.state = state.inner  # type: ignore[assignment]
         self._slow.replace(state.slow_by_parameter)
 
-    def _adopt_groups(self) -> None:
-        """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint."""
-        names = self._names
+    def _adopt_groups(self) -> list[Group]:
+        """Return all groups, complete. The inner optimizer may have got some by itself, or from a checkpoint."""
         for group in self.param_groups:
-            period = group.setdefault(names.sync_period, self.defaults[names.sync_period])
-            step_size = group.setdefault(names.slow_step_size, self.defaults[names.slow_step_size])
-            if type(period) is not int or period < 0:
-                group[names.sync_period] = check_sync_period(period)
-            if type(step_size) is not float or not 0 <= step_size < float("inf"):
-                group[names.slow_step_size] = check_slow_step_size(step_size)
-            if names.lookahead_step not in group:
+            if complete_group(group, self._names, self.defaults):
                 for parameter in group["params"]:
                     self._slow.forget(parameter)
-                group[names.lookahead_step] = 0
-            count = group[names.lookahead_step]
-            if type(count) is not int or not 0 <= count < _LARGEST_COUNT:
-                group[names.lookahead_step] = _check_count(count, names.lookahead_step)
+        return self.param_groups
 
-    def _active_groups(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group[self._names.sync_period]]
+    def _active_groups(self) -> list[tuple[int, Group]]:
+        period = self._names.sync_period
+        return [(index, group) for index, group in enumerate(self.param_groups) if group[period]]
 
-    def _is_due(self, group: dict[str, Any], count: int) -> bool:
-        period = group[self._names.sync_period]
-        return bool(period) and count % period == 0
+    def _due_groups(self, steps_ahead: int = 0) -> list[tuple[int, Group]]:
+        period, count = self._names.sync_period, self._names.lookahead_step
+        return [
+            (index, group) for index, group in self._active_groups() if not (group[count] + steps_ahead) % group[period]
+        ]
 
-    @torch.no_grad()
-    def _synchronize(self, due: list[tuple[int, dict[str, Any]]]) -> None:
-        # What can fail comes first.
-        plans = [self._slow.plan(index, group) for index, group in due]
-        restarts = [inner._slow.pairs(due) for inner in _chain(self.inner_optimizer)]
-        self._slow.synchronize(plans, [group[self._names.slow_step_size] for _, group in due])
-        for slow, fast in restarts:
-            _foreach.copy(slow, fast)
+    def _synchronize(self, groups: list[tuple[int, Group]]) -> None:
+        followers = [wrapper._slow for wrapper in _wrappers(self.inner_optimizer)]
+        self._slow.synchronize(groups, self._names.slow_step_size, followers)
 
     @torch.compiler.disable
     def _begin_step(self) -> None:
-        self._check_not_in_slow_weights("step()")
+        self._blocks.check_none_is_open("step()")
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "`Lookahead.step()` cannot be captured in a CUDA graph: a replay would not count its steps, so that it "
                 "would never synchronise, or always. Capture forward and backward pass, and step outside."
             )
         self._adopt_groups()
-        name = self._names.lookahead_step
-        due = [(index, group) for index, group in enumerate(self.param_groups) if self._is_due(group, group[name] + 1)]
-        if due:
-            for optimizer in _chain(self):
-                optimizer._slow.check_shapes(due)
+        for _, group in self._due_groups(steps_ahead=1):
+            for wrapper in _wrappers(self):
+                wrapper._slow.check_shapes(group)
         if not self._is_compared:
             check_equal_on_all_ranks(self.param_groups, self._names)
             self._is_compared = True
-        self._slow.capture_new(self._active_groups(), name)
+        self._slow.capture_new(self._active_groups(), self._names.lookahead_step)
 
     @torch.compiler.disable
     def _end_step(self) -> None:
-        name, due = self._names.lookahead_step, []
-        if not all(name in group for group in self.param_groups):
+        count = self._names.lookahead_step
+        if not all(count in group for group in self.param_groups):
             # The inner optimizer got a group in its step.
             self._adopt_groups()
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             # Not in place: `ZeroRedundancyOptimizer` and users copy groups.
-            group[name] += 1
-            if self._is_due(group, group[name]):
-                due.append((index, group))
-                if not all(one.requires_grad for one in group["params"]):
-                    self._slow.drop_frozen(group["params"])
+            group[count] += 1
+        due = self._due_groups()
+        for _, group in due:
+            self._slow.drop_frozen(group)
         if due:
             self._synchronize(due)
 
@@ -318,7 +257,7 @@ class Lookahead(Optimizer):
             if result is not None:
                 args, kwargs = result
         # A block in another thread waits for the end of the step.
-        with self._lock:
+        with self._blocks.lock:
             self._begin_step()
             loss = self.inner_optimizer.step(*args[1:], **kwargs)
             self._end_step()
@@ -326,9 +265,12 @@ class Lookahead(Optimizer):
             post_hook(self, args, kwargs)
         return loss
 
-    # The base class would wrap `step` in a function that calls hooks. It calls those that are registered for all
-    # optimizers, too, which the inner optimizer's `step` does already: each of them is to run once.
-    step.hooked = True  # type: ignore[attr-defined]
+    def _patch_step_function(self) -> None:
+        """Leave `step` as it is, which runs this optimizer's own hooks.
+
+        The base class would wrap it, that of subclasses too, in a function that runs the hooks again, together with
+        those for all optimizers, which the inner optimizer's `step` runs. No public method switches that off.
+        """
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the inner optimizer does."""
@@ -343,7 +285,7 @@ class Lookahead(Optimizer):
         """
         if isinstance(param_group, dict):
             param_group.pop(self._names.lookahead_step, None)
-            _check_group(param_group, self._names)
+            check_group(param_group, self._names)
         self.inner_optimizer.add_param_group(param_group)
         self._adopt_groups()
 
@@ -355,22 +297,9 @@ class Lookahead(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         self._adopt_groups()
-        state_dict = self.inner_optimizer.state_dict()
-        groups = [dict(saved) for saved in state_dict["param_groups"]]
-        state = dict(state_dict["state"])
-        for group, saved in zip(self.param_groups, groups):
-            indices = dict(zip(group["params"], saved["params"]))
-            keeps_state = any(isinstance(one, Mapping) and one for one in map(state.get, indices.values()))
-            for parameter, index in indices.items():
-                slow = self._slow.by_parameter.get(parameter)
-                # Most inner optimizers refuse an entry in which nothing is theirs. They make none for a parameter that
-                # has had no gradient, and its slow weight is captured again from where the parameter still is.
-                entries = state.get(index, {})
-                is_plain = keeps_state and not self._blocks and isinstance(entries, Mapping) and not entries
-                if slow is None or not isinstance(entries, Mapping) or (is_plain and _are_same(slow, parameter)):
-                    continue
-                state[index] = {**entries, self._names.slow: slow}
-        state_dict = {**state_dict, "state": state, "param_groups": groups}
+        inner = self.inner_optimizer.state_dict()
+        # In a block the parameters are the slow weights, and not what these can be captured from again.
+        state_dict = with_slow_weights(inner, self.param_groups, self._slow, keep_all=self._blocks.is_any_open())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -390,82 +319,20 @@ class Lookahead(Optimizer):
                 then.
             RuntimeError: inside a `slow_weights()` block.
         """
-        self._check_not_in_slow_weights("load_state_dict(state_dict)")
+        self._blocks.check_none_is_open("load_state_dict(state_dict)")
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        state, slow_weights = self._check_state_dict(state_dict)
-        names = self._names
-        kept = [
-            {name: group[name] for name in (names.sync_period, names.slow_step_size)} for group in self.param_groups
-        ]
-        before, settings_before = dict(vars(self.inner_optimizer)), [set(group) for group in self.param_groups]
-        try:
-            self.inner_optimizer.load_state_dict({**state_dict, "state": state})
-            self._check_loaded_groups(settings_before)
-        except Exception as error:
-            vars(self.inner_optimizer).clear()
-            vars(self.inner_optimizer).update(before)
-            if isinstance(self.inner_optimizer, Lookahead) and isinstance(error, (TypeError, ValueError)):
-                raise
-            name = type(self.inner_optimizer).__name__
-            raise ValueError(
-                f"`state_dict` must come from a `Lookahead` around a {name}, or from that optimizer alone. "
-                f"Received: one that it cannot load ({type(error).__name__}: {error})"
-            ) from error
-        for group, settings in zip(self.param_groups, kept):
-            group.update({**settings, **group})
+        is_innermost = not isinstance(self.inner_optimizer, Lookahead)
+        inner_state_dict, slow_weights = without_slow_weights(state_dict, self.param_groups, self._names, is_innermost)
+        inner_wrappers = list(_wrappers(self.inner_optimizer))
+        load_inner(inner_state_dict, self.inner_optimizer, [wrapper._slow for wrapper in inner_wrappers], self._names)
         self._adopt_groups()
         self._slow.load(slow_weights)
         self._is_compared = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> tuple[dict[Any, Any], dict[Tensor, Tensor]]:
-        """Return the inner optimizer's state and the slow weights in a state dict, or raise an error."""
-        saved_groups, groups, names = state_dict["param_groups"], self.param_groups, self._names
-        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
-            raise ValueError(
-                "`state_dict` must have the optimizer's groups, with "
-                f"{[len(group['params']) for group in groups]} parameters. Received: groups with "
-                f"{[len(group['params']) for group in saved_groups]} parameters"
-            )
-        for group in saved_groups:
-            _check_group(group, names)
-        state, slow_weights = dict(state_dict["state"]), {}
-        for group, saved in zip(groups, saved_groups):
-            for parameter, index in zip(group["params"], saved["params"]):
-                entries = state.get(index, {})
-                if not isinstance(entries, Mapping):
-                    continue
-                slow = entries.get(names.slow)
-                if slow is not None:
-                    check_shape(slow, parameter, index)
-                    slow = slow.to_dense() if slow.layout is not torch.strided else slow
-                    # In the dtype in which it was saved: the parameters may get it back before they are trained.
-                    slow_weights[parameter] = slow.detach().to(parameter.device, copy=True)
-                # An inner optimizer may take any entry at all for a sign that its own are there.
-                entries = {key: value for key, value in entries.items() if not self._is_slow(key)}
-                if entries:
-                    state[index] = entries
-                else:
-                    state.pop(index, None)
-        return state, slow_weights
-
-    def _check_loaded_groups(self, settings_before: list[set[str]]) -> None:
-        """Raise an error if a loaded group lacks a setting: it is that of another class, whose next step would fail."""
-        for group, before in zip(self.param_groups, settings_before):
-            needed = before & set(self.defaults) - set(group)
-            missing = sorted(name for name in needed if not re.fullmatch(_OWN_SETTING, name))
-            if missing:
-                raise ValueError(f"its groups have no {missing}")
-
-    def _is_slow(self, name: str) -> bool:
-        """Return whether a saved entry is a slow weight: this wrapper's or, in the innermost one, any wrapper's."""
-        if isinstance(self.inner_optimizer, Lookahead):
-            return name == self._names.slow
-        return isinstance(name, str) and re.fullmatch(r"slow(_\d+)?", name) is not None
 
     def share_memory(self) -> None:
         """Move the state to shared memory, that of the inner optimizer if it can do that (`torch.optim.Adagrad`).
@@ -485,11 +352,10 @@ class Lookahead(Optimizer):
         Raises:
             RuntimeError: inside a `slow_weights()` block, or if a parameter has changed its shape.
         """
-        with self._lock:
-            self._check_not_in_slow_weights("sync()")
+        with self._blocks.lock:
+            self._blocks.check_none_is_open("sync()")
             self._adopt_groups()
-            groups = enumerate(self.param_groups)
-            self._synchronize([(index, group) for index, group in groups if group[self._names.sync_period]])
+            self._synchronize(self._active_groups())
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the parameters again, after restoring the best weights, say.
@@ -497,14 +363,13 @@ class Lookahead(Optimizer):
         Raises:
             RuntimeError: inside a `slow_weights()` block.
         """
-        with self._lock:
-            self._check_not_in_slow_weights("reset_slow_weights()")
-            for optimizer in _chain(self):
-                optimizer._adopt_groups()
-                name = optimizer._names.lookahead_step
-                stepped = [group for group in optimizer._active_groups() if group[name]]
-                optimizer._slow.replace({})
-                optimizer._slow.capture([one for group in stepped for one in group["params"]], set())
+        with self._blocks.lock:
+            self._blocks.check_none_is_open("reset_slow_weights()")
+            for wrapper in _wrappers(self):
+                wrapper._adopt_groups()
+                stepped = [group for _, group in wrapper._active_groups() if group[wrapper._names.lookahead_step]]
+                wrapper._slow.replace({})
+                wrapper._slow.capture([parameter for group in stepped for parameter in group["params"]], set())
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
@@ -519,93 +384,33 @@ class Lookahead(Optimizer):
         Raises:
             RuntimeError: if a parameter has changed its shape, before the block or in it.
         """
-        block = _Block(self._names.slow)
-        with self._lock:
-            if any(one.name == block.name for one in self._blocks):
-                self._blocks.append(block)
-            else:
-                self._swap_in(block)
-        try:
-            with gathered_anew(self._slow.by_parameter):
-                yield
-        finally:
-            with self._lock:
-                self._swap_out(block)
-
-    def _swap_in(self, block: "_Block") -> None:
-        """Put the slow weights into the parameters, and what these were into the block."""
-        self._adopt_groups()
-        self._slow.check_shapes(enumerate(self.param_groups))
-        parameters = dict.fromkeys(one for group in self.param_groups for one in group["params"] if not is_lazy(one))
-        block.fast = _foreach.local(list(parameters))
-        block.kept = [fast.detach().clone() for fast in block.fast]
-        pairs = [(one, slow) for one in parameters if (slow := self._slow.by_parameter.get(one)) is not None]
-        self._blocks.append(block)
-        try:
-            # Rounded, if the parameters have another dtype now; the slow weights themselves keep their own.
-            _foreach.copy(_foreach.local([one for one, _ in pairs]), _foreach.local([slow for _, slow in pairs]))
-        except BaseException:
-            self._swap_out(block)
-            raise
-
-    def _swap_out(self, block: "_Block") -> None:
-        """Put back what a block keeps, or leave that to a block which began later and has not ended yet."""
-        later = self._blocks[self._blocks.index(block) + 1 :]
-        self._blocks.remove(block)
-        if not block.kept:
-            return
-        if later:
-            heir = next((one for one in later if one.kept), later[0])
-            heir.fast, heir.kept = block.fast, block.kept
-            return
-        fitting = [(fast, value) for fast, value in zip(block.fast, block.kept) if fast.shape == value.shape]
-        _foreach.copy([fast for fast, _ in fitting], [value for _, value in fitting])
-        if len(fitting) < len(block.kept):
-            raise RuntimeError(
-                "A parameter changed its shape inside a `slow_weights()` block, so that its fast weights did not "
-                "come back; those of the others did. Change shapes outside of the block."
-            )
-
-    def _check_not_in_slow_weights(self, caller: str) -> None:
-        if self._blocks:
-            raise RuntimeError(
-                f"`{caller}` was called inside a `slow_weights()` block, at whose end the fast weights come back. Call "
-                "it after the block."
-            )
+        with self._blocks.block(self._slow, self._adopt_groups), gathered_anew(self._slow.by_parameter):
+            yield
 
 
-@dataclasses.dataclass(eq=False)
-class _Block:
-    """A `slow_weights()` block that is open, and the fast weights that it puts back; none inside another one."""
-
-    name: str
-    fast: list[Tensor] = dataclasses.field(default_factory=list)
-    kept: list[Tensor] = dataclasses.field(default_factory=list)
-
-
-def _chain(optimizer: Optimizer) -> Iterator[Lookahead]:
+def _wrappers(optimizer: Optimizer) -> Iterator[Lookahead]:
     """Yield the `Lookahead` that `optimizer` is, the one inside it, and so on."""
     while isinstance(optimizer, Lookahead):
         yield optimizer
         optimizer = optimizer.inner_optimizer
 
 
-def _check_group(group: dict[str, Any], names: _Names) -> None:
-    """Raise an error if a group has an invalid setting or count of its own."""
-    check_sync_period(group.get(names.sync_period, 0))
-    check_slow_step_size(group.get(names.slow_step_size, 0.0))
-    _check_count(group.get(names.lookahead_step, 0), names.lookahead_step)
-
-
-def _check_count(count: Any, name: str) -> int:
-    """Return a count of steps as an `int`, or raise an error."""
-    if isinstance(count, Tensor) and count.numel() == 1:
-        count = count.item()
-    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or not 0 <= int(count) < _LARGEST_COUNT:
-        raise ValueError(f"`{name}` must be an integer >= 0, the number of steps. Received: {count!r}")
-    return int(count)
-
-
-def _are_same(slow: Tensor, parameter: Tensor) -> bool:
-    (slow,), (fast,) = _foreach.local([slow]), _foreach.local([parameter])
-    return slow.dtype == fast.dtype and slow.device == fast.device and torch.equal(slow, fast)
+def _check_inner_optimizer(optimizer: Any) -> None:
+    """Raise an error if `optimizer` is none that Lookahead can wrap."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "`optimizer` must be an instance of `torch.optim.Optimizer`, made with the parameters to optimize. "
+            f"Received: optimizer={optimizer!r} of type {type(optimizer).__name__}"
+        )
+    if any(settings.get("differentiable") for settings in (optimizer.defaults, *optimizer.param_groups)):
+        raise ValueError(
+            "`optimizer` must not be differentiable, as the slow step is not. Pass `differentiable=False` to it. "
+            f"Received: optimizer={type(optimizer).__name__}(..., differentiable=True)"
+        )
+    inside = () if isinstance(optimizer, Lookahead) else vars(optimizer).values()
+    if any(isinstance(value, Lookahead) for value in inside):
+        raise ValueError(
+            "`optimizer` must not have a `Lookahead` inside a wrapper of another kind, which it could not restart. "
+            "Put one directly around the other. "
+            f"Received: optimizer={type(optimizer).__name__}(...) around a Lookahead"
+        )

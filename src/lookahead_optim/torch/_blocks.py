@@ -1,0 +1,107 @@
+"""`slow_weights()` blocks: the slow weights in the parameters, and the fast ones back at the end."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from lookahead_optim.torch._slow_weights import Group, SlowWeights, local
+
+__all__ = ["Blocks"]
+
+
+class Blocks:
+    """The blocks of an optimizer that are open, also of wrappers around it.
+
+    Blocks of several threads may overlap in any order. The first one keeps the fast weights. If it ends first, it
+    leaves them to a block that is still open.
+
+    Attributes:
+        lock: Held while a step or a sync is made, and while a block begins or ends.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._open: list[_Block] = []
+
+    def is_any_open(self) -> bool:
+        """Return whether the parameters may hold slow weights."""
+        return bool(self._open)
+
+    def check_none_is_open(self, caller: str) -> None:
+        """Raise `RuntimeError` inside a block."""
+        if self._open:
+            raise RuntimeError(
+                f"`{caller}` was called inside a `slow_weights()` block, at whose end the fast weights come back. Call "
+                "it after the block."
+            )
+
+    @contextlib.contextmanager
+    def block(self, slow: SlowWeights, groups: Callable[[], list[Group]]) -> Iterator[None]:
+        """Run a block on slow weights. `groups` is called when no step is under way."""
+        block = _Block(slow.name)
+        with self.lock:
+            # A block of the same wrapper inside another one changes nothing.
+            is_inside = any(outer.name == slow.name for outer in self._open)
+            self._open.append(block)
+            try:
+                if not is_inside:
+                    block.swap_in(slow, groups())
+            except BaseException:
+                self._close(block)
+                raise
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._close(block)
+
+    def _close(self, block: "_Block") -> None:
+        later = self._open[self._open.index(block) + 1 :]
+        self._open.remove(block)
+        if later and block.kept:
+            heir = next((other for other in later if other.kept), later[0])
+            heir.fast, heir.kept = block.fast, block.kept
+        else:
+            block.swap_out()
+
+
+class _Block:
+    """A block, and the fast weights that it puts back.
+
+    Attributes:
+        name: What the wrapper calls its slow weights, which tells wrappers of one optimizer apart.
+        fast: All parameters; of a `DTensor` this process' shard. Empty if the block puts nothing back.
+        kept: Their values before the block.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.fast: list[Tensor] = []
+        self.kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def swap_in(self, slow: SlowWeights, groups: list[Group]) -> None:
+        for group in groups:
+            slow.check_shapes(group)
+        parameters = list(dict.fromkeys(parameter for group in groups for parameter in group["params"]))
+        self.fast = local([parameter for parameter in parameters if not is_lazy(parameter)])
+        self.kept = [fast.detach().clone() for fast in self.fast]
+        members = [parameter for parameter in parameters if parameter in slow.by_parameter]
+        if members:
+            # Rounded, if the parameters have another dtype now; the slow weights themselves keep their own.
+            torch._foreach_copy_(local(members), local([slow.by_parameter[parameter] for parameter in members]))
+
+    @torch.no_grad()
+    def swap_out(self) -> None:
+        fitting = [(fast, kept) for fast, kept in zip(self.fast, self.kept) if fast.shape == kept.shape]
+        if fitting:
+            torch._foreach_copy_([fast for fast, _ in fitting], [kept for _, kept in fitting])
+        if len(fitting) < len(self.kept):
+            raise RuntimeError(
+                "A parameter changed its shape inside a `slow_weights()` block, so that its fast weights did not "
+                "come back; those of the others did. Change shapes outside of the block."
+            )

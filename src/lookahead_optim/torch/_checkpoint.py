@@ -1,0 +1,152 @@
+"""State dicts: the inner optimizer's, and a slow weight beside each parameter's entries."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lookahead_optim.torch._settings import Names, check_group, is_setting, is_slow_weight
+from lookahead_optim.torch._slow_weights import Group, SlowWeights, local
+
+__all__ = ["load_inner", "with_slow_weights", "without_slow_weights"]
+
+StateDict = dict[str, Any]
+
+
+def with_slow_weights(state_dict: StateDict, groups: list[Group], slow: SlowWeights, keep_all: bool) -> StateDict:
+    """Return the inner optimizer's state dict with the slow weights in it.
+
+    Most inner optimizers refuse a state dict in which a parameter's entry has nothing of theirs. They make no entry for
+    a parameter that has had no gradient. Its slow weight is left out where it can be captured again: where it is still
+    what the parameter is. `keep_all` keeps that too.
+    """
+    state, saved_groups = dict(state_dict["state"]), [dict(saved) for saved in state_dict["param_groups"]]
+    for group, saved in zip(groups, saved_groups):
+        index_of = dict(zip(group["params"], saved["params"]))
+        keeps_state = any(isinstance(entries, Mapping) and entries for entries in map(state.get, index_of.values()))
+        for parameter, index in index_of.items():
+            slow_weight, entries = slow.by_parameter.get(parameter), state.get(index, {})
+            if slow_weight is None or not isinstance(entries, Mapping):
+                continue
+            if keeps_state and not entries and not keep_all and _are_same(slow_weight, parameter):
+                continue
+            state[index] = {**entries, slow.name: slow_weight}
+    return {**state_dict, "state": state, "param_groups": saved_groups}
+
+
+def without_slow_weights(
+    state_dict: StateDict, groups: list[Group], names: Names, is_innermost: bool
+) -> tuple[StateDict, dict[Tensor, Tensor]]:
+    """Check a state dict; return what is the inner optimizer's in it, and copies of the slow weights by parameter.
+
+    Raises:
+        TypeError, ValueError: if the state dict does not fit the groups.
+    """
+    saved_groups = state_dict["param_groups"]
+    expected, received = ([len(group["params"]) for group in some] for some in (groups, saved_groups))
+    if expected != received:
+        raise ValueError(
+            f"`state_dict` must have the optimizer's groups, with {expected} parameters. Received: groups with "
+            f"{received} parameters"
+        )
+    for saved in saved_groups:
+        check_group(saved, names)
+    state, slow_weights = dict(state_dict["state"]), {}
+    for group, saved in zip(groups, saved_groups):
+        for parameter, index in zip(group["params"], saved["params"]):
+            entries = state.get(index, {})
+            if not isinstance(entries, Mapping):
+                continue
+            slow = entries.get(names.slow)
+            if slow is not None:
+                _check_shape(slow, parameter, index)
+                slow = slow.to_dense() if slow.layout is not torch.strided else slow
+                # In the dtype in which it was saved: the parameters may get it back before they are trained.
+                slow_weights[parameter] = slow.detach().to(parameter.device, copy=True)
+            # The innermost wrapper removes those of any wrapper: an optimizer may take an entry with something in it
+            # for one in which its own is complete.
+            own = {
+                name: value
+                for name, value in entries.items()
+                if not (is_slow_weight(name) if is_innermost else name == names.slow)
+            }
+            if own:
+                state[index] = own
+            else:
+                state.pop(index, None)
+    return {**state_dict, "state": state}, slow_weights
+
+
+def load_inner(
+    inner_state_dict: StateDict, inner_optimizer: Optimizer, slow_weights: list[SlowWeights], names: Names
+) -> None:
+    """Have the inner optimizer load its part. If it cannot, all inside it is as before.
+
+    Args:
+        inner_state_dict: What `without_slow_weights` returned.
+        inner_optimizer: The optimizer, or a `Lookahead` around it.
+        slow_weights: Those of each wrapper in `inner_optimizer`, from the outside to the inside.
+        names: The names of the loading wrapper. Its settings stay where the state dict has none.
+
+    Raises:
+        TypeError, ValueError: if the inner optimizer cannot load it.
+    """
+    own = [{name: group[name] for name in names[:2]} for group in inner_optimizer.param_groups]
+    needed = [set(group) & set(inner_optimizer.defaults) for group in inner_optimizer.param_groups]
+    try:
+        with _restored_on_failure(inner_optimizer, slow_weights):
+            inner_optimizer.load_state_dict(inner_state_dict)
+            for group, settings in zip(inner_optimizer.param_groups, needed):
+                # Its next step would fail: the groups are those of another class.
+                if missing := sorted(name for name in settings - set(group) if not is_setting(name)):
+                    raise ValueError(f"its groups have no {missing}")
+    except Exception as error:
+        if slow_weights and isinstance(error, (TypeError, ValueError)):
+            raise
+        name = type(inner_optimizer).__name__
+        raise ValueError(
+            f"`state_dict` must come from a `Lookahead` around a {name}, or from that optimizer alone. "
+            f"Received: one that it cannot load ({type(error).__name__}: {error})"
+        ) from error
+    for group, settings_of_group in zip(inner_optimizer.param_groups, own):
+        group.update({**settings_of_group, **group})
+
+
+@contextlib.contextmanager
+def _restored_on_failure(inner_optimizer: Optimizer, slow_weights: list[SlowWeights]) -> Iterator[None]:
+    """Give an optimizer, all that it wraps and the slow weights back what they had if the block raises an exception.
+
+    A PyTorch optimizer replaces its state and groups when it loads others, so that keeping the old ones is enough.
+    """
+    optimizers = [inner_optimizer]
+    for _ in slow_weights:
+        optimizers.append(optimizers[-1].inner_optimizer)  # type: ignore[attr-defined]
+    attributes_before = [dict(vars(optimizer)) for optimizer in optimizers]
+    slow_before = [(slow.by_parameter, dict(slow.captured)) for slow in slow_weights]
+    try:
+        yield
+    except BaseException:
+        for optimizer, attributes in zip(optimizers, attributes_before):
+            vars(optimizer).clear()
+            vars(optimizer).update(attributes)
+        for slow, (by_parameter, captured) in zip(slow_weights, slow_before):
+            slow.replace(by_parameter)
+            slow.captured = captured
+        raise
+
+
+def _check_shape(slow: Any, parameter: Tensor, index: Any) -> None:
+    if not isinstance(slow, Tensor) or slow.shape != parameter.shape:
+        received = f"shape {tuple(slow.shape)}" if isinstance(slow, Tensor) else repr(slow)
+        raise ValueError(
+            f"`state_dict` must have a slow weight of shape {tuple(parameter.shape)} for parameter {index}. "
+            f"Received: {received}"
+        )
+
+
+def _are_same(slow: Tensor, parameter: Tensor) -> bool:
+    (slow,), (fast,) = local([slow]), local([parameter])
+    return slow.dtype == fast.dtype and slow.device == fast.device and torch.equal(slow, fast)
