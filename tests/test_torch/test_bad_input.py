@@ -431,3 +431,20 @@ def test_bad_count_is_refused_before_anything_changes(count, how):
         assert comparable(trained.fast) == before
         trained.optimizer.param_groups[0]["lookahead_step"] = kept
     trained.assert_unchanged_and_able_to_train()
+
+
+def test_a_hook_that_fails_after_the_inner_wrapper_has_loaded_changes_nothing():
+    trained = Trained(nested=True)
+    saved = copy.deepcopy(trained.optimizer.state_dict())
+    trained.train(4)
+    trained.before = trained.everything()
+
+    def fail(optimizer):
+        raise LookupError("no")
+
+    handle = trained.optimizer.inner_optimizer.register_load_state_dict_post_hook(fail)
+    with pytest.raises(ValueError, match="LookupError: no"):
+        trained.optimizer.load_state_dict(saved)
+    handle.remove()
+    assert trained.everything() == trained.before
+    trained.train(7)

@@ -502,3 +502,37 @@ def test_an_attribute_of_the_inner_optimizer_is_set_there():
     assert optimizer.inner_optimizer.mode == "train"
     optimizer.note = 1
     assert not hasattr(optimizer.inner_optimizer, "note")
+
+
+class WithOwnStep(Lookahead):
+    """As users write a subclass that does something more in each step."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["made", "copied"])
+@pytest.mark.parametrize("wrapper", [Lookahead, WithOwnStep])
+def test_each_hook_runs_once_in_a_step_of_a_subclass_too(wrapper, copied):
+    from torch.optim import optimizer as hooks
+
+    weights = parameters((3,))
+    optimizer = wrapper(adam(weights), 2)
+    if copied:
+        optimizer = copy.deepcopy(optimizer)
+    calls = []
+    handles = [
+        register(lambda *args, name=name: calls.append(name))
+        for name, register in {
+            "global pre": hooks.register_optimizer_step_pre_hook,
+            "global post": hooks.register_optimizer_step_post_hook,
+            "own pre": optimizer.register_step_pre_hook,
+            "own post": optimizer.register_step_post_hook,
+        }.items()
+    ]
+    try:
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls == ["own pre", "global pre", "global post", "own post"]

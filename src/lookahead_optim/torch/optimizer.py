@@ -101,9 +101,9 @@ class Lookahead(Optimizer):
                 for name in names:
                     entries.pop(name, None)
         optimizer.defaults = {**optimizer.defaults, **settings}
-        # The base class' constructor is not called: it would make parameter groups and a state of its own, and add the
-        # parameters to them, while a wrapper has those of the inner optimizer. `__setstate__` makes what is left: the
-        # hooks. PyTorch makes an optimizer so that it reads from a file, too.
+        # The base class' constructor is not called. It would make parameter groups and a state of its own, while those
+        # of a wrapper are the inner optimizer's. What is left of it, the dictionaries of hooks, is what `__setstate__`
+        # makes for an optimizer that was read from a file.
         self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow": SlowWeights(names.slow)})
         self._adopt_groups()
 
@@ -195,9 +195,8 @@ class Lookahead(Optimizer):
 
     def _due_groups(self, steps_ahead: int = 0) -> list[tuple[int, Group]]:
         period, count = self._names.sync_period, self._names.lookahead_step
-        return [
-            (index, group) for index, group in self._active_groups() if not (group[count] + steps_ahead) % group[period]
-        ]
+        active = self._active_groups()
+        return [(index, group) for index, group in active if (group[count] + steps_ahead) % group[period] == 0]
 
     def _synchronize(self, groups: list[tuple[int, Group]]) -> None:
         followers = [wrapper._slow for wrapper in _wrappers(self.inner_optimizer)]
