@@ -19,11 +19,11 @@ setup: .venv/.installed  ## Make the full development environment, in .venv.
 
 .venv-demo/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-demo
-	.venv-demo/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	.venv-demo/bin/python -m pip install --quiet --constraint constraints.txt --editable . --group demo
 	touch $@
 
 demo: .venv-demo/.installed  ## Train a small model with and without Lookahead; needs nothing else installed.
-	.venv-demo/bin/python -m lookahead_optim.demo $(ARGS)
+	.venv-demo/bin/python examples/demo.py $(ARGS)
 
 # The front ends that need no Keras 3; the third argument are tests of Optax and Keras 2.
 define run-native-tests

@@ -12,17 +12,18 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lookahead_optim import demo as program
-from lookahead_optim.demo import add_label_noise, verdict
+import demo as program
+from demo import add_label_noise, verdict
 from lookahead_optim.keras import Lookahead
 
+PROGRAM = program.__file__
 OPTIONS = ["inner", "learning-rate", "sync-period", "slow-step-size", "noise", "epochs", "seeds", "backend", "output"]
 ENVIRONMENT = {"COLUMNS": "200", "TERMINAL_WIDTH": "200", "NO_COLOR": "1", "KERAS_BACKEND": keras.config.backend()}
 
 
 def run(*arguments, code=None):
     """Run the demo, or the Python `code`, in a process of its own."""
-    start = ["-m", "lookahead_optim.demo"] if code is None else ["-c", code]
+    start = [PROGRAM] if code is None else ["-c", code]
     command = [sys.executable, *start, *map(str, arguments)]
     environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=300)
@@ -157,7 +158,7 @@ def test_bad_option_is_refused_by_its_name_before_training(tmp_path, option, val
 
 
 def test_backend_that_is_not_installed_is_named(tmp_path):
-    hide = "import sys; sys.modules['jax'] = None; import typer; from lookahead_optim import demo; typer.run(demo.main)"
+    hide = f"import runpy, sys; sys.modules['jax'] = None; runpy.run_path({PROGRAM!r}, run_name='__main__')"
     done = run("--backend", "jax", "--output", tmp_path, code=hide)
     assert done.returncode == 2
     assert "Invalid value for '--backend'" in done.stderr
@@ -172,12 +173,12 @@ import importlib.util, runpy, sys
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name: None if name == {name!r} else find_spec(name)
 sys.modules[{name!r}] = None
-runpy.run_module("lookahead_optim.demo", run_name="__main__")
+runpy.run_path({PROGRAM!r}, run_name="__main__")
 """
     done = run(code=code)
     assert done.returncode == 1
     assert name in done.stderr
-    assert "pip install lookahead-optim[demo]" in done.stderr
+    assert "Run: make demo" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -78,7 +78,7 @@ def test_no_runtime_dependency_beyond_the_extras():
     requires = importlib.metadata.requires("lookahead-optim")
     assert all("extra ==" in requirement for requirement in requires)
     extras = importlib.metadata.metadata("lookahead-optim").get_all("Provides-Extra")
-    assert set(extras) == {"keras", "tf-keras", "torch", "optax", "demo"}
+    assert set(extras) == {"keras", "tf-keras", "torch", "optax"}
 
 
 def test_wheel_holds_every_module_the_type_marker_and_the_license(tmp_path):
