@@ -470,3 +470,41 @@ def test_a_weight_that_gets_no_gradient_for_a_while_keeps_its_slow_one_until_a_s
         slow = slow_params(state, params)
         assert_close(params, {"w": hand.params["w"], "frozen": jnp.full(2, expected_fast)})
         assert_close(slow, {"w": hand.slow["w"], "frozen": jnp.full(2, expected_slow)})
+
+
+def test_init_takes_an_abstract_nnx_model():
+    optimizer = wrapped()
+    abstract = nnx.state(nnx.eval_shape(NnxModel), nnx.Param)
+    params = nnx.state(NnxModel(), nnx.Param)
+    state, expected = optimizer.init(abstract), optimizer.init(params)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, expected)
+    grads = jax.tree.map(jnp.ones_like, params)
+    assert_same_bits(whole_step(optimizer)(params, state, grads), whole_step(optimizer)(params, expected, grads))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_ensemble_of_whole_equinox_models_trains_as_its_members(form):
+    optimizer = lookahead(optax.sgd(0.05), SYNC_PERIOD, SLOW_STEP_SIZE)
+
+    def step(model, state, batch):
+        grads = eqx.filter_grad(lambda model: squared_error(jax.vmap(model), batch))(model)
+        if form == "apply_gradients":
+            return optimizer.apply_gradients(grads, state, model)
+        updates, state = optimizer.update(grads, state, model)
+        return eqx.apply_updates(model, updates), state
+
+    def make(key):
+        model = eqx.nn.MLP(3, 4, 5, 1, key=key)
+        return model, optimizer.init(eqx.filter(model, INEXACT))
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    ensemble, members = eqx.filter_vmap(make)(keys), [make(key) for key in keys]
+    step_of_all = eqx.filter_jit(eqx.filter_vmap(step, in_axes=(eqx.if_array(0), eqx.if_array(0), None)))
+    for number in range(STEPS):
+        ensemble = step_of_all(*ensemble, make_batch(number))
+        members = [step(*member, make_batch(number)) for member in members]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(eqx.filter(member, ARRAYS) for member in members))
+    assert_close(eqx.filter(ensemble, ARRAYS), stacked, 1e-5)
+    slow = [slow_params(state, eqx.filter(model, INEXACT)) for model, state in members]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *slow)
+    assert_close(slow_params(ensemble[1], eqx.filter(ensemble[0], INEXACT)), stacked, 1e-5)

@@ -1,6 +1,7 @@
 """What is refused, with which message; and what is right before the first step, after a reset, or with period 0."""
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -331,6 +332,62 @@ def test_it_survives_the_way_through_a_tree_or_a_tuple(remake):
         assert_same_bits(getattr(remade, name)(*arguments), getattr(OPTIMIZER, name)(*arguments))
 
 
+def clipped_before(update):
+    return lambda updates, state, params: update(
+        jax.tree.map(lambda leaf: jnp.clip(leaf, -9, 9), updates), state, params
+    )
+
+
+UPDATES_AROUND = {
+    "jitted": jax.jit,
+    "jitted_and_donating": lambda update: jax.jit(update, donate_argnums=1),
+    "jitted_twice": lambda update: jax.jit(jax.jit(update)),
+    "checkpointed": jax.checkpoint,
+    "partial": functools.partial,
+    "clipped_before": clipped_before,
+}
+
+
+@pytest.mark.parametrize("sync_period", [2, 0, np.array(2)])
+@pytest.mark.parametrize("around", UPDATES_AROUND)
+def test_apply_gradients_goes_through_what_stands_in_the_place_of_update(around, sync_period):
+    # All numbers are exact but for one addition each, so that no compiler rounds them otherwise.
+    optimizer = lookahead(optax.sgd(0.5), sync_period, 0.5)
+    calls = []
+
+    def update(*args):
+        calls.append(args)
+        return optimizer.update(*args)
+
+    replaced = optimizer._replace(update=UPDATES_AROUND[around](update))
+    assert type(replaced) is LookaheadTransformation
+    params = expected = make_params()
+    state, expected_state = replaced.init(params), optimizer.init(params)
+    for step in range(5):
+        grads = make_grads(step, params)
+        params, state = replaced.apply_gradients(grads, state, params)
+        expected, expected_state = optimizer.apply_gradients(grads, expected_state, expected)
+        assert_same_bits((params, state), (expected, expected_state))
+    assert calls
+
+
+BEHIND = optax.chain(OPTIMIZER, optax.scale(0.5))
+OTHER_UPDATES = {
+    "sgd": LookaheadTransformation(*optax.sgd(0.1)),
+    "identity": LookaheadTransformation(*optax.identity()),
+    "chain": LookaheadTransformation(BEHIND.init, BEHIND.update),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_UPDATES)
+def test_apply_gradients_refuses_another_function_in_the_place_of_update(kind):
+    params, other = make_params(), OTHER_UPDATES[kind]
+    with pytest.raises(
+        TypeError, match=r"(?s)`apply_gradients` needs an `update` of `lookahead`, .*Received: update=<f"
+    ):
+        other.apply_gradients(params, other.init(params), params)
+
+
 # States of another kind.
 
 
@@ -408,6 +465,16 @@ def test_a_bare_state_goes_on_with_lookahead_by_the_remedy_of_the_message():
         expected.apply(make_grads(step, params))
         params, state = train(OPTIMIZER, params, [step], state)
         assert_close((params, slow_params(state, params)), (expected.params, expected.slow))
+
+
+def test_a_pickled_state_names_the_public_module_and_goes_on():
+    params, state = train(OPTIMIZER, make_params(), range(4))
+    pickled = pickle.dumps(jax.tree.map(np.asarray, state))
+    assert b"lookahead_optim.optax" in pickled
+    assert b"lookahead_optim.optax." not in pickled
+    assert_same_bits(
+        train(OPTIMIZER, params, range(4, 8), pickle.loads(pickled)), train(OPTIMIZER, params, range(4, 8), state)
+    )
 
 
 @pytest.mark.parametrize("sync_period", [3, np.array(3)])

@@ -72,8 +72,8 @@ def _slow_step(slow: jax.Array, fast: jax.Array, pseudo_gradient: jax.Array, slo
     """
     finite = _finite(pseudo_gradient)
     stepped = slow - slow_step_size * finite
-    # slow - (slow - fast) is not `fast` in general. This is, as 0 is added to it.
-    stepped_by_one = fast + (1 - slow_step_size) * finite
+    # slow - (slow - fast) is not `fast` in general. This is, as 0 is subtracted from it.
+    stepped_by_one = fast - (slow_step_size - 1) * finite
     # The difference of large numbers of opposite sign overflows, their weighted mean does not. It is taken for infinite
     # weights too. The zeros in place of all other numbers keep infinities (of a mask, say) out of the derivatives:
     # the derivative of what `where` does not select is multiplied by 0, and 0 times infinity is NaN.
@@ -96,7 +96,7 @@ def _restarting_update(slow: ArrayLike, update: jax.Array, param: jax.Array, slo
     way = jnp.where(jnp.isfinite(end), jnp.clip(way, -largest, largest), way)
     # For a step size of 1 the update itself, bit for bit, with the same derivative by the step size.
     pseudo_gradient = _wide(slow) - _wide(fast)
-    unchanged = update + ((1 - slow_step_size) * _finite(pseudo_gradient)).astype(update.dtype)
+    unchanged = update - ((slow_step_size - 1) * _finite(pseudo_gradient)).astype(update.dtype)
     return jnp.where(slow_step_size == 1, unchanged, way.astype(update.dtype))
 
 
