@@ -9,7 +9,14 @@ from typing import Any
 import keras
 import numpy as np
 
-__all__ = ["accumulation_steps", "deserialize", "make_inner_optimizer", "optimizers_in"]
+__all__ = [
+    "accumulation_steps",
+    "counter_of",
+    "counts_by_one",
+    "deserialize",
+    "make_inner_optimizer",
+    "optimizers_in",
+]
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 _KEYWORDS = ("learning_rate", "lr", "decay", *_CLIPPING)
@@ -177,3 +184,23 @@ def accumulation_steps(optimizer: Any) -> int:
             f"Received: {sorted(steps)}"
         )
     return steps.pop() if steps else optimizer.gradient_accumulation_steps or 1
+
+
+def counter_of(optimizer: Any) -> tuple[Any, int]:
+    """Return the count of an optimizer's calls or updates, and by how much it rises with each update.
+
+    The count is a variable, unless the optimizer's class has another `iterations`, which then counts updates.
+    """
+    optimizer = _innermost(optimizer)
+    calls = accumulation_steps(optimizer)
+    is_multi_optimizer = hasattr(optimizer, "optimizers")
+    if calls > 1 and (is_multi_optimizer or type(optimizer).iterations is keras.optimizers.Optimizer.iterations):
+        return optimizer._iterations, calls
+    return optimizer.iterations, 1
+
+
+def counts_by_one(optimizer: Any) -> bool:
+    """Return whether the count rises by one in each call, as in Keras' own `apply`."""
+    optimizer = _innermost(optimizer)
+    methods = optimizer.apply, optimizer.apply_gradients
+    return all(getattr(method, "__module__", "").startswith("keras.") for method in methods)

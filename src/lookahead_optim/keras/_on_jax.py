@@ -9,8 +9,8 @@ import keras
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 
 
-def _when(iterations, due, pairs, update):
-    """Assign `update(slow, fast, constraint)`, a new `(slow, fast)`, to each of `pairs()` if `due(iterations)`.
+def _when(counter, due, pairs, update):
+    """Assign `update(slow, fast, constraint)`, a new `(slow, fast)`, to each of `pairs()` if `due(counter)`.
 
     The barriers make all weights pass through both branches of the conditional. Without them JAX hands on the ones
     that a branch leaves alone from outside, and XLA then copies these before the inner optimizer updates them.
@@ -19,7 +19,7 @@ def _when(iterations, due, pairs, update):
     def update_all(values):
         return [update(slow, fast, variable.constraint) for (slow, fast), (_, variable) in zip(values, pairs)]
 
-    pending = due(jnp.asarray(iterations))
+    pending = due(read(counter))
     traced = isinstance(pending, jax.core.Tracer)
     if not (traced or pending):
         return
@@ -37,14 +37,14 @@ def _when(iterations, due, pairs, update):
             variable.assign(value)
 
 
-def capture(iterations, due, pairs, stepped=False):
-    """Set every slow weight of `pairs()` to its fast one if `due(iterations)`."""
+def capture(counter, due, pairs, stepped=False):
+    """Set every slow weight of `pairs()` to its fast one if `due(counter)`."""
     # Without the copy two variables would share a buffer, which cannot be donated twice.
-    _when(iterations, due, pairs, lambda slow, fast, constraint: (jnp.copy(fast), fast))
+    _when(counter, due, pairs, lambda slow, fast, constraint: (jnp.copy(fast), fast))
 
 
-def synchronize(iterations, due, pairs, slow_step_size, stepped=False):
-    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
+def synchronize(counter, due, pairs, slow_step_size, stepped=False):
+    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(counter)`."""
 
     def update(slow, fast, constraint):
         if slow_step_size == 1:
@@ -63,20 +63,17 @@ def synchronize(iterations, due, pairs, slow_step_size, stepped=False):
             new = jnp.asarray(constraint(new))
         return jnp.copy(new), new
 
-    _when(iterations, due, pairs, update)
+    _when(counter, due, pairs, update)
 
 
-def mark_captured(captured, iterations, steps):
-    """Set `captured` to one if an update was applied, which is one of `steps` calls."""
-    if steps == 1:
-        captured.assign(jnp.ones_like(captured.value))
-    else:
-        captured.assign(jnp.where(iterations.value % steps == 0, 1, captured.value))
+def mark_captured(captured, counter, is_applied, stepped):
+    """Set `captured` to one if `is_applied(counter)`."""
+    captured.assign(jnp.where(is_applied(read(counter)), 1, captured.value))
 
 
-def read(variable):
-    """Return the value of a scalar integer."""
-    return jnp.asarray(variable.value)
+def read(counter):
+    """Return the value of a scalar integer: a variable, an array or a number."""
+    return jnp.asarray(counter.value if isinstance(counter, keras.Variable) else counter)
 
 
 def after(gradients):

@@ -16,11 +16,13 @@ __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients",
 
 
 Variable: TypeAlias = keras.Variable | tf.Variable
+# A count is no variable where an inner optimizer has an `iterations` of its own.
+Counter: TypeAlias = Variable | tf.Tensor | int
 IsDue: TypeAlias = Callable[[tf.Tensor], tf.Tensor | bool]
 Pairs: TypeAlias = Callable[[], Sequence[tuple[Variable, Variable]]]
 
 
-def _native(variable: Variable) -> tf.Variable:
+def _native(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
@@ -28,27 +30,29 @@ def _native_pairs(pairs: Pairs) -> Callable[[], list[Pair]]:
     return lambda: [Pair(_native(slow), _native(fast), fast.constraint) for slow, fast in pairs()]
 
 
-def capture(iterations: Variable, due: IsDue, pairs: Pairs, stepped: bool = False) -> None:
-    """Set every slow weight of `pairs()` to its fast one if `due(iterations)`."""
-    _outer_step_tensorflow.capture(iterations, due, _native_pairs(pairs))
+def capture(counter: Counter, due: IsDue, pairs: Pairs, stepped: bool = False) -> None:
+    """Set every slow weight of `pairs()` to its fast one if `due(counter)`."""
+    _outer_step_tensorflow.capture(_native(counter), due, _native_pairs(pairs))
 
 
-def synchronize(iterations: Variable, due: IsDue, pairs: Pairs, slow_step_size: float, stepped: bool = False) -> None:
-    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
-    _outer_step_tensorflow.synchronize(iterations, due, _native_pairs(pairs), slow_step_size)
+def synchronize(counter: Counter, due: IsDue, pairs: Pairs, slow_step_size: float, stepped: bool = False) -> None:
+    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(counter)`."""
+    _outer_step_tensorflow.synchronize(_native(counter), due, _native_pairs(pairs), slow_step_size)
 
 
-def mark_captured(captured: Variable, iterations: Variable, steps: int) -> None:
-    """Set `captured` to one if an update was applied, which is one of `steps` calls."""
-    if steps == 1:
-        captured.assign(1)
+def mark_captured(captured: Variable, counter: Counter, is_applied: IsDue, stepped: bool) -> None:
+    """Set `captured` to one if `is_applied(counter)`."""
+    if tf.executing_eagerly():
+        if not read(captured) and is_applied(read(counter)):
+            captured.assign(1)
     else:
-        captured.assign(tf.where(read(iterations) % steps == 0, tf.ones_like(read(captured)), read(captured)))
+        captured.assign(tf.where(is_applied(read(counter)), tf.ones_like(read(captured)), read(captured)))
 
 
-def read(variable: Variable) -> tf.Tensor:
-    """Return the value of a scalar integer."""
-    return tf.convert_to_tensor(_native(variable))
+def read(counter: Counter) -> Any:
+    """Return the value of a scalar integer: a variable, a tensor or a number. In eager execution it is an `int`."""
+    value = tf.convert_to_tensor(_native(counter))
+    return int(value) if tf.executing_eagerly() else value
 
 
 def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager:

@@ -5,6 +5,7 @@ Nothing here belongs into a graph that `torch.compile` makes: its guards on the 
 
 import contextlib
 
+import keras
 import torch
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
@@ -21,13 +22,13 @@ def _native(variables):
     return [variable._value for variable in variables]
 
 
-def _read(variable, stepped=False):
+def _read(counter, stepped=False):
     """Return the value of a scalar integer, from the device only if the host cannot know it.
 
-    The host notes the value on the tensor. What was noted holds until the tensor's version changes. If the inner
-    optimizer's step (`stepped`) has changed it once, the step has added one.
+    The host notes the value on the tensor. What was noted holds until the tensor's version changes. If it has changed
+    once, and that was a step that counts by one (`stepped`), the step has added one.
     """
-    tensor = variable.value
+    tensor = counter.value if isinstance(counter, keras.Variable) else torch.as_tensor(counter)
     version, noted, noted_after_step = getattr(tensor, "_lookahead_noted", (None, 0, False))
     if stepped and version is not None and tensor._version == version + 1 and noted < torch.iinfo(tensor.dtype).max:
         noted += 1
@@ -38,26 +39,26 @@ def _read(variable, stepped=False):
 
 
 @torch.compiler.disable
-def mark_captured(captured, iterations, steps):
-    """Set `captured` to one if an update was applied, which is one of `steps` calls."""
-    if not _read(captured) and _read(iterations, stepped=True) % steps == 0:
+def mark_captured(captured, counter, is_applied, stepped):
+    """Set `captured` to one if `is_applied(counter)`."""
+    if not _read(captured) and is_applied(_read(counter, stepped)):
         captured.assign(1)
 
 
 @torch.compiler.disable
 @torch.no_grad()
-def capture(iterations, due, pairs, stepped=False):
-    """Set every slow weight of `pairs()` to its fast one if `due(iterations)`."""
-    if due(_read(iterations, stepped)) and (found := pairs()):
+def capture(counter, due, pairs, stepped=False):
+    """Set every slow weight of `pairs()` to its fast one if `due(counter)`."""
+    if due(_read(counter, stepped)) and (found := pairs()):
         slow, fast = map(_native, zip(*found))
         torch._foreach_copy_(slow, fast)
 
 
 @torch.compiler.disable
 @torch.no_grad()
-def synchronize(iterations, due, pairs, slow_step_size, stepped=False):
-    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(iterations)`."""
-    if not due(_read(iterations, stepped)):
+def synchronize(counter, due, pairs, slow_step_size, stepped=False):
+    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(counter)`."""
+    if not due(_read(counter, stepped)):
         return
     found = pairs()
     free = [(slow, fast) for slow, fast in found if fast.constraint is None]
@@ -88,9 +89,10 @@ def gradients(loss, variables, grad_loss):
     return torch.autograd.grad(value, _native(variables), grad_loss, allow_unused=True)
 
 
-def read(variable):
-    """Return the value of a scalar integer."""
-    return _read(variable)
+@torch.compiler.disable
+def read(counter):
+    """Return the value of a scalar integer: a variable, a tensor or a number."""
+    return _read(counter)
 
 
 def after(gradients):

@@ -12,7 +12,14 @@ import numpy as np
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
 from lookahead_optim._evaluation import Block
 from lookahead_optim.keras._backend import arithmetic as _backend
-from lookahead_optim.keras._configure import accumulation_steps, deserialize, make_inner_optimizer, optimizers_in
+from lookahead_optim.keras._configure import (
+    accumulation_steps,
+    counter_of,
+    counts_by_one,
+    deserialize,
+    make_inner_optimizer,
+    optimizers_in,
+)
 
 __all__ = ["Lookahead"]
 
@@ -186,8 +193,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     @property
     def iterations(self) -> Any:
         """Scalar integer: the number of applied updates, $t$. It is the inner optimizer's, also when assigned to."""
-        steps = accumulation_steps(self.inner_optimizer)
-        return self._iterations if steps == 1 else keras.ops.floor_divide(self._iterations, steps)
+        counter, calls = counter_of(self.inner_optimizer)
+        return counter if calls == 1 else keras.ops.floor_divide(counter, calls)
 
     @property
     def variables(self) -> list[Any]:
@@ -355,27 +362,32 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             self._check_variables_are_known(variables)
 
     def _step(self, grads: list[Any], update: Callable[[], Any]) -> None:
-        """Capture if this is the first applied update, let the inner optimizer make it, synchronise if that is due."""
+        """Capture before the first applied update, let the inner optimizer make it, synchronise if that is due.
+
+        An inner optimizer may count more than one update in a call, or none. A sync is due when the count has crossed
+        a multiple of the period.
+        """
         self._check_ready("apply(grads)")
         if not self.sync_period:
             update()
             return
-        steps = accumulation_steps(self.inner_optimizer)
-        period = self.sync_period * steps
-
-        def is_first(count: Any) -> Any:
-            return (_backend.read(self._captured) == 0) & ((count + 1) % steps == 0)
-
+        counter, calls = counter_of(self.inner_optimizer)
+        period = self.sync_period * calls
         with _backend.after(grads):
-            _backend.capture(self._iterations, is_first, self._pairs)
+            # Calls that only accumulate gradients capture, too: the last of them counts.
+            _backend.capture(self._captured, lambda captured: captured == 0, self._pairs)
+            before = _backend.read(counter)
             update()
+            # A new tensor, if it is not a variable.
+            counter, _ = counter_of(self.inner_optimizer)
+            stepped = counts_by_one(self.inner_optimizer)
             # Only now: an update that raised was none.
-            _backend.mark_captured(self._captured, self._iterations, steps)
+            _backend.mark_captured(self._captured, counter, lambda count: count // calls > before // calls, stepped)
             if period <= np.iinfo(keras.backend.standardize_dtype(self._iterations.dtype)).max:
                 # Else the count never comes there.
-                self._synchronize(lambda count: count % period == 0)
+                self._synchronize(counter, lambda count: count // period > before // period, stepped)
 
-    def _synchronize(self, due: Callable[[Any], Any]) -> None:
+    def _synchronize(self, counter: Any, due: Callable[[Any], Any], stepped: bool) -> None:
         # A frozen weight is not moved: its slow weight follows, so as not to draw it back when it is trained again.
         def frozen() -> list[tuple[Any, Any]]:
             return [(slow, fast) for slow, fast in self._pairs() if not fast.trainable]
@@ -383,8 +395,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         def others() -> list[tuple[Any, Any]]:
             return [(slow, fast) for slow, fast in self._pairs() if fast.trainable]
 
-        _backend.synchronize(self._iterations, due, others, self.slow_step_size, stepped=True)
-        _backend.capture(self._iterations, due, lambda: frozen() + self._followers(), stepped=True)
+        _backend.synchronize(counter, due, others, self.slow_step_size, stepped)
+        _backend.capture(counter, due, lambda: frozen() + self._followers(), stepped)
 
     def minimize(self, loss: Callable[[], Any], var_list: Any, grad_loss: Any = None, name: str | None = None) -> Any:
         """Compute the gradients of `loss` and apply them.
@@ -409,6 +421,13 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 f"Received: loss={loss!r} of type {type(loss)}"
             )
         variables = list(var_list() if callable(var_list) else var_list)
+        if hasattr(self.inner_optimizer, "minimize") and not isinstance(self.inner_optimizer, Lookahead):
+            # Not Keras', but of a user's class: it makes its step by itself.
+            self._build_for(variables)
+            arguments = {"grad_loss": grad_loss, "name": name}
+            arguments = {key: value for key, value in arguments.items() if value is not None}
+            self._step([], lambda: self.inner_optimizer.minimize(loss, variables, **arguments))
+            return self.iterations
         grads = _backend.gradients(lambda: self.scale_loss(loss()), variables, grad_loss)
         return self.apply_gradients(zip(grads, variables))
 
