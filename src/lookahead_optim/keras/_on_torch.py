@@ -4,6 +4,7 @@ Nothing here belongs into a graph that `torch.compile` makes: its guards on the 
 """
 
 import contextlib
+from typing import Any
 
 import keras
 import torch
@@ -28,7 +29,7 @@ def _read(counter, stepped=False):
     The host notes the value on the tensor. What was noted holds until the tensor's version changes. If it has changed
     once, and that was a step that counts by one (`stepped`), the step has added one.
     """
-    tensor = counter.value if isinstance(counter, keras.Variable) else torch.as_tensor(counter)
+    tensor: Any = counter.value if isinstance(counter, keras.Variable) else torch.as_tensor(counter)
     version, noted, noted_after_step = getattr(tensor, "_lookahead_noted", (None, 0, False))
     if stepped and version is not None and tensor._version == version + 1 and noted < torch.iinfo(tensor.dtype).max:
         noted += 1
