@@ -85,8 +85,8 @@ class _Block:
 
     @torch.no_grad()
     def swap_in(self, slow: SlowWeights, groups: list[Group]) -> None:
-        for group in groups:
-            slow.check_shapes(group)
+        for index, group in enumerate(groups):
+            slow.check_shapes(index, group)
         parameters = list(dict.fromkeys(parameter for group in groups for parameter in group["params"]))
         self.fast = local([parameter for parameter in parameters if not is_lazy(parameter)])
         self.kept = [fast.detach().clone() for fast in self.fast]

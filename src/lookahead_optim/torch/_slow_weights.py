@@ -8,7 +8,7 @@ when a slow weight comes, goes or is replaced.
 
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -133,8 +133,11 @@ class SlowWeights:
             if parameter in self.by_parameter and not _takes_part(parameter):
                 self.forget(parameter)
 
-    def check_shapes(self, group: Group) -> None:
+    def check_shapes(self, index: int, group: Group) -> None:
         """Raise `RuntimeError` if a parameter of a group has another shape than its slow weight."""
+        layout = self._layouts.get(index)
+        if layout is not None and layout.has_its_shapes() and not layout.is_stale(group["params"]):
+            return
         for parameter in group["params"]:
             slow = self.by_parameter.get(parameter)
             if slow is not None and slow.shape != parameter.shape:
@@ -183,7 +186,7 @@ class SlowWeights:
         if layout is None or layout.is_stale(group["params"]):
             layout = self._layouts[index] = self._layout(group)
         if layout.has_moved():
-            self.check_shapes(group)
+            self.check_shapes(index, group)
             for parameter in layout.members:
                 slow = self.by_parameter[parameter]
                 if (parameter.dtype, parameter.device) != (slow.dtype, slow.device):
@@ -223,6 +226,10 @@ class _Layout:
         """Return whether a parameter is not where and what it was when the lists were made, or there are none yet."""
         return self._places is None or self._places != _places(self.members)
 
+    def has_its_shapes(self) -> bool:
+        """Return whether all parameters have the shapes of their slow weights; a sync is not needed to know that."""
+        return self._places is not None and self._places.shapes == [member.shape for member in self.members]
+
     def place(self, slow: list[Tensor]) -> None:
         """Make the lists, with the slow weights of the members."""
         fast = local(self.members)
@@ -233,12 +240,17 @@ class _Layout:
         self._places = _places(fast) if all(map(operator.is_, fast, self.members)) else None
 
 
-_Places: TypeAlias = tuple[list[int], list[torch.Size], list[tuple[int, ...]], list[torch.dtype]]
+class _Places(NamedTuple):
+    """Where weights lie, and what they are there: `p.data = ...` can change any of that."""
+
+    pointers: list[int]
+    shapes: list[torch.Size]
+    strides: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
 
 
 def _places(weights: list[Tensor]) -> _Places:
-    """Return where weights lie, and what they are there: `p.data = ...` can change any of that."""
-    return (
+    return _Places(
         [weight.data_ptr() for weight in weights],
         [weight.shape for weight in weights],
         [weight.stride() for weight in weights],

@@ -211,9 +211,9 @@ class Lookahead(Optimizer):
                 "would never synchronise, or always. Capture forward and backward pass, and step outside."
             )
         self._adopt_groups()
-        for _, group in self._due_groups(steps_ahead=1):
+        for index, group in self._due_groups(steps_ahead=1):
             for wrapper in _wrappers(self):
-                wrapper._slow.check_shapes(group)
+                wrapper._slow.check_shapes(index, group)
         if not self._is_compared:
             check_equal_on_all_ranks(self.param_groups, self._names)
             self._is_compared = True
