@@ -187,8 +187,10 @@ def test_settings_on_the_wrapper_are_the_inner_optimizers(name, nested):
 
 
 def test_an_attribute_that_nobody_has_is_an_error():
-    with pytest.raises(AttributeError, match="'SGD' object has no attribute 'beta_1'"):
-        Lookahead("sgd").beta_1  # noqa: B018
+    message = "'Lookahead' object has no attribute 'beta_1', .* inner optimizer: 'SGD' object has no attribute 'beta_1'"
+    for optimizer in (Lookahead("sgd"), Lookahead(Lookahead("sgd"))):
+        with pytest.raises(AttributeError, match=message):
+            optimizer.beta_1  # noqa: B018
 
 
 @pytest.mark.parametrize("value", [-1, 2.5, "x", True, None])

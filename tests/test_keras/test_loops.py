@@ -492,8 +492,9 @@ def test_eager_steps_list_no_weights_before_a_sync_is_due(monkeypatch):
     weight = keras.Variable(np.ones(3, "float32"))
     optimizer = Lookahead(keras.optimizers.SGD(0.1), sync_period=3)
     listed = []
-    pairs = Lookahead._pairs
-    monkeypatch.setattr(Lookahead, "_pairs", lambda self: listed.append(int(self.iterations)) or pairs(self))
+    slow_weights = optimizer._slow_weights
+    pairs = slow_weights.pairs
+    monkeypatch.setattr(slow_weights, "pairs", lambda: listed.append(int(optimizer.iterations)) or pairs())
     for _ in range(7):
         optimizer.apply([keras.ops.ones(3)], [weight])
     # The first time to capture.

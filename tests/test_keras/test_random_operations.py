@@ -207,7 +207,7 @@ class Machine(stateful.RuleBasedStateMachine):
     def reset(self):
         self.lookahead.reset_slow_weights()
         for level in self.model.levels:
-            if level["slow"] is not None or (level is self.model.levels[-1] and level["period"]):
+            if level["slow"] is not None:
                 self.model.capture(level)
 
     @operation()
@@ -363,7 +363,7 @@ class Machine(stateful.RuleBasedStateMachine):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
         assert int(self.optimizer.iterations) == self.model.count
         for wrapper, level in zip(self.wrappers(), self.model.levels, strict=True):
-            assert wrapper._is_captured() == (level["slow"] is not None)
+            assert wrapper._slow_weights.is_captured() == (level["slow"] is not None)
             assert (wrapper.sync_period, wrapper.slow_step_size) == (level["period"], level["size"])
             for one, other in zip(values(wrapper.slow_variables), level["slow"] or [], strict=False):
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

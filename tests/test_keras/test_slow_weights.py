@@ -214,16 +214,25 @@ def test_what_would_move_the_weights_is_refused_in_the_block(name, call):
     call(lookahead, model)
 
 
-@pytest.mark.parametrize("name", ["sync", "reset_slow_weights", "slow_weights"])
-def test_an_unbuilt_optimizer_says_that_it_must_be_built(name):
-    def call():
-        result = getattr(adam(), name)()
-        if name == "slow_weights":
-            with result:
-                pass
+def test_an_unbuilt_optimizer_has_nothing_to_swap_synchronise_or_reset():
+    model = compiled(adam())
+    before = values(model.weights)
+    model.optimizer.sync()
+    model.optimizer.reset_slow_weights()
+    with model.optimizer.slow_weights():
+        assert_same_bits(model.weights, before)
+        ran = True
+    assert ran
+    assert not model.optimizer.built
+    assert_same_bits(model.weights, before)
 
-    with pytest.raises(ValueError, match=rf"^`{name}\(\)` needs an optimizer that is built\. Train first"):
-        call()
+
+def test_a_reset_before_the_first_update_captures_nothing_so_that_weights_may_still_be_loaded():
+    model, other = compiled(adam()), compiled(adam(), seed=3)
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.reset_slow_weights()
+    model.set_weights(mlp(seed=3).get_weights())
+    assert_same_bits(resuming.state(resuming.fit(model)), resuming.state(resuming.fit(other)))
 
 
 @pytest.mark.parametrize("batches", [1, 7, 10])

@@ -1,10 +1,10 @@
-"""The choice of the module with the arithmetic of the backend that Keras runs on."""
+"""The choice of the module for the backend that Keras runs on."""
 
 import importlib
 
 import keras
 
-__all__ = ["arithmetic"]
+__all__ = ["backend"]
 
 if keras.config.backend() not in ("tensorflow", "jax", "torch"):
     raise ImportError(
@@ -12,4 +12,4 @@ if keras.config.backend() not in ("tensorflow", "jax", "torch"):
         f"Received: KERAS_BACKEND={keras.config.backend()}"
     )
 
-arithmetic = importlib.import_module(f"lookahead_optim.keras._on_{keras.config.backend()}")
+backend = importlib.import_module(f"lookahead_optim.keras._on_{keras.config.backend()}")

@@ -1,87 +1,90 @@
-"""The slow weights' arithmetic on JAX: eager, and stateless under `jax.jit`."""
+"""What Keras 3's `Lookahead` needs of its backend, on JAX: eager, and stateless under `jax.jit`."""
 
 import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import keras
 
+from lookahead_optim.keras import _outer_step_jax
+from lookahead_optim.keras._outer_step_jax import Values
+
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 
+# A count is no variable where an inner optimizer has an `iterations` of its own.
+Counter: TypeAlias = keras.Variable | jax.Array | int
+IsDue: TypeAlias = Callable[[jax.Array], jax.Array]
+# Pairs of a slow weight and its fast one.
+Pairs: TypeAlias = Callable[[], Sequence[tuple[keras.Variable, keras.Variable]]]
 
-def _when(counter, due, pairs, update):
-    """Assign `update(slow, fast, constraint)`, a new `(slow, fast)`, to each of `pairs()` if `due(counter)`.
 
-    The barriers make all weights pass through both branches of the conditional. Without them JAX hands on the ones
-    that a branch leaves alone from outside, and XLA then copies these before the inner optimizer updates them.
+def _update_if_due(
+    counter: Counter, is_due: IsDue, pairs: Pairs, update: Callable[[Values, keras.Variable], Values]
+) -> None:
+    """Assign `update(values, fast)` to each pair of `pairs()` if `is_due(counter)`.
+
+    Eagerly this is Python's `if`. In a traced step it is `lax.cond`, which all other steps should not pay for. Two
+    barriers see to that. Without them `lax.cond` takes every output that both branches hand on unchanged, such as the
+    fast weights of a capture, out of the conditional. Such a weight goes into the conditional and past it to the inner
+    optimizer, which updates it: XLA then copies it before, at every step. Behind `optimization_barrier` no output is an
+    input, so that all weights pass through both branches, and donated buffers are updated in place.
     """
-
-    def update_all(values):
-        return [update(slow, fast, variable.constraint) for (slow, fast), (_, variable) in zip(values, pairs)]
-
-    pending = due(read(counter))
-    traced = isinstance(pending, jax.core.Tracer)
-    if not (traced or pending):
+    pending = is_due(read(counter))
+    is_traced = isinstance(pending, jax.core.Tracer)
+    if not (is_traced or pending):
         return
-    pairs = pairs()
-    values = [(slow.value, fast.value) for slow, fast in pairs]
+    found = pairs()
+    values = [Values(slow.value, fast.value) for slow, fast in found]
     if not values:
         return
-    if traced:
+
+    def update_all(values: list[Values]) -> list[Values]:
+        return [update(pair_values, fast) for pair_values, (_, fast) in zip(values, found)]
+
+    if is_traced:
         barrier = jax.lax.optimization_barrier
         values = jax.lax.cond(pending, lambda values: update_all(barrier(values)), barrier, values)
     else:
         values = update_all(values)
-    for variables, new in zip(pairs, values):
-        for variable, value in zip(variables, new):
-            variable.assign(value)
+    for (slow, fast), new in zip(found, values):
+        slow.assign(new.slow)
+        fast.assign(new.fast)
 
 
-def capture(counter, due, pairs, stepped=False):
-    """Set every slow weight of `pairs()` to its fast one if `due(counter)`."""
-    # Without the copy two variables would share a buffer, which cannot be donated twice.
-    _when(counter, due, pairs, lambda slow, fast, constraint: (jnp.copy(fast), fast))
+def capture(counter: Counter, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
+    """Set every slow weight of `pairs()` to its fast one if `is_due(counter)`."""
+    _update_if_due(counter, is_due, pairs, lambda values, fast: _outer_step_jax.capture(values))
 
 
-def synchronize(counter, due, pairs, slow_step_size, stepped=False):
-    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(counter)`."""
+def synchronize(
+    counter: Counter, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
+) -> None:
+    """Make the outer step of all `pairs()` if `is_due(counter)`."""
 
-    def update(slow, fast, constraint):
-        if slow_step_size == 1:
-            new = fast
-        elif slow_step_size == 0:
-            new = slow
-        else:
-            dtype = jnp.promote_types(slow.dtype, jnp.float32)
-            start, end = slow.astype(dtype), fast.astype(dtype)
-            difference = end - start
-            # Not finite for equal infinities, and for large weights of opposite sign.
-            otherwise = jnp.where(start == end, start, (1 - slow_step_size) * start + slow_step_size * end)
-            moved = jnp.where(jnp.isfinite(difference), start + slow_step_size * difference, otherwise)
-            new = moved.astype(slow.dtype)
-        if constraint is not None:
-            new = jnp.asarray(constraint(new))
-        return jnp.copy(new), new
+    def update(values: Values, fast: keras.Variable) -> Values:
+        return _outer_step_jax.outer_step(values, slow_step_size, fast.constraint)
 
-    _when(counter, due, pairs, update)
+    _update_if_due(counter, is_due, pairs, update)
 
 
-def mark_captured(captured, counter, is_applied, stepped):
+def mark_captured(captured: keras.Variable, counter: Counter, is_applied: IsDue, counts_by_one: bool) -> None:
     """Set `captured` to one if `is_applied(counter)`."""
     captured.assign(jnp.where(is_applied(read(counter)), 1, captured.value))
 
 
-def read(counter):
+def read(counter: Counter) -> jax.Array:
     """Return the value of a scalar integer: a variable, an array or a number."""
     return jnp.asarray(counter.value if isinstance(counter, keras.Variable) else counter)
 
 
-def after(gradients):
+def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager:
     """Return a context manager for a step that follows the gradients, as every step does in JAX."""
     return contextlib.nullcontext()
 
 
-def copy_of(variable):
+def copy_of(variable: keras.Variable) -> jax.Array:
     """Return the variable's value as an array of its own."""
     return jnp.copy(variable.value)
 
@@ -89,21 +92,21 @@ def copy_of(variable):
 class _RecordingScope(keras.StatelessScope):
     """A stateless scope that knows which variables were assigned to, batch statistics for example."""
 
-    def __init__(self, state_mapping):
+    def __init__(self, state_mapping: Sequence[tuple[keras.Variable, jax.Array]]) -> None:
         super().__init__(state_mapping)
-        self.assigned = {}
+        self.assigned: dict[int, keras.Variable] = {}
 
-    def add_update(self, update):
+    def add_update(self, update: tuple[keras.Variable, jax.Array]) -> None:
         variable, _ = update
         self.assigned[id(variable)] = variable
         super().add_update(update)
 
 
-def gradients(loss, variables, grad_loss):
+def gradients(loss: Callable[[], Any], variables: Sequence[keras.Variable], grad_loss: Any) -> Sequence[jax.Array]:
     """Return the gradients of the callable `loss`, weighted by `grad_loss`, for `variables`."""
     assigned: list[keras.Variable] = []
 
-    def stateless_loss(values):
+    def stateless_loss(values: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
         with _RecordingScope(list(zip(variables, values))) as scope:
             value = jnp.asarray(loss())
         assigned[:] = scope.assigned.values()
@@ -116,12 +119,12 @@ def gradients(loss, variables, grad_loss):
     return grads
 
 
-def check_scope(optimizers, variables):
+def check_scope(optimizers: Iterable[Any], variables: Iterable[Any]) -> None:
     """JAX has no scope to check: a Keras distribution gives its layout to every variable."""
 
 
 class Tracked:
     """JAX has no checkpoints that match objects by their attributes."""
 
-    def _track_own(self, objects):
+    def _track_own(self, objects: Mapping[str, Any]) -> None:
         pass

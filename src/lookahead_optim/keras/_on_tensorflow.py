@@ -10,7 +10,7 @@ import tensorflow as tf
 from lookahead_optim import _outer_step_tensorflow
 from lookahead_optim._control_flow_tensorflow import is_compiled_by_xla
 from lookahead_optim._outer_step_tensorflow import Pair
-from lookahead_optim.keras._configure import optimizers_in
+from lookahead_optim.keras._wrappers import optimizers_in
 
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 
@@ -30,17 +30,19 @@ def _native_pairs(pairs: Pairs) -> Callable[[], list[Pair]]:
     return lambda: [Pair(_native(slow), _native(fast), fast.constraint) for slow, fast in pairs()]
 
 
-def capture(counter: Counter, due: IsDue, pairs: Pairs, stepped: bool = False) -> None:
-    """Set every slow weight of `pairs()` to its fast one if `due(counter)`."""
-    _outer_step_tensorflow.capture(_native(counter), due, _native_pairs(pairs))
+def capture(counter: Counter, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
+    """Set every slow weight of `pairs()` to its fast one if `is_due(counter)`."""
+    _outer_step_tensorflow.capture(_native(counter), is_due, _native_pairs(pairs))
 
 
-def synchronize(counter: Counter, due: IsDue, pairs: Pairs, slow_step_size: float, stepped: bool = False) -> None:
-    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(counter)`."""
-    _outer_step_tensorflow.synchronize(_native(counter), due, _native_pairs(pairs), slow_step_size)
+def synchronize(
+    counter: Counter, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
+) -> None:
+    """Make the outer step of all `pairs()` if `is_due(counter)`."""
+    _outer_step_tensorflow.synchronize(_native(counter), is_due, _native_pairs(pairs), slow_step_size)
 
 
-def mark_captured(captured: Variable, counter: Counter, is_applied: IsDue, stepped: bool) -> None:
+def mark_captured(captured: Variable, counter: Counter, is_applied: IsDue, counts_by_one: bool) -> None:
     """Set `captured` to one if `is_applied(counter)`."""
     if tf.executing_eagerly():
         if not read(captured) and is_applied(read(counter)):

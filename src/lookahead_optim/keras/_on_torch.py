@@ -1,68 +1,87 @@
-"""The slow weights' arithmetic on PyTorch, where learning the step count must not make the host wait for the device.
+"""What Keras 3's `Lookahead` needs of its backend, on PyTorch: the host must not wait for the device to learn a count.
 
 Nothing here belongs into a graph that `torch.compile` makes: its guards on the step count would recompile every step.
 """
 
 import contextlib
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import keras
 import torch
+
+# Private: no public function says whether there is a scope. `Variable.value` asks for it, and for a device, each time.
+# For many small weights that takes longer than a sync.
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from lookahead_optim._outer_step_torch import Piece, cut, is_large, outer_step
 
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 
+# A count is no variable where an inner optimizer has an `iterations` of its own.
+Counter: TypeAlias = keras.Variable | torch.Tensor | int
+IsDue: TypeAlias = Callable[[int], bool]
+# Pairs of a slow weight and its fast one.
+Pairs: TypeAlias = Callable[[], Sequence[tuple[keras.Variable, keras.Variable]]]
 
-def _native(variables):
-    # `Variable.value` asks for a scope and a device each time, which for small weights takes longer than a sync. No
-    # public function of Keras says whether there is a scope.
+
+def _native(variables: Iterable[keras.Variable]) -> list[torch.Tensor]:
     if in_stateless_scope():
         return [variable.value for variable in variables]
+    # Private, as above.
     return [variable._value for variable in variables]
 
 
-def _read(counter, stepped=False):
+def _read(counter: Counter, counts_by_one: bool = False) -> int:
     """Return the value of a scalar integer, from the device only if the host cannot know it.
 
-    The host notes the value on the tensor. What was noted holds until the tensor's version changes. If it has changed
-    once, and that was a step that counts by one (`stepped`), the step has added one.
+    The host notes the value on the tensor. What was noted holds until the tensor's version changes. If that has changed
+    once, by a step of an optimizer that `counts_by_one`, the step has added one.
     """
     tensor: Any = counter.value if isinstance(counter, keras.Variable) else torch.as_tensor(counter)
-    version, noted, noted_after_step = getattr(tensor, "_lookahead_noted", (None, 0, False))
-    if stepped and version is not None and tensor._version == version + 1 and noted < torch.iinfo(tensor.dtype).max:
+    # Private: nothing public says whether a tensor was written to.
+    version = tensor._version
+    noted_version, noted, noted_after_step = getattr(tensor, "_lookahead_noted", (None, 0, False))
+    if counts_by_one and version - 1 == noted_version and noted < torch.iinfo(tensor.dtype).max:
         noted += 1
-    elif tensor._version != version or stepped > noted_after_step:
+    elif version != noted_version or counts_by_one > noted_after_step:
         noted = int(tensor)
-    tensor._lookahead_noted = (tensor._version, noted, stepped)
+    tensor._lookahead_noted = (version, noted, counts_by_one)
     return noted
 
 
 @torch.compiler.disable
-def mark_captured(captured, counter, is_applied, stepped):
+def read(counter: Counter) -> int:
+    """Return the value of a scalar integer: a variable, a tensor or a number."""
+    return _read(counter)
+
+
+@torch.compiler.disable
+def mark_captured(captured: keras.Variable, counter: Counter, is_applied: IsDue, counts_by_one: bool) -> None:
     """Set `captured` to one if `is_applied(counter)`."""
-    if not _read(captured) and is_applied(_read(counter, stepped)):
+    if not _read(captured) and is_applied(_read(counter, counts_by_one)):
         captured.assign(1)
 
 
 @torch.compiler.disable
 @torch.no_grad()
-def capture(counter, due, pairs, stepped=False):
-    """Set every slow weight of `pairs()` to its fast one if `due(counter)`."""
-    if due(_read(counter, stepped)) and (found := pairs()):
+def capture(counter: Counter, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
+    """Set every slow weight of `pairs()` to its fast one if `is_due(counter)`."""
+    if is_due(_read(counter, counts_by_one)) and (found := pairs()):
         slow, fast = map(_native, zip(*found))
         torch._foreach_copy_(slow, fast)
 
 
 @torch.compiler.disable
 @torch.no_grad()
-def synchronize(counter, due, pairs, slow_step_size, stepped=False):
-    """Move the slow weights of `pairs()` towards the fast ones and restart these from there, if `due(counter)`."""
-    if not due(_read(counter, stepped)):
+def synchronize(
+    counter: Counter, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
+) -> None:
+    """Make the outer step of all `pairs()` if `is_due(counter)`."""
+    if not is_due(_read(counter, counts_by_one)):
         return
     found = pairs()
-    free = [(slow, fast) for slow, fast in found if fast.constraint is None]
+    free = [pair for pair in found if pair[1].constraint is None]
     for piece in cut(*map(_native, zip(*free))) if free else ():
         _outer_step(piece, slow_step_size)
     for slow, fast in found:
@@ -73,40 +92,36 @@ def synchronize(counter, due, pairs, slow_step_size, stepped=False):
             fast.value.copy_(slow.value)
 
 
-def _outer_step(piece, slow_step_size):
+def _outer_step(piece: Piece, slow_step_size: float) -> None:
     # Nobody notes whether these weights need care, so that they are asked each time.
     outer_step([piece], [slow_step_size], is_careful=piece.slow[0].is_cpu and is_large(piece.slow))
 
 
-def copy_of(variable):
+def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager:
+    """Return a context manager for a step that follows the gradients, as all of PyTorch's operations do."""
+    return contextlib.nullcontext()
+
+
+def copy_of(variable: keras.Variable) -> torch.Tensor:
     """Return the variable's value as a tensor of its own."""
     return variable.value.detach().clone()
 
 
-def gradients(loss, variables, grad_loss):
+def gradients(
+    loss: Callable[[], Any], variables: Sequence[keras.Variable], grad_loss: Any
+) -> Sequence[torch.Tensor | None]:
     """Return the gradients of the callable `loss`, weighted by `grad_loss`, for `variables`."""
     value = loss()
     grad_loss = torch.ones_like(value) if grad_loss is None else torch.as_tensor(grad_loss).to(value)
     return torch.autograd.grad(value, _native(variables), grad_loss, allow_unused=True)
 
 
-@torch.compiler.disable
-def read(counter):
-    """Return the value of a scalar integer: a variable, a tensor or a number."""
-    return _read(counter)
-
-
-def after(gradients):
-    """Return a context manager for a step that follows the gradients, as all of PyTorch's operations do."""
-    return contextlib.nullcontext()
-
-
-def check_scope(optimizers, variables):
+def check_scope(optimizers: Iterable[Any], variables: Iterable[Any]) -> None:
     """PyTorch has no scope to check."""
 
 
 class Tracked:
     """PyTorch has no checkpoints that match objects by their attributes."""
 
-    def _track_own(self, objects):
+    def _track_own(self, objects: Mapping[str, Any]) -> None:
         pass

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from lookahead_optim._evaluation import Swapping
-from lookahead_optim.keras._configure import optimizers_in
+from lookahead_optim.keras._wrappers import optimizers_in
 from lookahead_optim.keras.optimizer import Lookahead
 
 __all__ = ["SwapSlowWeights"]

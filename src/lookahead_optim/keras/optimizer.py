@@ -11,19 +11,15 @@ import numpy as np
 
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
 from lookahead_optim._evaluation import Block
-from lookahead_optim.keras._backend import arithmetic as _backend
-from lookahead_optim.keras._configure import (
-    accumulation_steps,
-    counter_of,
-    counts_by_one,
-    deserialize,
-    make_inner_optimizer,
-    optimizers_in,
-)
+from lookahead_optim.keras._backend import backend
+from lookahead_optim.keras._inner_optimizer import deserialize, make_inner_optimizer
+from lookahead_optim.keras._slow_weights import SlowWeights
+from lookahead_optim.keras._state import assign, checked, to_numpy
+from lookahead_optim.keras._wrappers import accumulation_steps, counter_of, counts_by_one, optimizers_in
 
 __all__ = ["Lookahead"]
 
-_Tracked: Any = _backend.Tracked
+_Tracked: Any = backend.Tracked
 
 
 @keras.saving.register_keras_serializable(package="lookahead_optim")
@@ -48,16 +44,18 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             `keras.optimizers.get` takes. A `LossScaleOptimizer` goes around `Lookahead`, not inside.
         sync_period: Integer >= 0, inner updates per slow step ($k$). 0 switches Lookahead off: the wrapper then
             behaves as the inner optimizer and holds no slow weights. Defaults to 6.
-        slow_step_size: Finite float >= 0, the slow step size ($\alpha$). 1 recovers the inner optimizer.
-            Defaults to 0.5.
+        slow_step_size: Finite float >= 0, the slow step size ($\alpha$). 1 recovers the inner optimizer. There is no
+            schedule for it; only the Optax front end takes one. Defaults to 0.5.
         name: String, the name of this optimizer. Defaults to `"Lookahead"`.
         **kwargs: Settings for the inner optimizer, for code written for TensorFlow Addons: `learning_rate` (or
             `lr`), `decay` (inverse-time decay of the learning rate, per step), `clipnorm`, `clipvalue`,
-            `global_clipnorm`. One that contradicts a value which the inner optimizer already has is an error.
+            `global_clipnorm` (0 is no clipping, as in Keras). One that contradicts a value which the inner optimizer
+            already has is an error.
 
     Raises:
         TypeError: if `optimizer`, `sync_period` or `slow_step_size` has the wrong type.
-        ValueError: if a value is out of range, a keyword is unknown or contradicts the inner optimizer.
+        ValueError: if a value is out of range, a keyword contradicts the inner optimizer, or is unknown (as in Keras 3;
+            in Keras 2 that is a `TypeError`).
 
     Example:
 
@@ -95,30 +93,30 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         # Keras' constructor made a step count, which is the inner optimizer's here.
         self._untrack_variable(*self._variables)
         self._sync_period, self._slow_step_size = sync_period, slow_step_size
-        self._slow_variables: list[Any] = []
+        self._slow_weights = SlowWeights(inner_optimizer)
         self._block = Block(keras.ops.convert_to_numpy)
-        # Without slow weights there is no such variable, so that no file of one kind says that there are some.
-        self._captured: Any = None
         self._track_own({"inner_optimizer": inner_optimizer})
+        # Without slow weights there is no variable either, so that no file of one kind says that there are some.
         if sync_period:
-            self._add_captured()
+            self._create_captured()
 
-    def _add_captured(self) -> None:
-        """Add the variable that is 1 if the slow weights were captured, and is saved with them."""
-        self._captured = self.add_variable(
-            (), "zeros", dtype="int", aggregation="only_first_replica", name=f"{self._label()}_captured"
-        )
+    def _create_captured(self) -> None:
+        self._slow_weights.create_captured(self)
         self._track_own({"captured": self._captured})
 
-    def _label(self) -> str:
-        """Return a name for variables that two wrappers in one optimizer do not share."""
-        return "_".join(one.name for one in optimizers_in(self.inner_optimizer) if not hasattr(one, "optimizers"))
+    @property
+    def _captured(self) -> Any:
+        return self._slow_weights.captured
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the inner optimizer: a setting such as `momentum`, or a method of its own."""
         if name.startswith("_") or "inner_optimizer" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.inner_optimizer, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        try:
+            return getattr(self.inner_optimizer, name)
+        except AttributeError as error:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}, nor has its inner optimizer: {error}"
+            raise AttributeError(message, name=name, obj=self) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, on the inner optimizer if it is one of that."""
@@ -140,14 +138,14 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     @sync_period.setter
     def sync_period(self, sync_period: int) -> None:
         sync_period = check_sync_period(sync_period)
-        if sync_period and self.built and not self._slow_variables:
+        if sync_period and self.built and not self._slow_weights.slow_or_none:
             raise ValueError(
                 "`sync_period` must stay 0 in an optimizer that was built with 0, which has no slow weights. Make a "
                 f"new `Lookahead`. Received: sync_period={sync_period!r}"
             )
         self._sync_period = sync_period
-        if not sync_period and self._captured is not None:
-            self._captured.assign(0)
+        if not sync_period:
+            self._slow_weights.forget()
 
     @property
     def slow_step_size(self) -> float:
@@ -211,7 +209,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         """The slow weights: a list of `keras.Variable`, shaped and typed like the variables the optimizer was built
         with, and in their order. Undefined before the first update; empty if `sync_period` is 0. Variables that Keras
         overwrites with their gradients, the scales of float8, have none; see `get_slot`."""
-        return [slow for slow in self._slow_variables if slow is not None]
+        return self._slow_weights.slow
 
     def build(self, variables: Iterable[Any]) -> None:
         """Create the state for `variables`, a list of the trainable variables to optimize.
@@ -223,7 +221,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         if self.built:
             return
         variables = list(variables)
-        _backend.check_scope(list(optimizers_in(self)), variables)
+        backend.check_scope(list(optimizers_in(self)), variables)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         built_for = [self._var_key(variable) for variable in self.inner_optimizer._trainable_variables]
@@ -235,48 +233,25 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         accumulation_steps(self.inner_optimizer)
         if self.sync_period:
             if self._captured is None:
-                self._add_captured()
-            self._slow_variables = self.add_optimizer_variables(variables, f"{self._label()}_slow")
-            self._track_own(self._named_slow_variables())
+                self._create_captured()
+            self._slow_weights.create(self, variables)
+            self._track_own(self._slow_weights.named())
         # `super().build` would make the variables of EMA and accumulation a second time.
         self._trainable_variables_indices = {self._var_key(variable): index for index, variable in enumerate(variables)}
         self._trainable_variables = variables
         self.built = True
 
-    def _named_slow_variables(self) -> dict[str, Any]:
-        return {f"slow_{index}": slow for index, slow in enumerate(self.slow_variables)}
-
-    def _pairs(self) -> list[tuple[Any, Any]]:
-        """Return the (slow, fast) variables of every weight that has a slow one."""
-        return [(slow, fast) for slow, fast in zip(self._slow_variables, self._trainable_variables) if slow is not None]
-
-    def _followers(self) -> list[tuple[Any, Any]]:
-        """Return the pairs of all wrappers inside this one, whose slow weights restart from the fast ones at a sync.
-
-        Left as they are, they would draw the fast ones back at their next sync.
-        """
-        wrappers = (one for one in optimizers_in(self.inner_optimizer) if isinstance(one, Lookahead))
-        return [pair for wrapper in wrappers for pair in wrapper._pairs()]
-
-    def _is_captured(self) -> bool:
-        return self._captured is not None and bool(_to_numpy(self._captured))
-
-    def _capture_for_now(self) -> bool:
-        """Return whether the slow weights were captured. If not, show the fast ones as them, until a step captures."""
-        if not self._is_captured():
-            _backend.capture(self._iterations, lambda count: True, self._pairs)
-            return False
-        return True
-
     def _count(self) -> int:
-        return int(_to_numpy(self._iterations))
+        return int(to_numpy(self._iterations))
 
-    def _check_ready(self, caller: str) -> None:
+    def _check_built(self, caller: str) -> None:
         if not self.built:
             raise ValueError(
                 f"`{caller}` needs an optimizer that is built. Train first, or call "
                 "`optimizer.build(model.trainable_variables)`."
             )
+
+    def _check_not_in_block(self, caller: str) -> None:
         if self._block.is_open:
             raise RuntimeError(
                 f"`{caller}` was called inside a `slow_weights()` block, where the model holds the slow weights. Leave "
@@ -367,36 +342,27 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         An inner optimizer may count more than one update in a call, or none. A sync is due when the count has crossed
         a multiple of the period.
         """
-        self._check_ready("apply(grads)")
+        self._check_built("apply(grads)")
+        self._check_not_in_block("apply(grads)")
         if not self.sync_period:
             update()
             return
         counter, calls = counter_of(self.inner_optimizer)
         period = self.sync_period * calls
-        with _backend.after(grads):
-            # Calls that only accumulate gradients capture, too: the last of them counts.
-            _backend.capture(self._captured, lambda captured: captured == 0, self._pairs)
-            before = _backend.read(counter)
+        with backend.after(grads):
+            self._slow_weights.capture_if_first()
+            before = backend.read(counter)
             update()
-            # A new tensor, if it is not a variable.
+            # A count that is no variable is a new tensor now.
             counter, _ = counter_of(self.inner_optimizer)
-            stepped = counts_by_one(self.inner_optimizer)
+            by_one = counts_by_one(self.inner_optimizer)
             # Only now: an update that raised was none.
-            _backend.mark_captured(self._captured, counter, lambda count: count // calls > before // calls, stepped)
+            backend.mark_captured(self._captured, counter, lambda count: count // calls > before // calls, by_one)
             if period <= np.iinfo(keras.backend.standardize_dtype(self._iterations.dtype)).max:
                 # Else the count never comes there.
-                self._synchronize(counter, lambda count: count // period > before // period, stepped)
-
-    def _synchronize(self, counter: Any, due: Callable[[Any], Any], stepped: bool) -> None:
-        # A frozen weight is not moved: its slow weight follows, so as not to draw it back when it is trained again.
-        def frozen() -> list[tuple[Any, Any]]:
-            return [(slow, fast) for slow, fast in self._pairs() if not fast.trainable]
-
-        def others() -> list[tuple[Any, Any]]:
-            return [(slow, fast) for slow, fast in self._pairs() if fast.trainable]
-
-        _backend.synchronize(counter, due, others, self.slow_step_size, stepped)
-        _backend.capture(counter, due, lambda: frozen() + self._followers(), stepped)
+                self._slow_weights.synchronize_if_due(
+                    counter, lambda count: count // period > before // period, self.slow_step_size, by_one
+                )
 
     def minimize(self, loss: Callable[[], Any], var_list: Any, grad_loss: Any = None, name: str | None = None) -> Any:
         """Compute the gradients of `loss` and apply them.
@@ -428,32 +394,30 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             arguments = {key: value for key, value in arguments.items() if value is not None}
             self._step([], lambda: self.inner_optimizer.minimize(loss, variables, **arguments))
             return self.iterations
-        grads = _backend.gradients(lambda: self.scale_loss(loss()), variables, grad_loss)
+        grads = backend.gradients(lambda: self.scale_loss(loss()), variables, grad_loss)
         return self.apply_gradients(zip(grads, variables))
 
     def sync(self) -> None:
         """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
 
+        Nor does a call before the first applied update.
+
         Raises:
-            ValueError: if the optimizer is not built.
             RuntimeError: inside a `slow_weights()` block.
         """
-        self._check_ready("sync()")
-        if self._capture_for_now():
-            _backend.synchronize(self._iterations, lambda count: True, self._pairs, self.slow_step_size)
-            _backend.capture(self._iterations, lambda count: True, self._followers)
+        self._check_not_in_block("sync()")
+        self._slow_weights.synchronize(self.slow_step_size)
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the model again, after restoring its best weights, say.
 
+        A call before the first applied update changes nothing: that update captures.
+
         Raises:
-            ValueError: if the optimizer is not built.
             RuntimeError: inside a `slow_weights()` block.
         """
-        self._check_ready("reset_slow_weights()")
-        _backend.capture(self._iterations, lambda count: True, lambda: self._pairs() + self._followers())
-        if self.sync_period:
-            self._captured.assign(1)
+        self._check_not_in_block("reset_slow_weights()")
+        self._slow_weights.reset()
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
@@ -461,24 +425,18 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
         The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
         memory of one more set of weights. A block inside a block changes nothing; do not train in one. A model saved
-        in the block has the slow weights; training that goes on from such a file starts from them.
-
-        Raises:
-            ValueError: if the optimizer is not built.
+        in the block has the slow weights; training that goes on from such a file starts from them. Before the first
+        applied update the block runs on the model's own weights.
         """
-        if self._block.is_open:
+        if self._block.is_open or not self.built:
             yield
             return
-        self._check_ready("slow_weights()")
         # Weights without a slow one take part, too: what the block does to them is undone.
-        captured = self._capture_for_now()
-        slow_variables = self._slow_variables if captured else [None] * len(self._trainable_variables)
-        pairs = list(zip(slow_variables, self._trainable_variables))
-        with self._block.run(pairs, _backend.copy_of, self._count()):
+        with self._block.run(self._slow_weights.to_swap(), backend.copy_of, self._count()):
             yield
 
     def _has_slow_weights(self) -> bool:
-        return self.built and self._is_captured()
+        return self._slow_weights.is_captured()
 
     def _leave_slow_weights(self) -> None:
         if self._block.is_open:
@@ -519,12 +477,11 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         """
         if slot_name != "slow":
             raise ValueError(f"`slot_name` must be one of {self.get_slot_names()}. Received: slot_name={slot_name!r}")
-        if not self.built:
-            self._check_ready("get_slot(var, slot_name)")
+        self._check_built("get_slot(var, slot_name)")
         self._check_variables_are_known([var])
-        if not self._slow_variables:
+        if not self._slow_weights.slow_or_none:
             raise ValueError("There are no slow weights: Lookahead is switched off. Received: sync_period=0")
-        slow = self._slow_variables[self._get_variable_index(var)]
+        slow = self._slow_weights.slow_or_none[self._get_variable_index(var)]
         if slow is None:
             raise ValueError(
                 "`var` must not be a variable that Keras overwrites with its gradient, such as a scale of float8: "
@@ -534,7 +491,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     def get_weights(self) -> list[np.ndarray]:
         """Return the values of `variables` as a list of NumPy arrays."""
-        return [_to_numpy(variable) for variable in self.variables]
+        return [to_numpy(variable) for variable in self.variables]
 
     def set_weights(self, weights: Iterable[Any]) -> None:
         """Set the values of `variables`.
@@ -546,8 +503,9 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             ValueError: if the optimizer is not built, the number or a shape of the arrays is wrong, one is not of
                 numbers, or a step count is no integer >= 0. Nothing is changed then.
         """
-        self._check_ready("set_weights(weights)")
-        arrays = _checked(self.variables, weights, "set_weights(weights)")
+        self._check_built("set_weights(weights)")
+        self._check_not_in_block("set_weights(weights)")
+        arrays = checked(self.variables, weights, "set_weights(weights)")
         own = len(self._variables)
         self.inner_optimizer.set_weights(arrays[own:])
         for variable, array in zip(self._variables, arrays):
@@ -556,12 +514,12 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     def _own_variables(self) -> dict[str, Any]:
         # Numbers for names would let a bare optimizer's momentum, of the same count and shapes, load as slow weights.
         # Switched off, it loads into one that was made so, from its config.
-        return {"captured": self._captured, **self._named_slow_variables()} if self.sync_period and self.built else {}
+        return {"captured": self._captured, **self._slow_weights.named()} if self.sync_period and self.built else {}
 
     def save_own_variables(self, store: Any) -> None:
         """Save the slow weights; Keras has the inner optimizer save its own state beside them."""
         for name, variable in self._own_variables().items():
-            store[name] = _to_numpy(variable)
+            store[name] = to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:
         """Load what `save_own_variables` saved."""
@@ -580,10 +538,9 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 "anew, from the model's weights.",
                 stacklevel=2,
             )
-            if self._captured is not None:
-                self._captured.assign(0)
+            self._slow_weights.forget()
             return
-        _assign(list(variables.values()), [store[name] for name in variables], "load_own_variables(store)")
+        assign(list(variables.values()), [store[name] for name in variables], "load_own_variables(store)")
 
     def get_config(self) -> dict[str, Any]:
         """Return the config, from which `from_config` makes the same optimizer, without its state."""
@@ -606,56 +563,3 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         if isinstance(config["optimizer"], dict):
             config["optimizer"] = deserialize(config["optimizer"], custom_objects)
         return cls(**config)
-
-
-def _to_numpy(variable: Any) -> np.ndarray:
-    # Only as a tensor can a variable of several replicas be converted in the scope of its strategy.
-    return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
-
-
-def _assign(variables: list[Any], values: Iterable[Any], caller: str) -> None:
-    """Assign all values, or none if one does not fit."""
-    for variable, value in zip(variables, _checked(variables, values, caller)):
-        variable.assign(value)
-
-
-def _checked(variables: list[Any], values: Iterable[Any], caller: str) -> list[np.ndarray]:
-    """Return the values as arrays, or raise `ValueError` if one does not fit its variable."""
-    arrays = list(map(_to_array, values))
-    if len(arrays) != len(variables):
-        raise ValueError(
-            f"`{caller}` needs {len(variables)} arrays, one per optimizer variable. Received: {len(arrays)}"
-        )
-    for variable, array in zip(variables, arrays):
-        if array.shape != tuple(variable.shape):
-            raise ValueError(
-                f"`{caller}` needs an array of shape {tuple(variable.shape)} for the optimizer variable "
-                f"{variable.path!r}. Received: shape {array.shape}"
-            )
-        if not _is_numeric(array):
-            raise ValueError(
-                f"`{caller}` needs an array of numbers for the optimizer variable {variable.path!r}. "
-                f"Received: dtype {array.dtype}"
-            )
-        dtype = keras.backend.standardize_dtype(variable.dtype)
-        # All integers in an optimizer's state are counts.
-        if "int" in dtype and not np.all((array >= 0) & (array <= np.iinfo(dtype).max) & (array == np.floor(array))):
-            raise ValueError(
-                f"`{caller}` needs an integer >= 0 for the optimizer variable {variable.path!r}, a count. "
-                f"Received: {array}"
-            )
-    return arrays
-
-
-def _to_array(value: Any) -> np.ndarray:
-    return keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else np.asarray(value)
-
-
-def _is_numeric(array: np.ndarray) -> bool:
-    if array.dtype.kind in "SUOMmc":
-        return False
-    try:
-        array[:0].astype("float64") if array.ndim else array.astype("float64")
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -3,20 +3,14 @@
 import copy
 import math
 import numbers
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-__all__ = [
-    "accumulation_steps",
-    "counter_of",
-    "counts_by_one",
-    "deserialize",
-    "make_inner_optimizer",
-    "optimizers_in",
-]
+from lookahead_optim.keras._wrappers import innermost
+
+__all__ = ["deserialize", "make_inner_optimizer"]
 
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 _KEYWORDS = ("learning_rate", "lr", "decay", *_CLIPPING)
@@ -36,7 +30,7 @@ def make_inner_optimizer(optimizer: Any, settings: dict[str, Any]) -> Any:
     inner_optimizer = _get(optimizer)
     settings = {name: value for name, value in settings.items() if value is not None}
     if settings:
-        _apply_settings(_innermost(inner_optimizer), settings, replace_learning_rate=isinstance(optimizer, str))
+        _apply_settings(innermost(inner_optimizer), settings, replace_learning_rate=isinstance(optimizer, str))
     return inner_optimizer
 
 
@@ -81,23 +75,6 @@ def deserialize(config: dict[str, Any], custom_objects: dict[str, Any] | None = 
         # registered class for one of them if the names are equal.
         return keras.saving.deserialize_keras_object(config, custom_objects)
     return keras.optimizers.deserialize(config, custom_objects)
-
-
-def optimizers_in(optimizer: Any) -> Iterator[Any]:
-    """Yield an optimizer and all that it wraps, from the outside in."""
-    yield optimizer
-    # `Lookahead` has all attributes of its inner optimizer, a `MultiOptimizer`'s `optimizers` too.
-    inner = (
-        [optimizer.inner_optimizer] if hasattr(optimizer, "inner_optimizer") else getattr(optimizer, "optimizers", [])
-    )
-    for one in inner:
-        yield from optimizers_in(one)
-
-
-def _innermost(optimizer: Any) -> Any:
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
 
 
 def _apply_settings(optimizer: Any, settings: dict[str, Any], replace_learning_rate: bool) -> None:
@@ -160,8 +137,8 @@ def _new_clipping(optimizer: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the clipping attributes to set on the optimizer."""
     wanted = {name: settings[name] for name in _CLIPPING if name in settings}
     for name, value in wanted.items():
-        if not _is_number(value) or value <= 0:
-            raise ValueError(f"`{name}` must be a finite number > 0. Received: {name}={value!r}")
+        if not _is_number(value) or value < 0:
+            raise ValueError(f"`{name}` must be a finite number >= 0. Received: {name}={value!r}")
     present = {name: value for name in _CLIPPING if (value := getattr(optimizer, name)) is not None}
     if len(wanted) > 1 or (present and wanted and wanted != present):
         raise ValueError(
@@ -169,38 +146,3 @@ def _new_clipping(optimizer: Any, settings: dict[str, Any]) -> dict[str, Any]:
             f"({present}) or among the keyword arguments: only one of {list(_CLIPPING)} can be set."
         )
     return wanted
-
-
-def accumulation_steps(optimizer: Any) -> int:
-    """Return over how many calls of `apply` the optimizer accumulates gradients for one update, 1 for none.
-
-    Raises `ValueError` for a `MultiOptimizer` whose optimizers disagree.
-    """
-    optimizer = _innermost(optimizer)
-    steps = {one.gradient_accumulation_steps or 1 for one in map(_innermost, getattr(optimizer, "optimizers", []))}
-    if len(steps) > 1:
-        raise ValueError(
-            "All optimizers in a `MultiOptimizer` inside `Lookahead` must have the same `gradient_accumulation_steps`. "
-            f"Received: {sorted(steps)}"
-        )
-    return steps.pop() if steps else optimizer.gradient_accumulation_steps or 1
-
-
-def counter_of(optimizer: Any) -> tuple[Any, int]:
-    """Return the count of an optimizer's calls or updates, and by how much it rises with each update.
-
-    The count is a variable, unless the optimizer's class has another `iterations`, which then counts updates.
-    """
-    optimizer = _innermost(optimizer)
-    calls = accumulation_steps(optimizer)
-    is_multi_optimizer = hasattr(optimizer, "optimizers")
-    if calls > 1 and (is_multi_optimizer or type(optimizer).iterations is keras.optimizers.Optimizer.iterations):
-        return optimizer._iterations, calls
-    return optimizer.iterations, 1
-
-
-def counts_by_one(optimizer: Any) -> bool:
-    """Return whether the count rises by one in each call, as in Keras' own `apply`."""
-    optimizer = _innermost(optimizer)
-    methods = optimizer.apply, optimizer.apply_gradients
-    return all(getattr(method, "__module__", "").startswith("keras.") for method in methods)
