@@ -1,6 +1,8 @@
 """Lookahead for Keras 2: `tf_keras`, or `tf.keras` of TensorFlow 2.15 and older."""
 
+from lookahead_optim.tf_keras.adamw import AdamW
 from lookahead_optim.tf_keras.callbacks import SwapSlowWeights
 from lookahead_optim.tf_keras.optimizer import Lookahead
+from lookahead_optim.tf_keras.rectified_adam import RectifiedAdam
 
-__all__ = ["Lookahead", "SwapSlowWeights"]
+__all__ = ["AdamW", "Lookahead", "RectifiedAdam", "SwapSlowWeights"]
