@@ -1,9 +1,13 @@
 """A Lookahead in the open: what `lookahead` must do to any transformation, written next to the bare one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from tests import comparison
 
 
 class ByHand:
@@ -45,8 +49,7 @@ def make_grads(step, params):
     return jax.tree.map(lambda param: jnp.array(rng.normal(size=param.shape), param.dtype), params)
 
 
-def assert_same_bits(actual, expected):
-    jax.tree.map(lambda one, other: np.testing.assert_array_equal(np.asarray(one), np.asarray(other)), actual, expected)
+assert_same_bits = functools.partial(comparison.assert_same_bits, for_each_pair=jax.tree.map)
 
 
 def assert_close(actual, expected, tolerance=1e-6):

@@ -28,7 +28,7 @@ FIELDS = [
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=[f"{kind.__name__}.{field}" for kind, field in FIELDS])
 def test_a_state_has_the_field(kind, field):
-    assert field in kind._fields, (
+    assert field in kind.__annotations__, (
         f"Optax {optax.__version__}: `{kind.__name__}` has no `{field}`; see `_combinators.py`"
     )
 
@@ -59,7 +59,7 @@ def test_is_leaf_is_asked_for_none_and_for_the_root():
     asked = []
     jax.tree.leaves((None, 1), is_leaf=lambda node: asked.append(node))
     assert asked == [(None, 1), None, 1], (
-        f"JAX {jax.__version__}: `is_leaf` is asked for {asked}; see `_children` in `_trees.py`"
+        f"JAX {jax.__version__}: `is_leaf` is asked for {asked}; see `children` in `_trees.py`"
     )
 
 

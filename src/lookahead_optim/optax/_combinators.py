@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from lookahead_optim.optax._count import END
-from lookahead_optim.optax._trees import outermost_nodes
+from lookahead_optim.optax._trees import children, outermost_nodes
 
 __all__ = ["completes_step", "is_applied", "restarted_line_searches"]
 
@@ -61,4 +61,4 @@ def _nodes(tree: Any, kinds: tuple[type, ...]) -> Iterator[Any]:
     """Yield the nodes of certain types, each before those that are inside it."""
     for node in outermost_nodes(tree, kinds):
         yield node
-        yield from _nodes(tuple(node), kinds)
+        yield from _nodes(children(node), kinds)

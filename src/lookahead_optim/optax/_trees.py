@@ -12,6 +12,7 @@ __all__ = [
     "add_updates",
     "at_paths_of",
     "by_path",
+    "children",
     "has_node_types_of",
     "is_array",
     "is_number",
@@ -86,7 +87,7 @@ def has_node_types_of(tree: Any, like: Any) -> bool:
     """
     if tree is None or like is None:
         return True
-    nodes, other_nodes = _children(tree), _children(like)
+    nodes, other_nodes = children(tree), children(like)
     if nodes is None or other_nodes is None:
         return nodes is other_nodes
     return (
@@ -97,7 +98,7 @@ def has_node_types_of(tree: Any, like: Any) -> bool:
     )
 
 
-def _children(tree: Any) -> list[Any] | None:
+def children(tree: Any) -> list[Any] | None:
     """Return the children of a node, or `None` of a leaf."""
-    children = jax.tree.leaves(tree, is_leaf=lambda node: node is not tree)
-    return None if len(children) == 1 and children[0] is tree else children
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: node is not tree)
+    return None if len(nodes) == 1 and nodes[0] is tree else nodes
