@@ -42,6 +42,12 @@ class LookaheadTransformation(optax.GradientTransformationExtraArgs):
         Returns:
             New parameters, with the shapes and dtypes of `params`, and the new state. A jitted function should return
             them in the order in which it takes those that it donates, as XLA reuses buffers by position.
+
+        Raises:
+            TypeError: if `update` was replaced by a function that does not return what `update` returns. A function
+                around `update`, such as `jax.jit(optimizer.update)`, may stand in its place. It may change gradients,
+                but the parameters do not have what it does to the updates afterwards.
+            ValueError: as an update of `lookahead`.
         """
         _, step = self.update(_ForParams(grads), state, params, **extra_args)
         if not isinstance(step, _Step):
@@ -96,6 +102,9 @@ def lookahead(
     A `lookahead` may be inside another. Both count the updates of the innermost transformation, and all parameters
     restart from those that the outer one has synchronised, the inner one's slow ones too.
 
+    A weight whose update is `None` at a sync is frozen. The sync does not move it, and its slow weight starts anew from
+    its own value.
+
     Args:
         inner: The inner transformation, or an `optax.MultiSteps`. What changes its updates belongs inside:
             `lookahead(optax.chain(...))`.
@@ -103,8 +112,8 @@ def lookahead(
             is the inner one. 2^31 or more is never due. An array may be traced, and its value is not checked. Defaults
             to 6.
         slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or an Optax schedule of the number of syncs
-            so far, `step // sync_period`. 1 recovers the inner transformation. An array may be traced, and its value
-            is not checked. Defaults to 0.5.
+            so far, `step // sync_period`. (The other front ends take numbers only.) 1 recovers the inner
+            transformation. An array may be traced, and its value is not checked. Defaults to 0.5.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that has `apply_gradients` too.
