@@ -1,6 +1,7 @@
 """The outer step: pseudo-gradient, slow step, restart.
 
-The first functions are for trees and are no step where a sync is not due. `outer_step` is for one weight.
+`outer_step` makes it for one weight. The functions for trees make it for all weights if it is due: one for parameters,
+one for updates that are still to be added to them.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,43 @@ from lookahead_optim.optax._slow_weights import is_weight
 from lookahead_optim.optax._trees import map_at_paths_of
 
 __all__ = ["is_one", "outer_step", "restarted_params", "restarting_updates"]
+
+
+def outer_step(slow: ArrayLike, fast: ArrayLike, slow_step_size: SlowStepSize) -> jax.Array:
+    """Return the slow weight after an outer step, which the fast weight restarts from, in the fast weight's dtype."""
+    fast = jnp.asarray(fast)
+    if is_one(slow_step_size):
+        return fast
+    if jnp.iscomplexobj(fast):
+        return _by_parts(outer_step, slow, fast, slow_step_size=slow_step_size)
+    wide_slow, wide_fast = _wide(slow), _wide(fast)
+    pseudo_gradient = wide_slow - wide_fast
+    new_slow = _slow_step(wide_slow, wide_fast, pseudo_gradient, slow_step_size)
+    return new_slow.astype(fast.dtype)  # where the fast weight restarts
+
+
+def _slow_step(slow: jax.Array, fast: jax.Array, pseudo_gradient: jax.Array, slow_step_size: SlowStepSize) -> jax.Array:
+    """Return slow - slow_step_size * pseudo_gradient, also for a step size of 1 and at the ends of the dtype's range.
+
+    Step sizes may be traced, so each case is computed and one is selected. The derivatives by the step size are those
+    of the formula in every case.
+    """
+    finite = _finite(pseudo_gradient)
+    stepped = slow - slow_step_size * finite
+    # slow - (slow - fast) is not `fast` in general. This is, as 0 is subtracted from it.
+    stepped_by_one = fast - (slow_step_size - 1) * finite
+    # The difference of large numbers of opposite sign overflows, their weighted mean does not. It is taken for infinite
+    # weights too. The zeros in place of all other numbers keep infinities (of a mask, say) out of the derivatives:
+    # the derivative of what `where` does not select is multiplied by 0, and 0 times infinity is NaN.
+    overflows = ~(jnp.isfinite(pseudo_gradient) | (slow == fast) | (slow_step_size == 0))
+    slow, fast = jnp.where(overflows, slow, 0), jnp.where(overflows, fast, 0)
+    mean = (1 - slow_step_size) * slow + slow_step_size * fast
+    return jnp.where(slow_step_size == 1, stepped_by_one, jnp.where(overflows, mean, stepped))
+
+
+def is_one(slow_step_size: SlowStepSize) -> bool:
+    """Return whether a slow step size is known to be 1: then an outer step changes no parameter."""
+    return isinstance(slow_step_size, float) and slow_step_size == 1
 
 
 def restarted_params(
@@ -45,42 +83,6 @@ def restarting_updates(
         return jnp.where(is_due, _restarting_update(slow, update, jnp.asarray(param), slow_step_size), update)
 
     return updates if is_one(slow_step_size) else map_at_paths_of(restart, slow, updates, params)
-
-
-def is_one(slow_step_size: SlowStepSize) -> bool:
-    """Return whether a slow step size is known to be 1: then an outer step changes no parameter."""
-    return isinstance(slow_step_size, float) and slow_step_size == 1
-
-
-def outer_step(slow: ArrayLike, fast: ArrayLike, slow_step_size: SlowStepSize) -> jax.Array:
-    """Return the slow weight after an outer step, which the fast weight restarts from, in the fast weight's dtype."""
-    fast = jnp.asarray(fast)
-    if is_one(slow_step_size):
-        return fast
-    if jnp.iscomplexobj(fast):
-        return _by_parts(outer_step, slow, fast, slow_step_size=slow_step_size)
-    wide_slow, wide_fast = _wide(slow), _wide(fast)
-    pseudo_gradient = wide_slow - wide_fast
-    return _slow_step(wide_slow, wide_fast, pseudo_gradient, slow_step_size).astype(fast.dtype)
-
-
-def _slow_step(slow: jax.Array, fast: jax.Array, pseudo_gradient: jax.Array, slow_step_size: SlowStepSize) -> jax.Array:
-    """Return slow - slow_step_size * pseudo_gradient, also for a step size of 1 and at the ends of the dtype's range.
-
-    Step sizes may be traced, so each case is computed and one is selected. The derivatives by the step size are those
-    of the formula in every case.
-    """
-    finite = _finite(pseudo_gradient)
-    stepped = slow - slow_step_size * finite
-    # slow - (slow - fast) is not `fast` in general. This is, as 0 is subtracted from it.
-    stepped_by_one = fast - (slow_step_size - 1) * finite
-    # The difference of large numbers of opposite sign overflows, their weighted mean does not. It is taken for infinite
-    # weights too. The zeros in place of all other numbers keep infinities (of a mask, say) out of the derivatives:
-    # the derivative of what `where` does not select is multiplied by 0, and 0 times infinity is NaN.
-    overflows = ~(jnp.isfinite(pseudo_gradient) | (slow == fast) | (slow_step_size == 0))
-    slow, fast = jnp.where(overflows, slow, 0), jnp.where(overflows, fast, 0)
-    mean = (1 - slow_step_size) * slow + slow_step_size * fast
-    return jnp.where(slow_step_size == 1, stepped_by_one, jnp.where(overflows, mean, stepped))
 
 
 def _restarting_update(slow: ArrayLike, update: jax.Array, param: jax.Array, slow_step_size: SlowStepSize) -> jax.Array:
