@@ -43,12 +43,13 @@ def outer_step(pieces: list[Piece], slow_step_sizes: list[float], is_careful: bo
 
 
 def _slow_step(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
-    """Move slow weights towards their fast ones; return whether the result calls for care.
+    """Move slow weights towards their fast ones; return whether that has shown that the next step must be careful.
 
     The difference of two large weights of opposite sign overflows, and the difference of equal infinities is NaN. A
-    careful step replaces what such a difference makes. It takes several times as long. So only weights that `is_large`
-    has found take it, and all weights from the first step on that left something not finite. Before that step all slow
-    weights were finite, so that an infinite fast weight is what went wrong there.
+    careful step replaces what such a difference makes. It takes several times as long. So it is made if `is_large` has
+    found something at capture, and after the first step that left a weight which is not finite. That step itself can
+    only be mended where the fast weight is infinite. (A finite weight that has grown beyond a quarter of the largest
+    number since its capture may become infinite there.)
 
     Other devices than the CPU would have to be waited for. There only `is_large` finds infinities.
     """
@@ -82,7 +83,7 @@ def _slow_step_with_care(slow: Tensor, fast: Tensor, slow_step_size: float) -> N
 
 def _overflows(slow_step_size: float, weights: list[Tensor]) -> bool:
     """Return whether a step size is too large for the dtype of any weight: PyTorch's operations refuse it then."""
-    # No dtype is too small for 1e4.
+    # Each dtype that PyTorch can interpolate in has 1e4.
     return slow_step_size > 1e4 and any(slow_step_size > torch.finfo(weight.dtype).max for weight in weights)
 
 
@@ -98,7 +99,7 @@ def is_large(weights: Iterable[Tensor]) -> bool:
     )
 
 
-_ONE = torch.ones((), device="cpu")
+_ONE = torch.ones((), device="cpu", dtype=torch.float32)
 
 
 def _are_finite(weights: list[Tensor]) -> bool:
@@ -107,7 +108,7 @@ def _are_finite(weights: list[Tensor]) -> bool:
     This is the operation of `torch.amp.GradScaler`. No public operation of PyTorch answers for a whole list, and asking
     for each small weight takes longer than the slow step itself.
     """
-    found = torch.zeros((), device="cpu")
+    found = torch.zeros((), device="cpu", dtype=torch.float32)
     try:
         torch._amp_foreach_non_finite_check_and_unscale_(weights, found, _ONE)
     except (NotImplementedError, RuntimeError):
@@ -116,16 +117,16 @@ def _are_finite(weights: list[Tensor]) -> bool:
     return not found
 
 
-# An outer step reads and writes the slow weights twice. On the CPU a `foreach` operation is a loop over its weights, so
-# that it pays to make both operations on as many weights as one core's cache holds, and then to go on.
+# An outer step goes over the slow weights twice. On the CPU a `foreach` operation is a loop over its weights. So both
+# operations are made on as many weights as one core's cache holds, before the next weights.
 _BYTES_PER_THREAD = 2**18
 
 
 def cut(slow: list[Tensor], fast: list[Tensor]) -> list[Piece]:
     """Cut lists of slow and fast weights into pieces for `outer_step`.
 
-    On the CPU several small weights make one piece, and a large weight makes several, which are views of it. On other
-    devices a piece has all weights of one device and dtype, as their `foreach` operations ask for.
+    On the CPU several small weights make one piece, and a large weight makes several, which are views of it, if it is
+    contiguous. On other devices a piece has all weights of one device and dtype, as their `foreach` operations ask for.
     """
     if not all(fast_weight.is_cpu for fast_weight in fast):
         by_kind: dict[tuple[torch.device, torch.dtype], Piece] = defaultdict(lambda: Piece([], []))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lookahead_optim.torch import Lookahead
-from tests.test_torch.by_hand import ByHand, assert_same_bits, parameters, set_gradients
+from tests.comparison import assert_same_bits
+from tests.test_torch.by_hand import ByHand, parameters, set_gradients
 
 NAN, INF = float("nan"), float("inf")
 BAD_SETTINGS = [
@@ -448,3 +449,19 @@ def test_a_hook_that_fails_after_the_inner_wrapper_has_loaded_changes_nothing():
     handle.remove()
     assert trained.everything() == trained.before
     trained.train(7)
+
+
+def test_a_new_group_with_a_bad_setting_is_still_new_when_it_is_mended():
+    (first, second) = parameters((3,), (3,))
+    optimizer = Lookahead(torch.optim.SGD([first], 0.1), 2)
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [second], "sync_period": "2"})
+    del optimizer.param_groups[1]["lookahead_step"]
+    optimizer.state[second]["slow"] = torch.zeros(3)
+    first.grad = torch.ones(3)
+    with pytest.raises(TypeError, match="`sync_period` must be an integer"):
+        optimizer.step()
+    optimizer.param_groups[1]["sync_period"] = 2
+    expected = second.detach().clone()
+    optimizer.step()
+    assert optimizer.param_groups[1]["lookahead_step"] == 1
+    assert_same_bits([optimizer.state[second]["slow"]], [expected])

@@ -9,7 +9,8 @@ import torch
 
 from lookahead_optim.torch import Lookahead
 from tests import reference
-from tests.test_torch.by_hand import ByHand, assert_same_bits, parameters, set_gradients
+from tests.comparison import assert_same_bits
+from tests.test_torch.by_hand import ByHand, parameters, set_gradients
 
 SHAPES = (3, 4), (5,)
 
@@ -560,3 +561,25 @@ def test_no_memory_is_taken_before_the_first_step_or_with_a_period_of_0(sync_per
         set_gradients(weights, 0)
         for _ in range(3):
             assert allocations(made[0].step, tmp_path) == []
+
+
+def test_a_block_of_the_inner_wrapper_inside_one_of_the_outer_shows_the_inner_slow_weights():
+    (weight,) = parameters((3,))
+    inner = Lookahead(torch.optim.SGD([weight], 0.1), 100)
+    outer = Lookahead(inner, 100)
+    weight.grad = torch.ones(3)
+    outer.step()
+    start = outer.state[weight]["slow_2"].clone()
+    inner.reset_slow_weights()
+    shown = weight.detach().clone()
+    outer.step()
+    fast = weight.detach().clone()
+    with inner.slow_weights():
+        assert_same_bits([weight.detach()], [shown])
+        with outer.slow_weights():
+            assert_same_bits([weight.detach()], [start])
+            with inner.slow_weights():
+                assert_same_bits([weight.detach()], [shown])
+            assert_same_bits([weight.detach()], [start])
+        assert_same_bits([weight.detach()], [shown])
+    assert_same_bits([weight.detach()], [fast])

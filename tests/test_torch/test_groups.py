@@ -8,7 +8,8 @@ import torch
 
 from lookahead_optim.torch import Lookahead
 from tests import reference
-from tests.test_torch.by_hand import ByHand, assert_same_bits, parameters, set_gradients
+from tests.comparison import assert_same_bits
+from tests.test_torch.by_hand import ByHand, parameters, set_gradients
 
 STEPS = 13
 
@@ -500,3 +501,27 @@ def test_checkpoint_loaded_into_the_inner_optimizer_has_the_slow_weights_capture
     start = fast[0].detach().clone()
     train(optimizer, fast, [3])
     assert_same_bits(slow_weights(optimizer, fast), [start])
+
+
+def test_a_group_that_is_switched_off_after_a_frozen_weight_was_synchronised_starts_anew_when_it_is_on_again():
+    """A freeze in one group makes all lists stale; that must not hide a change of another group's period."""
+    first, second = parameters((3,), (3,))
+    optimizer = Lookahead(
+        torch.optim.SGD([{"params": [first], "sync_period": 2}, {"params": [second], "sync_period": 3}], 0.1)
+    )
+
+    def step():
+        for weight in (first, second):
+            weight.grad = torch.ones_like(weight) if weight.requires_grad else None
+        optimizer.step()
+
+    step()
+    first.requires_grad_(False)
+    step()
+    optimizer.param_groups[1]["sync_period"] = 0
+    step()
+    assert "slow" not in optimizer.state[second]
+    optimizer.param_groups[1]["sync_period"] = 1000
+    expected = second.detach().clone()
+    step()
+    assert_same_bits([optimizer.state[second]["slow"]], [expected])

@@ -2,19 +2,21 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lookahead_optim.torch._slow_weights import Group, SlowWeights, local
+from lookahead_optim.torch._fsdp import local
+from lookahead_optim.torch._settings import Group
+from lookahead_optim.torch._slow_weights import SlowWeights
 
 __all__ = ["Blocks"]
 
 
 class Blocks:
-    """The blocks of an optimizer that are open, also of wrappers around it.
+    """The open blocks of an optimizer, shared by all wrappers of it.
 
     Blocks of several threads may overlap in any order. The first one keeps the fast weights. If it ends first, it
     leaves them to a block that is still open.
@@ -40,16 +42,15 @@ class Blocks:
             )
 
     @contextlib.contextmanager
-    def block(self, slow: SlowWeights, groups: Callable[[], list[Group]]) -> Iterator[None]:
-        """Run a block on slow weights. `groups` is called when no step is under way."""
+    def block(self, slow: SlowWeights, groups: list[Group]) -> Iterator[None]:
+        """Run a block on slow weights. A block directly inside another block of the same wrapper changes nothing."""
         block = _Block(slow.name)
         with self.lock:
-            # A block of the same wrapper inside another one changes nothing.
-            is_inside = any(outer.name == slow.name for outer in self._open)
+            is_shown = bool(self._open) and self._open[-1].name == slow.name
             self._open.append(block)
             try:
-                if not is_inside:
-                    block.swap_in(slow, groups())
+                if not is_shown:
+                    block.swap_in(slow, groups)
             except BaseException:
                 self._close(block)
                 raise

@@ -2,26 +2,27 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lookahead_optim.torch._settings import Names, check_group, is_setting, is_slow_weight
-from lookahead_optim.torch._slow_weights import Group, SlowWeights, local
+from lookahead_optim.torch._fsdp import local
+from lookahead_optim.torch._settings import Group, Names, check_group, is_setting, is_slow_weight
+from lookahead_optim.torch._slow_weights import SlowWeights
 
-__all__ = ["load_inner", "with_slow_weights", "without_slow_weights"]
+__all__ = ["StateDict", "load_inner", "split", "with_slow_weights"]
 
-StateDict = dict[str, Any]
+StateDict: TypeAlias = dict[str, Any]
 
 
 def with_slow_weights(state_dict: StateDict, groups: list[Group], slow: SlowWeights, keep_all: bool) -> StateDict:
     """Return the inner optimizer's state dict with the slow weights in it.
 
-    Most inner optimizers refuse a state dict in which a parameter's entry has nothing of theirs. They make no entry for
-    a parameter that has had no gradient. Its slow weight is left out where it can be captured again: where it is still
-    what the parameter is. `keep_all` keeps that too.
+    A parameter that never had a gradient has no entry of the inner optimizer, and most optimizers refuse a state dict
+    that has an entry for it with nothing of theirs. Such a slow weight is left out if it equals the parameter, from
+    which it can be captured again. `keep_all` keeps it too.
     """
     state, saved_groups = dict(state_dict["state"]), [dict(saved) for saved in state_dict["param_groups"]]
     for group, saved in zip(groups, saved_groups):
@@ -37,7 +38,7 @@ def with_slow_weights(state_dict: StateDict, groups: list[Group], slow: SlowWeig
     return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
-def without_slow_weights(
+def split(
     state_dict: StateDict, groups: list[Group], names: Names, is_innermost: bool
 ) -> tuple[StateDict, dict[Tensor, Tensor]]:
     """Check a state dict; return what is the inner optimizer's in it, and copies of the slow weights by parameter.
@@ -68,13 +69,13 @@ def without_slow_weights(
                 slow_weights[parameter] = slow.detach().to(parameter.device, copy=True)
             # The innermost wrapper removes those of any wrapper: an optimizer may take an entry with something in it
             # for one in which its own is complete.
-            own = {
+            of_inner = {
                 name: value
                 for name, value in entries.items()
                 if not (is_slow_weight(name) if is_innermost else name == names.slow)
             }
-            if own:
-                state[index] = own
+            if of_inner:
+                state[index] = of_inner
             else:
                 state.pop(index, None)
     return {**state_dict, "state": state}, slow_weights
@@ -86,7 +87,7 @@ def load_inner(
     """Have the inner optimizer load its part. If it cannot, all inside it is as before.
 
     Args:
-        inner_state_dict: What `without_slow_weights` returned.
+        inner_state_dict: The first part that `split` returned.
         inner_optimizer: The optimizer, or a `Lookahead` around it.
         slow_weights: Those of each wrapper in `inner_optimizer`, from the outside to the inside.
         names: The names of the loading wrapper. Its settings stay where the state dict has none.
@@ -94,25 +95,26 @@ def load_inner(
     Raises:
         TypeError, ValueError: if the inner optimizer cannot load it.
     """
-    own = [{name: group[name] for name in names[:2]} for group in inner_optimizer.param_groups]
+    settings = [{name: group[name] for name in names.settings} for group in inner_optimizer.param_groups]
     needed = [set(group) & set(inner_optimizer.defaults) for group in inner_optimizer.param_groups]
     try:
         with _restored_on_failure(inner_optimizer, slow_weights):
             inner_optimizer.load_state_dict(inner_state_dict)
-            for group, settings in zip(inner_optimizer.param_groups, needed):
+            for group, keys in zip(inner_optimizer.param_groups, needed):
                 # Its next step would fail: the groups are those of another class.
-                if missing := sorted(name for name in settings - set(group) if not is_setting(name)):
+                if missing := sorted(key for key in keys - set(group) if not is_setting(key)):
                     raise ValueError(f"its groups have no {missing}")
     except Exception as error:
-        if slow_weights and isinstance(error, (TypeError, ValueError)):
+        has_wrappers = bool(slow_weights)
+        if has_wrappers and isinstance(error, (TypeError, ValueError)):
             raise
         name = type(inner_optimizer).__name__
         raise ValueError(
             f"`state_dict` must come from a `Lookahead` around a {name}, or from that optimizer alone. "
             f"Received: one that it cannot load ({type(error).__name__}: {error})"
         ) from error
-    for group, settings_of_group in zip(inner_optimizer.param_groups, own):
-        group.update({**settings_of_group, **group})
+    for group, settings_before in zip(inner_optimizer.param_groups, settings):
+        group.update({**settings_before, **group})
 
 
 @contextlib.contextmanager
@@ -125,7 +127,7 @@ def _restored_on_failure(inner_optimizer: Optimizer, slow_weights: list[SlowWeig
     for _ in slow_weights:
         optimizers.append(optimizers[-1].inner_optimizer)  # type: ignore[attr-defined]
     attributes_before = [dict(vars(optimizer)) for optimizer in optimizers]
-    slow_before = [(slow.by_parameter, dict(slow.captured)) for slow in slow_weights]
+    slow_before = [(dict(slow.by_parameter), dict(slow.captured)) for slow in slow_weights]
     try:
         yield
     except BaseException:
@@ -138,7 +140,7 @@ def _restored_on_failure(inner_optimizer: Optimizer, slow_weights: list[SlowWeig
         raise
 
 
-def _check_shape(slow: Any, parameter: Tensor, index: Any) -> None:
+def _check_shape(slow: object, parameter: Tensor, index: object) -> None:
     if not isinstance(slow, Tensor) or slow.shape != parameter.shape:
         received = f"shape {tuple(slow.shape)}" if isinstance(slow, Tensor) else repr(slow)
         raise ValueError(

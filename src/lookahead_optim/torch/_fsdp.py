@@ -1,12 +1,16 @@
-"""What FSDP2 needs to see weights that change between two forward passes."""
+"""Weights that FSDP2 has distributed: this process' shards, and a new gathering of all when they have changed."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["gathered_anew"]
+__all__ = ["gathered_anew", "local"]
+
+
+def local(weights: list[Tensor]) -> list[Tensor]:
+    """Return this process' shards of weights, as not all `foreach` operations take a `DTensor`."""
+    return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
 
 
 @contextlib.contextmanager
@@ -15,14 +19,14 @@ def gathered_anew(parameters: Iterable[Tensor]) -> Iterator[None]:
 
     FSDP2 may keep what a forward pass has gathered until a backward pass, which an evaluation does not have.
     """
-    if not any(hasattr(one, "to_local") for one in parameters):
+    if not any(hasattr(parameter, "to_local") for parameter in parameters):
         yield
         return
     from torch.distributed.fsdp import FSDPModule
 
-    modules: list[Any] = []
+    modules: list[FSDPModule] = []
 
-    def reshard(module: nn.Module, args: Any) -> None:
+    def reshard(module: nn.Module, args: object) -> None:
         if isinstance(module, FSDPModule) and module not in modules:
             module.reshard()
             modules.append(module)

@@ -1,11 +1,12 @@
-"""A check that the processes of a data-parallel run have the same settings, as else they drift apart in silence."""
+"""A check that the processes of a data-parallel run have the same settings. Otherwise they drift apart in silence."""
 
 import collections
 import hashlib
 import json
-from typing import Any
 
 from torch import distributed
+
+from lookahead_optim.torch._settings import Group, Names
 
 __all__ = ["check_equal_on_all_ranks"]
 
@@ -13,7 +14,7 @@ __all__ = ["check_equal_on_all_ranks"]
 _compared: collections.Counter[str] = collections.Counter()
 
 
-def check_equal_on_all_ranks(groups: list[dict[str, Any]], names: tuple[str, ...]) -> None:
+def check_equal_on_all_ranks(groups: list[Group], names: Names) -> None:
     """Raise `RuntimeError` if another process has an optimizer like this one, with other settings or counts.
 
     Nothing is known of the processes but that they belong to one run: each may have another part of a model, or make
@@ -23,11 +24,11 @@ def check_equal_on_all_ranks(groups: list[dict[str, Any]], names: tuple[str, ...
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
-    shapes = json.dumps([[list(one.shape) for one in group["params"]] for group in groups])
+    shapes = json.dumps([[list(parameter.shape) for parameter in group["params"]] for group in groups])
     signature = hashlib.sha256(shapes.encode()).hexdigest()
     key = f"lookahead_optim/{signature}/{_compared[signature]}"
     _compared[signature] += 1
-    own = json.dumps([{name: group[name] for name in names[:3]} for group in groups])
+    own = json.dumps([{name: group[name] for name in (*names.settings, names.lookahead_step)} for group in groups])
     # No public function gives the store. A new one would need an address of its own.
     rank = distributed.get_rank()
     try:

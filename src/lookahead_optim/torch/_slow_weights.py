@@ -1,24 +1,25 @@
 """The slow weights of one wrapper: which parameters have one, their capture, where they lie, and their sync.
 
-Lists of parameters and slow weights are kept from sync to sync, as making them takes longer than checking them. One
-`_Layout` holds those of a group. It is stale if the group has other parameters than when it was made, if a parameter is
-no longer frozen, or, which only a sync has to know, if a parameter lies elsewhere in memory. All layouts are dropped
-when a slow weight comes, goes or is replaced.
+Making lists of parameters and slow weights for `foreach` operations takes longer than checking old lists, so that a
+group's `_Lists` are kept. They are stale if the group has other parameters than before, or if a parameter that had no
+slow weight may have one now: this is looked at before each step, and capture makes new lists. At a sync they are also
+stale if a weight lies elsewhere in memory, and the same parameters and slow weights are laid out anew. A slow weight
+that comes, goes or is replaced makes all lists stale.
 """
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lookahead_optim._outer_step_torch import Piece, cut, is_large, outer_step
+from lookahead_optim.torch._fsdp import local
+from lookahead_optim.torch._settings import Group, Names
 
-__all__ = ["Group", "SlowWeights", "local"]
-
-Group: TypeAlias = dict[str, Any]
+__all__ = ["SlowWeights"]
 
 
 class SlowWeights:
@@ -29,9 +30,9 @@ class SlowWeights:
     Attributes:
         name: The name of a slow weight in the entries of `Lookahead.state` and of state dicts.
         by_parameter: The slow weights. Each has its parameter's shape.
-        captured: The parameters that were captured, as far as they are still in the groups. Another one is captured
-            from its own value, even if a slow weight was put into its state: a program has moved the entry from one
-            parameter to another, and padded or cut it like a moment.
+        captured: The parameters whose slow weight was captured or loaded, as far as they are still in the groups.
+            Another parameter is captured from its own value, even if a slow weight was put into its state: a program
+            has moved the entry from one parameter to another, and padded or cut it like a moment.
     """
 
     def __init__(self, name: str) -> None:
@@ -39,7 +40,7 @@ class SlowWeights:
         self.by_parameter: dict[Tensor, Tensor] = {}
         self.captured: dict[Tensor, None] = {}
         self._is_careful = False
-        self._layouts: dict[int, _Layout] = {}
+        self._lists: dict[int, _Lists] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "by_parameter": self.by_parameter, "captured": list(self.captured)}
@@ -55,9 +56,9 @@ class SlowWeights:
     def forget(self, parameter: Tensor, by_parameter: dict[Tensor, Tensor] | None = None) -> None:
         """Drop the slow weight of a parameter, if there is one."""
         (self.by_parameter if by_parameter is None else by_parameter).pop(parameter, None)
-        self._layouts.clear()
+        self._lists.clear()
 
-    def assign(self, parameter: Tensor, slow: Any, by_parameter: dict[Tensor, Tensor]) -> None:
+    def assign(self, parameter: Tensor, slow: object, by_parameter: dict[Tensor, Tensor]) -> None:
         """Take a slow weight that was put into a parameter's state, unless the parameter is a new one."""
         if not isinstance(slow, Tensor):
             raise TypeError(
@@ -71,51 +72,54 @@ class SlowWeights:
             slow = slow.detach().clone()
         by_parameter[parameter] = slow
         self._is_careful |= is_large(local([slow]))
-        self._layouts.clear()
+        self._lists.clear()
 
     def replace(self, by_parameter: dict[Tensor, Tensor]) -> None:
         """Take other slow weights, all at once."""
         self.by_parameter = by_parameter
         self._is_careful = is_large(local(list(by_parameter.values())))
-        self._layouts.clear()
+        self._lists.clear()
 
     def load(self, by_parameter: dict[Tensor, Tensor]) -> None:
         """Take the slow weights of a checkpoint."""
         self.captured.update(dict.fromkeys(by_parameter))
         self.replace(by_parameter)
 
-    def capture_new(self, groups: Sequence[tuple[int, Group]], count: str) -> None:
+    def capture_new(self, groups: Sequence[tuple[int, Group]], names: Names) -> None:
         """Capture the slow weights of parameters that are new, or no longer frozen, immediately before a step.
 
         Args:
             groups: The groups that have a sync period. The slow weights of all other parameters are dropped.
-            count: The name of a group's number of steps.
+            names: The names of the wrapper's entries in groups.
         """
-        layouts = [self._layouts.get(index) for index, _ in groups]
-        if (
-            len(layouts) != len(self._layouts)
-            or (self.by_parameter and not groups)
-            or any(layout is None or layout.is_stale(group["params"]) for layout, (_, group) in zip(layouts, groups))
-        ):
-            members = [parameter for _, group in groups for parameter in group["params"]]
-            stepped = {parameter for _, group in groups if group[count] for parameter in group["params"]}
-            self.capture(members, stepped)
-            self._layouts = {index: self._layout(group) for index, group in groups}
+        if not self._is_up_to_date(groups):
+            parameters = [parameter for _, group in groups for parameter in group["params"]]
+            stepped = {parameter for _, group in groups if group[names.lookahead_step] for parameter in group["params"]}
+            self.capture(parameters, stepped)
+            self._lists = {index: self._new_lists(group) for index, group in groups}
+
+    def _is_up_to_date(self, groups: Sequence[tuple[int, Group]]) -> bool:
+        if not groups:
+            return not self.by_parameter
+        lists = [self._lists.get(index) for index, _ in groups]
+        return len(lists) == len(self._lists) and all(
+            known is not None and not known.is_stale(group["params"]) for known, (_, group) in zip(lists, groups)
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def capture(self, members: list[Tensor], stepped: set[Tensor]) -> None:
-        """Capture the slow weights of those `members` that take part and have none, and drop all of other parameters.
+    def capture(self, parameters: list[Tensor], stepped: set[Tensor]) -> None:
+        """Capture the slow weights of those `parameters` that take part and have none, and drop all of others.
 
         A slow weight that was put into the state of an optimizer before it captured any is kept for parameters in
         `stepped`, the groups that have made steps: tools restore an optimizer so.
         """
-        known = set(members)
+        known = set(parameters)
         for mapping in (self.by_parameter, self.captured):
             for parameter in [parameter for parameter in mapping if parameter not in known]:
                 del mapping[parameter]
         new = []
-        for parameter in members:
+        for parameter in parameters:
             is_restored = parameter in self.by_parameter and (parameter in self.captured or parameter in stepped)
             if not is_restored and _takes_part(parameter):
                 self.by_parameter[parameter] = parameter.detach().clone()
@@ -123,10 +127,10 @@ class SlowWeights:
             if parameter in self.by_parameter:
                 self.captured[parameter] = None
         self._is_careful |= is_large(local(new))
-        self._layouts.clear()
+        self._lists.clear()
 
     def drop_frozen(self, group: Group) -> None:
-        """Drop the slow weights of parameters that are frozen, at a sync: these must not be moved."""
+        """Drop the slow weights of parameters that are frozen when a sync is due in training: it must not move them."""
         if all(parameter.requires_grad for parameter in group["params"]):
             return
         for parameter in group["params"]:
@@ -135,8 +139,8 @@ class SlowWeights:
 
     def check_shapes(self, index: int, group: Group) -> None:
         """Raise `RuntimeError` if a parameter of a group has another shape than its slow weight."""
-        layout = self._layouts.get(index)
-        if layout is not None and layout.has_its_shapes() and not layout.is_stale(group["params"]):
+        lists = self._lists.get(index)
+        if lists is not None and lists.has_known_shapes() and not lists.is_stale(group["params"]):
             return
         for parameter in group["params"]:
             slow = self.by_parameter.get(parameter)
@@ -146,57 +150,61 @@ class SlowWeights:
                     f"{tuple(slow.shape)}, as its data was replaced. Call `optimizer.reset_slow_weights()` after that."
                 )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def synchronize(self, groups: list[tuple[int, Group]], step_size: str, followers: list["SlowWeights"]) -> None:
+    def synchronize(self, groups: list[tuple[int, Group]], names: Names, followers: list["SlowWeights"]) -> None:
         """Make the outer step in some groups.
 
         Args:
-            groups: The groups that are due.
-            step_size: The name of a group's slow step size.
+            groups: The groups that are due, with their indices.
+            names: The names of the wrapper's entries in groups.
             followers: The slow weights of the wrappers inside this one, which restart with the fast weights. Otherwise
                 they would draw these back at their own next sync.
 
         Raises:
             RuntimeError: if a parameter has changed its shape. Nothing is changed then.
         """
-        layouts = [self._laid_out(index, group) for index, group in groups]
-        inner_layouts = [inner._laid_out(index, group) for inner in followers for index, group in groups]
-        step_sizes = [group[step_size] for (_, group), layout in zip(groups, layouts) for _ in layout.pieces]
-        pieces = [piece for layout in layouts for piece in layout.pieces]
-        storages = [storage for layout in layouts for storage in layout.storages]
+        all_lists = [(slow, slow._lists_of(index, group)) for slow in (self, *followers) for index, group in groups]
+        to_lay_out = [(slow, lists) for slow, lists in all_lists if lists.has_moved()]
+        for slow in dict.fromkeys(slow for slow, _ in to_lay_out):
+            for index, group in groups:
+                slow.check_shapes(index, group)
+        for slow, lists in to_lay_out:
+            lists.lay_out([slow._at(member) for member in lists.members])
+        own = [lists for _, lists in all_lists[: len(groups)]]
+        step_sizes = [group[names.slow_step_size] for (_, group), lists in zip(groups, own) for _ in lists.pieces]
+        pieces = [piece for lists in own for piece in lists.pieces]
+        storages = [storage for lists in own for storage in lists.storages]
         if len(set(storages)) < len(storages):
             # Some fast weights share memory.
-            self._is_careful |= outer_step(pieces, step_sizes, self._is_careful)
+            self._is_careful = outer_step(pieces, step_sizes, self._is_careful)
         else:
-            for piece, slow_step_size in zip(pieces, step_sizes):
-                self._is_careful |= outer_step([piece], [slow_step_size], self._is_careful)
-        for layout in inner_layouts:
-            for piece in layout.pieces:
+            for piece, step_size in zip(pieces, step_sizes):
+                self._is_careful = outer_step([piece], [step_size], self._is_careful)
+        for _, lists in all_lists[len(groups) :]:
+            for piece in lists.pieces:
                 torch._foreach_copy_(piece.slow, piece.fast)
+        for _, lists in all_lists:
+            lists.let_go()
 
-    def _layout(self, group: Group) -> "_Layout":
-        parameters = group["params"]
-        return _Layout(parameters, [parameter for parameter in parameters if parameter not in self.by_parameter])
+    def _lists_of(self, index: int, group: Group) -> "_Lists":
+        """Return the lists of a group. New ones are not kept: only capture does that, for all groups at once."""
+        lists = self._lists.get(index)
+        return self._new_lists(group) if lists is None or lists.is_stale(group["params"]) else lists
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _laid_out(self, index: int, group: Group) -> "_Layout":
-        """Return the lists of a group for a sync, in which the slow weights have their parameters' dtype and device."""
-        layout = self._layouts.get(index)
-        if layout is None or layout.is_stale(group["params"]):
-            layout = self._layouts[index] = self._layout(group)
-        if layout.has_moved():
-            self.check_shapes(index, group)
-            for parameter in layout.members:
-                slow = self.by_parameter[parameter]
-                if (parameter.dtype, parameter.device) != (slow.dtype, slow.device):
-                    self.by_parameter[parameter] = slow.to(parameter.device, parameter.dtype)
-            layout.place([self.by_parameter[parameter] for parameter in layout.members])
-        return layout
+    def _new_lists(self, group: Group) -> "_Lists":
+        return _Lists(group["params"], self.by_parameter)
+
+    def _at(self, parameter: Tensor) -> Tensor:
+        """Return the slow weight of a parameter, from now on of its dtype and on its device."""
+        slow = self.by_parameter[parameter]
+        if (parameter.dtype, parameter.device) != (slow.dtype, slow.device):
+            slow = self.by_parameter[parameter] = slow.to(parameter.device, parameter.dtype)
+        return slow
 
 
-class _Layout:
-    """A group's weights as lists for `foreach` operations.
+class _Lists:
+    """A group's weights, as `foreach` operations take them.
 
     Attributes:
         members: The parameters that have a slow weight, each once.
@@ -204,65 +212,66 @@ class _Layout:
         storages: The memory in which the fast weights lie.
     """
 
-    def __init__(self, parameters: list[Tensor], frozen: list[Tensor]) -> None:
-        self._parameters, self._frozen = list(parameters), frozen
-        self.members = list(dict.fromkeys(parameters))
-        if frozen:
-            without = set(frozen)
-            self.members = [parameter for parameter in self.members if parameter not in without]
+    def __init__(self, parameters: list[Tensor], slow_by_parameter: dict[Tensor, Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._without_slow = [parameter for parameter in parameters if parameter not in slow_by_parameter]
+        self.members = [parameter for parameter in dict.fromkeys(parameters) if parameter in slow_by_parameter]
         self.pieces: list[Piece] = []
         self.storages: list[int] = []
+        self._slow: list[Tensor] = []
         self._places: _Places | None = None
 
     def is_stale(self, parameters: list[Tensor]) -> bool:
-        """Return whether the group has other parameters now, or one that is no longer frozen."""
+        """Return whether the group has other parameters now, or one without a slow weight that may get one."""
         return (
             len(parameters) != len(self._parameters)
             or not all(map(operator.is_, parameters, self._parameters))
-            or any(parameter.requires_grad or parameter.grad is not None for parameter in self._frozen)
+            or any(parameter.requires_grad or parameter.grad is not None for parameter in self._without_slow)
         )
 
     def has_moved(self) -> bool:
-        """Return whether a parameter is not where and what it was when the lists were made, or there are none yet."""
-        return self._places is None or self._places != _places(self.members)
+        """Return whether a weight is not where and what it was when the lists were made, or there are none yet."""
+        return self._places is None or self._places != _places(self.members, self._slow)
 
-    def has_its_shapes(self) -> bool:
-        """Return whether all parameters have the shapes of their slow weights; a sync is not needed to know that."""
+    def has_known_shapes(self) -> bool:
+        """Return whether all parameters have the shapes that they had at the last sync, those of the slow weights."""
         return self._places is not None and self._places.shapes == [member.shape for member in self.members]
 
-    def place(self, slow: list[Tensor]) -> None:
+    def lay_out(self, slow: list[Tensor]) -> None:
         """Make the lists, with the slow weights of the members."""
-        fast = local(self.members)
+        fast, self._slow = local(self.members), slow
         self.pieces = cut(local(slow), fast)
         # Some kinds of tensors have no memory of their own.
         self.storages = [weight.untyped_storage().data_ptr() if weight.data_ptr() else id(weight) for weight in fast]
-        # Nothing tells where the shards of a `DTensor` are but a look at them.
-        self._places = _places(fast) if all(map(operator.is_, fast, self.members)) else None
+        # A `DTensor` does not tell where its shard is, so that such lists are made at each sync.
+        self._places = _places(fast, slow) if all(map(operator.is_, fast, self.members)) else None
+
+    def let_go(self) -> None:
+        """Drop lists that are of no use later, and would keep memory that the weights have left."""
+        if self._places is None:
+            self.pieces, self.storages, self._slow = [], [], []
 
 
 class _Places(NamedTuple):
-    """Where weights lie, and what they are there: `p.data = ...` can change any of that."""
+    """Where weights lie, and what the fast ones are there: `p.data = ...` can change any of that."""
 
+    slow_pointers: list[int]
     pointers: list[int]
     shapes: list[torch.Size]
     strides: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
 
 
-def _places(weights: list[Tensor]) -> _Places:
+def _places(fast: list[Tensor], slow: list[Tensor]) -> _Places:
     return _Places(
-        [weight.data_ptr() for weight in weights],
-        [weight.shape for weight in weights],
-        [weight.stride() for weight in weights],
-        [weight.dtype for weight in weights],
+        [weight.data_ptr() for weight in slow],
+        [weight.data_ptr() for weight in fast],
+        [weight.shape for weight in fast],
+        [weight.stride() for weight in fast],
+        [weight.dtype for weight in fast],
     )
 
 
 def _takes_part(parameter: Tensor) -> bool:
     """Return whether a parameter may move: it is not frozen and is there."""
     return (parameter.requires_grad or parameter.grad is not None) and not is_lazy(parameter)
-
-
-def local(weights: list[Tensor]) -> list[Tensor]:
-    """Return this process' shards of weights, as not all `foreach` operations take a `DTensor`."""
-    return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]

@@ -9,16 +9,17 @@ from torch.optim import Optimizer
 
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
 from lookahead_optim.torch._blocks import Blocks
-from lookahead_optim.torch._checkpoint import load_inner, with_slow_weights, without_slow_weights
+from lookahead_optim.torch._checkpoint import load_inner, split, with_slow_weights
 from lookahead_optim.torch._fsdp import gathered_anew
 from lookahead_optim.torch._ranks import check_equal_on_all_ranks
-from lookahead_optim.torch._settings import Names, check_group, complete_group
-from lookahead_optim.torch._slow_weights import Group, SlowWeights
+from lookahead_optim.torch._settings import Group, Names, check_group, complete_group
+from lookahead_optim.torch._slow_weights import SlowWeights
 from lookahead_optim.torch._state_view import State
 
 __all__ = ["Lookahead"]
 
 _OF_THE_INNER_OPTIMIZER = ("defaults", "param_groups", "state")
+_GROUP_ENTRIES = ("sync_period", "slow_step_size", "lookahead_step")
 
 
 class Lookahead(Optimizer):
@@ -33,7 +34,8 @@ class Lookahead(Optimizer):
     The slow weights are captured from the parameters immediately before their first step. Steps that a
     `torch.amp.GradScaler` skips do not count. At a sync every parameter takes part, with or without a gradient, but
     one that is frozen then (without a gradient, and `requires_grad` is `False`) gives its slow weight up: it is
-    captured again before its first step after it is unfrozen. State takes one copy of the other parameters.
+    captured again before its first step after it is unfrozen. The slow weights of the other parameters need the memory
+    of one more copy of these.
 
     `param_groups` is the inner optimizer's own list. `sync_period` and `slow_step_size` are in the groups, so that they
     can differ between them, and a group's step count, `lookahead_step`, too. `state[parameter]` has the inner
@@ -79,10 +81,10 @@ class Lookahead(Optimizer):
 
     inner_optimizer: Optimizer
     _names: Names
-    # These objects stay the same, as tools copy an optimizer's attributes into an object of theirs.
+    # These two objects are never replaced, as tools copy an optimizer's attributes into an object of theirs.
     _slow: SlowWeights
     _blocks: Blocks
-    # With the settings of other processes, since the optimizer was made or loaded.
+    # Whether settings and counts were compared with those of other processes.
     _is_compared: bool
 
     def __init__(self, optimizer: Optimizer, sync_period: int = 6, slow_step_size: float = 0.5) -> None:
@@ -95,11 +97,14 @@ class Lookahead(Optimizer):
         for group in optimizer.param_groups:
             if names.lookahead_step not in group:
                 check_group(group, names)
-        for entries in (*optimizer.param_groups, *optimizer.state.values()):
-            if isinstance(entries, dict) and (names.lookahead_step in entries or names.slow in entries):
-                # Another wrapper of the same optimizer has left them.
+        # What another wrapper of the same optimizer has left.
+        for group in optimizer.param_groups:
+            if names.lookahead_step in group:
                 for name in names:
-                    entries.pop(name, None)
+                    group.pop(name, None)
+        for entries in optimizer.state.values():
+            if isinstance(entries, dict):
+                entries.pop(names.slow, None)
         optimizer.defaults = {**optimizer.defaults, **settings}
         # The base class' constructor is not called. It would make parameter groups and a state of its own, while those
         # of a wrapper are the inner optimizer's. What is left of it, the dictionaries of hooks, is what `__setstate__`
@@ -124,17 +129,19 @@ class Lookahead(Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         """Return what only the inner optimizer has: `train` and `eval` of `schedulefree`, for example."""
-        # Not what begins with an underscore: tools ask there for what the wrapper itself would have to do.
-        if name in Names._fields:
+        if name in _GROUP_ENTRIES:
             raise AttributeError(
                 f"`Lookahead` has no attribute `{name}`: it is a setting of each group, in `optimizer.param_groups`."
             )
+        # Not what begins with an underscore, where tools ask what an optimizer does by itself. For example, a
+        # `GradScaler` leaves scaled gradients and found infinities to an optimizer with `_step_supports_amp_scaling`.
+        # Without it, the scaler calls no `step` at all when it finds infinities, so that a skipped step counts nowhere.
         if name.startswith("_") or "inner_optimizer" not in self.__dict__:
             object.__getattribute__(self, name)  # raises Python's own error
         return getattr(self.inner_optimizer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in Names._fields:
+        if name in _GROUP_ENTRIES:
             raise AttributeError(
                 f"`{name}` is a setting of each group: set it in `optimizer.param_groups`. Received: {name}={value!r}"
             )
@@ -153,7 +160,7 @@ class Lookahead(Optimizer):
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
-        own = {name: self.defaults[name] for name in (self._names.sync_period, self._names.slow_step_size)}
+        own = {name: self.defaults[name] for name in self._names.settings}
         self.inner_optimizer.defaults = {**own, **defaults}
 
     @property
@@ -181,13 +188,12 @@ class Lookahead(Optimizer):
         self.inner_optimizer.state = state.inner  # type: ignore[assignment]
         self._slow.replace(state.slow_by_parameter)
 
-    def _adopt_groups(self) -> list[Group]:
-        """Return all groups, complete. The inner optimizer may have got some by itself, or from a checkpoint."""
+    def _adopt_groups(self) -> None:
+        """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint."""
         for group in self.param_groups:
             if complete_group(group, self._names, self.defaults):
                 for parameter in group["params"]:
                     self._slow.forget(parameter)
-        return self.param_groups
 
     def _active_groups(self) -> list[tuple[int, Group]]:
         period = self._names.sync_period
@@ -200,7 +206,7 @@ class Lookahead(Optimizer):
 
     def _synchronize(self, groups: list[tuple[int, Group]]) -> None:
         followers = [wrapper._slow for wrapper in _wrappers(self.inner_optimizer)]
-        self._slow.synchronize(groups, self._names.slow_step_size, followers)
+        self._slow.synchronize(groups, self._names, followers)
 
     @torch.compiler.disable
     def _begin_step(self) -> None:
@@ -217,7 +223,7 @@ class Lookahead(Optimizer):
         if not self._is_compared:
             check_equal_on_all_ranks(self.param_groups, self._names)
             self._is_compared = True
-        self._slow.capture_new(self._active_groups(), self._names.lookahead_step)
+        self._slow.capture_new(self._active_groups(), self._names)
 
     @torch.compiler.disable
     def _end_step(self) -> None:
@@ -295,10 +301,11 @@ class Lookahead(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        self._adopt_groups()
-        inner = self.inner_optimizer.state_dict()
-        # In a block the parameters are the slow weights, and not what these can be captured from again.
-        state_dict = with_slow_weights(inner, self.param_groups, self._slow, keep_all=self._blocks.is_any_open())
+        with self._blocks.lock:
+            self._adopt_groups()
+            inner = self.inner_optimizer.state_dict()
+            # In a block the parameters are the slow weights, and not what these can be captured from again.
+            state_dict = with_slow_weights(inner, self.param_groups, self._slow, keep_all=self._blocks.is_any_open())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -324,11 +331,13 @@ class Lookahead(Optimizer):
             result = pre_hook(self, state_dict)
             state_dict = state_dict if result is None else result
         is_innermost = not isinstance(self.inner_optimizer, Lookahead)
-        inner_state_dict, slow_weights = without_slow_weights(state_dict, self.param_groups, self._names, is_innermost)
-        inner_wrappers = list(_wrappers(self.inner_optimizer))
-        load_inner(inner_state_dict, self.inner_optimizer, [wrapper._slow for wrapper in inner_wrappers], self._names)
-        self._adopt_groups()
-        self._slow.load(slow_weights)
+        with self._blocks.lock:
+            self._adopt_groups()
+            inner_state_dict, slow_weights = split(state_dict, self.param_groups, self._names, is_innermost)
+            inner_slow_weights = [wrapper._slow for wrapper in _wrappers(self.inner_optimizer)]
+            load_inner(inner_state_dict, self.inner_optimizer, inner_slow_weights, self._names)
+            self._adopt_groups()
+            self._slow.load(slow_weights)
         self._is_compared = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -339,7 +348,7 @@ class Lookahead(Optimizer):
         The slow weights are captured now, so weights must be loaded before. Each process counts its own steps.
         """
         self._adopt_groups()
-        self._slow.capture_new(self._active_groups(), self._names.lookahead_step)
+        self._slow.capture_new(self._active_groups(), self._names)
         for slow in self._slow.by_parameter.values():
             slow.share_memory_()
         if hasattr(self.inner_optimizer, "share_memory"):
@@ -383,7 +392,8 @@ class Lookahead(Optimizer):
         Raises:
             RuntimeError: if a parameter has changed its shape, before the block or in it.
         """
-        with self._blocks.block(self._slow, self._adopt_groups), gathered_anew(self._slow.by_parameter):
+        self._adopt_groups()
+        with self._blocks.block(self._slow, self.param_groups), gathered_anew(self._slow.by_parameter):
             yield
 
 
@@ -394,7 +404,7 @@ def _wrappers(optimizer: Optimizer) -> Iterator[Lookahead]:
         optimizer = optimizer.inner_optimizer
 
 
-def _check_inner_optimizer(optimizer: Any) -> None:
+def _check_inner_optimizer(optimizer: object) -> None:
     """Raise an error if `optimizer` is none that Lookahead can wrap."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
