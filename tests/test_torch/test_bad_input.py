@@ -451,17 +451,18 @@ def test_a_hook_that_fails_after_the_inner_wrapper_has_loaded_changes_nothing():
     trained.train(7)
 
 
-def test_a_new_group_with_a_bad_setting_is_still_new_when_it_is_mended():
-    (first, second) = parameters((3,), (3,))
-    optimizer = Lookahead(torch.optim.SGD([first], 0.1), 2)
-    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [second], "sync_period": "2"})
-    del optimizer.param_groups[1]["lookahead_step"]
-    optimizer.state[second]["slow"] = torch.zeros(3)
-    first.grad = torch.ones(3)
+def test_a_group_without_a_count_and_with_a_bad_setting_is_still_new_when_that_is_mended():
+    (weight,) = parameters((3,))
+    optimizer = Lookahead(torch.optim.SGD([weight], 0.1), 100)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    (group,) = optimizer.param_groups
+    del group["lookahead_step"]
+    group["sync_period"] = "2"
     with pytest.raises(TypeError, match="`sync_period` must be an integer"):
         optimizer.step()
-    optimizer.param_groups[1]["sync_period"] = 2
-    expected = second.detach().clone()
+    group["sync_period"] = 100
+    expected = weight.detach().clone()
     optimizer.step()
-    assert optimizer.param_groups[1]["lookahead_step"] == 1
-    assert_same_bits([optimizer.state[second]["slow"]], [expected])
+    assert group["lookahead_step"] == 1
+    assert_same_bits([optimizer.state[weight]["slow"]], [expected])
