@@ -5,6 +5,10 @@ To make `recordings/` again: a Python 3.11 environment with
     pip install tensorflow==2.15.1 tensorflow-addons==0.23.0
     python tests/test_tf_keras/record_original.py
 
+With `--optimizers` only `recordings/optimizers/` is made: what the original's `RectifiedAdam` and `AdamW` do, bare (an
+entry's `wrapper` is then null, and it has no `slow`) and inside its `Lookahead`, and what the programs of `programs.py`
+do with them. It has the same form, and takes its inputs and batches from the other files.
+
 With `--check` nothing is written, and a new process resumes from the files that are there.
 
 A list of arrays (weights, or the entries of `get_weights()`) is stored flat: each raveled, then all concatenated.
@@ -33,6 +37,7 @@ creates them in the order of the restoration.
 
 import copy
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -41,7 +46,11 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_addons as tfa
 
+from programs import write_those_of_the_original
+
 RECORDINGS = Path(__file__).parent / "recordings"
+OPTIMIZERS = RECORDINGS / "optimizers"
+VERSIONS = {"tensorflow": tf.__version__, "tensorflow_addons": tfa.__version__}
 STEPS = 13
 STATE_STEPS = [7, 13]
 STOPPED_AFTER = 8
@@ -67,6 +76,48 @@ SCHEDULES = {
     "piecewise": ("PiecewiseConstantDecay", {"boundaries": [3, 8], "values": [0.1, 0.04, 0.01]}),
 }
 DEFAULT = {"sync_period": 5, "slow_step_size": 0.5}
+
+
+def schedule(name: str, **changed) -> dict:
+    class_name, config = SCHEDULES[name]
+    return {
+        "module": "keras.optimizers.schedules",
+        "class_name": class_name,
+        "config": {**config, **changed},
+        "registered_name": None,
+    }
+
+
+RATE = {"learning_rate": 0.05}
+OPTIMIZER_SETTINGS = {
+    "rectified_adam": ("RectifiedAdam", RATE),
+    "rectified_adam_defaults": ("RectifiedAdam", {}),
+    "rectified_adam_short_memory": ("RectifiedAdam", {**RATE, "beta_1": 0.8, "beta_2": 0.98, "epsilon": 1e-3}),
+    "rectified_adam_amsgrad": ("RectifiedAdam", {**RATE, "beta_2": 0.9, "amsgrad": True}),
+    "rectified_adam_weight_decay": ("RectifiedAdam", {**RATE, "weight_decay": 0.1}),
+    "rectified_adam_threshold": ("RectifiedAdam", {**RATE, "sma_threshold": 8.0}),
+    "rectified_adam_warm_up": ("RectifiedAdam", {**RATE, "total_steps": 10, "warmup_proportion": 0.3, "min_lr": 0.002}),
+    "rectified_adam_decay": ("RectifiedAdam", {**RATE, "decay": 0.2}),
+    "rectified_adam_schedules": (
+        "RectifiedAdam",
+        {
+            "learning_rate": schedule("piecewise"),
+            "weight_decay": schedule("exponential", initial_learning_rate=0.3),
+            "total_steps": 12,
+            "min_lr": 0.001,
+        },
+    ),
+    "adamw": ("AdamW", {**RATE, "weight_decay": 0.02}),
+    "adamw_amsgrad": ("AdamW", {**RATE, "weight_decay": 0.02, "beta_2": 0.9, "amsgrad": True}),
+    "adamw_decay": ("AdamW", {**RATE, "weight_decay": 0.02, "decay": 0.2}),
+    "adamw_schedules": (
+        "AdamW",
+        {
+            "learning_rate": schedule("exponential"),
+            "weight_decay": schedule("exponential", initial_learning_rate=0.05),
+        },
+    ),
+}
 
 
 def make_inputs() -> dict[str, np.ndarray]:
@@ -137,9 +188,45 @@ def planned_trajectories() -> list[dict]:
     return plan
 
 
-def make_optimizer(inner: dict, wrapper: dict) -> tfa.optimizers.Lookahead:
-    inner_class = getattr(tf.keras.optimizers.legacy, inner["class_name"])
-    return tfa.optimizers.Lookahead(inner_class.from_config(copy.deepcopy(inner["config"])), **wrapper)
+def planned_optimizer_trajectories() -> list[dict]:
+    plan = []
+
+    def add(name, setting, wrapper, inputs="dense", dtype="float32", **config):
+        class_name, kwargs = OPTIMIZER_SETTINGS[setting]
+        plan.append(
+            {
+                "name": f"{setting}-{name}-{'bare' if wrapper is None else 'wrapped'}",
+                "inner": {"class_name": class_name, "config": {**kwargs, **config}},
+                "wrapper": wrapper,
+                "dtype": dtype,
+                "inputs": f"{inputs}_{dtype}",
+                "sparse": [0] if inputs == "sparse" else [],
+            }
+        )
+
+    for wrapper in (None, DEFAULT):
+        for setting in OPTIMIZER_SETTINGS:
+            add("dense", setting, wrapper)
+            add("sparse", setting, wrapper, inputs="sparse")
+            add("float64", setting, wrapper, dtype="float64")
+        for setting in ("rectified_adam_short_memory", "adamw"):
+            add("float16", setting, wrapper, dtype="float16", epsilon=1e-3)
+        for setting in ("rectified_adam", "adamw"):
+            for clipping in ({"clipnorm": 0.7}, {"clipvalue": 0.4}, {"global_clipnorm": 1.5}):
+                # The original ignores the clipping of an inner optimizer.
+                own, outer = ({}, {**wrapper, **clipping}) if wrapper else (clipping, None)
+                add(*clipping, setting, outer, **own)
+                add(f"{next(iter(clipping))}-sparse", setting, outer, inputs="sparse", **own)
+    # Inside its Lookahead, the original decays what is excluded.
+    add("excluded", "adamw", None, exclude_from_weight_decay=["weight_1", "weight_2:0$"])
+    return plan
+
+
+def make_optimizer(inner: dict, wrapper: dict | None):
+    own = inner["class_name"] in ("RectifiedAdam", "AdamW")
+    inner_class = getattr(tfa.optimizers if own else tf.keras.optimizers.legacy, inner["class_name"])
+    optimizer = inner_class.from_config(copy.deepcopy(inner["config"]))
+    return optimizer if wrapper is None else tfa.optimizers.Lookahead(optimizer, **wrapper)
 
 
 def run_trajectory(run: dict, inputs: dict[str, np.ndarray], traced: bool) -> dict[str, np.ndarray]:
@@ -164,13 +251,18 @@ def run_trajectory(run: dict, inputs: dict[str, np.ndarray], traced: bool) -> di
     for step in range(STEPS):
         apply([gradient_at(step, i) for i in range(count)])
         fast.append(flat([variable.numpy() for variable in variables]))
-        slow.append(flat([optimizer.get_slot(variable, "slow").numpy() for variable in variables]))
+        if run["wrapper"] is not None:
+            slow.append(flat([optimizer.get_slot(variable, "slow").numpy() for variable in variables]))
         if step + 1 in STATE_STEPS:
             state.append(flat(optimizer.get_weights()))
     run["state_steps"] = STATE_STEPS
     run["state"] = described(optimizer)
-    recorded = {"fast": np.stack(fast), "slow": np.stack(slow), "state": np.stack(state)}
-    return {f"{run['name']}/{key}": value.astype(run["dtype"], casting="same_kind") for key, value in recorded.items()}
+    recorded = {"fast": fast, "slow": slow, "state": state}
+    return {
+        f"{run['name']}/{key}": np.stack(rows).astype(run["dtype"], casting="same_kind")
+        for key, rows in recorded.items()
+        if rows
+    }
 
 
 def flat(values: list[np.ndarray]) -> np.ndarray:
@@ -181,17 +273,17 @@ def described(optimizer: tfa.optimizers.Lookahead) -> list[tuple]:
     return [(variable.name, variable.shape.as_list(), variable.dtype.name) for variable in optimizer.weights]
 
 
-def record_trajectories() -> tuple[list[dict], list[dict]]:
-    arrays = make_inputs()
+def record_trajectories(plan: list[dict], arrays: dict[str, np.ndarray], path: Path) -> tuple[list[dict], list[dict]]:
+    inputs, arrays = arrays, ({} if path.parent == OPTIMIZERS else arrays)
     recorded, refused = [], []
     largest = 0.0
-    for run in planned_trajectories():
+    for run in plan:
         try:
-            eager = run_trajectory(run, arrays, traced=False)
+            eager = run_trajectory(run, inputs, traced=False)
         except KeyError as error:
             refused.append({**run, "error": type(error).__name__})
             continue
-        graph = run_trajectory(run, arrays, traced=True)
+        graph = run_trajectory(run, inputs, traced=True)
         for key, value in eager.items():
             assert np.isfinite(value).all(), key
             ulps = np.abs(value - graph[key]) / np.spacing(np.maximum(np.abs(value), value.dtype.type(1e-3)))
@@ -199,7 +291,7 @@ def record_trajectories() -> tuple[list[dict], list[dict]]:
         arrays.update(eager)
         recorded.append(run)
     print(f"{len(recorded)} trajectories; tf.function differs by at most {largest} units in the last place")
-    np.savez_compressed(RECORDINGS / "trajectories.npz", **arrays)
+    np.savez_compressed(path, **arrays)
     return recorded, refused
 
 
@@ -228,9 +320,11 @@ def make_model(inner: dict, wrapper: dict, weights: list[np.ndarray]) -> tf.kera
 
 
 def snapshot(model: tf.keras.Model) -> dict[str, np.ndarray]:
-    slow = [model.optimizer.get_slot(variable, "slow").numpy() for variable in model.trainable_variables]
-    state = flat(model.optimizer.get_weights()).astype("float32")
-    return {"fast": flat(model.get_weights()), "slow": flat(slow), "state": state}
+    optimizer, variables = model.optimizer, model.trainable_variables
+    wrapped = isinstance(optimizer, tfa.optimizers.Lookahead)
+    slow = [optimizer.get_slot(variable, "slow").numpy() for variable in variables if wrapped]
+    state = flat(optimizer.get_weights()).astype("float32")
+    return {"fast": flat(model.get_weights()), "slow": flat([[], *slow]), "state": state}
 
 
 def train_on(model: tf.keras.Model, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -260,25 +354,26 @@ def save_model(model: tf.keras.Model, folder: Path, every_format: bool) -> dict[
     return files
 
 
-def record_model(name: str, data: dict[str, np.ndarray]) -> dict:
-    folder = RECORDINGS / name
+def record_model(
+    folder: Path, setting: tuple[str, dict], wrapper: dict | None, every_format: bool, data: dict[str, np.ndarray]
+) -> dict:
     folder.mkdir()
-    class_name, config = SETTINGS[name]
+    class_name, config = setting
     inner = {"class_name": class_name, "config": config}
-    model = make_model(inner, DEFAULT, [data[f"initial/{i}"] for i in range(4)])
+    model = make_model(inner, wrapper, [data[f"initial/{i}"] for i in range(4)])
     for step in range(STOPPED_AFTER):
         model.train_on_batch(data["x"][step], data["y"][step])
-    files = save_model(model, folder, every_format=name == "adam")
+    files = save_model(model, folder, every_format)
     weights = model.get_weights()
     stopped = {f"stopped/{key}": value for key, value in snapshot(model).items()}
     np.savez_compressed(folder / "continuation.npz", **train_on(model, data), **stopped)
     state = described(model.optimizer)
     if "weights_h5" in files:
-        new = make_model(inner, DEFAULT, weights)
+        new = make_model(inner, wrapper, weights)
         np.savez_compressed(folder / "continuation_without_state.npz", **train_on(new, data))
     return {
         "inner": inner,
-        "wrapper": DEFAULT,
+        "wrapper": wrapper,
         "files": files,
         "stopped_after": STOPPED_AFTER,
         "state": state,
@@ -287,7 +382,9 @@ def record_model(name: str, data: dict[str, np.ndarray]) -> dict:
 
 def resume(kind: str, path: Path, entry: dict) -> tf.keras.Model:
     if kind in ("h5", "saved_model"):
-        return tf.keras.models.load_model(path)
+        # The name of an inner optimizer in an `.h5` file lacks the package, so that it is not found without this.
+        known = {name: getattr(tfa.optimizers, name) for name in ("RectifiedAdam", "AdamW")}
+        return tf.keras.models.load_model(path, custom_objects=known)
     model = make_model(entry["inner"], entry["wrapper"], [np.zeros(s, "float32") for s in [(4, 3), (3,), (3, 1), (1,)]])
     if kind == "config":
         config = json.loads(path.read_text())
@@ -300,22 +397,26 @@ def resume(kind: str, path: Path, entry: dict) -> tf.keras.Model:
     return model
 
 
-def check_resumption(models: dict) -> None:
+def without_scope(name: str) -> str:
+    return re.sub("^(Lookahead|RectifiedAdam|AdamW)/", "", name)
+
+
+def check_resumption(models: dict, recordings: Path = RECORDINGS) -> None:
     """Holds every file against the continuation, bit for bit."""
     data = dict(np.load(RECORDINGS / "model_data.npz"))
     for name, entry in models.items():
         for kind, file in entry["files"].items():
-            model = resume(kind, RECORDINGS / name / file, entry)
+            model = resume(kind, recordings / name / file, entry)
             resumed = train_on(model, data)
-            names = [variable.name.removeprefix("Lookahead/") for variable in model.optimizer.weights]
+            names = [without_scope(variable.name) for variable in model.optimizer.weights]
             values = dict(zip(names, model.optimizer.get_weights()))
-            in_order = [values[variable.removeprefix("Lookahead/")] for variable, *_ in entry["state"]]
+            in_order = [values[without_scope(variable)] for variable, *_ in entry["state"]]
             same_order = np.array_equal(resumed["state"], flat(in_order))
             resumed["state"] = flat(in_order)
             report = [f"{name} {kind}:"]
             for recording in ("continuation.npz", "continuation_without_state.npz"):
-                if (RECORDINGS / name / recording).exists():
-                    expected = np.load(RECORDINGS / name / recording)
+                if (recordings / name / recording).exists():
+                    expected = np.load(recordings / name / recording)
                     if all(np.array_equal(value, expected[key]) for key, value in resumed.items()):
                         report.append(f"exactly {recording}")
             if len(report) == 1:
@@ -335,24 +436,49 @@ def json_lines(index: dict) -> str:
     return "{\n" + ",\n".join(parts) + "\n}"
 
 
+def record_optimizers() -> None:
+    shutil.rmtree(OPTIMIZERS, ignore_errors=True)
+    OPTIMIZERS.mkdir()
+    inputs, data = (dict(np.load(RECORDINGS / f"{name}.npz")) for name in ("trajectories", "model_data"))
+    recorded, refused = record_trajectories(planned_optimizer_trajectories(), inputs, OPTIMIZERS / "trajectories.npz")
+    models = {}
+    for name in ("rectified_adam_weight_decay", "adamw"):
+        for kind, wrapper in (("bare", None), ("wrapped", DEFAULT)):
+            setting = OPTIMIZER_SETTINGS[name]
+            models[f"{name}-{kind}"] = record_model(OPTIMIZERS / f"{name}-{kind}", setting, wrapper, True, data)
+    index = {"trajectories": recorded, "refused_by_the_original": refused, "models": models}
+    (OPTIMIZERS / "index.json").write_text(json_lines({"versions": VERSIONS, **index}) + "\n")
+    (OPTIMIZERS / "programs").mkdir()
+    write_those_of_the_original(OPTIMIZERS / "programs")
+    check_resumption(models, OPTIMIZERS)
+
+
 def main() -> None:
     if "--check" in sys.argv:
-        check_resumption(json.loads((RECORDINGS / "index.json").read_text())["models"])
+        for recordings in (RECORDINGS, OPTIMIZERS):
+            check_resumption(json.loads((recordings / "index.json").read_text())["models"], recordings)
+        return
+    if "--optimizers" in sys.argv:
+        record_optimizers()
         return
     shutil.rmtree(RECORDINGS, ignore_errors=True)
     RECORDINGS.mkdir()
-    recorded, refused = record_trajectories()
+    recorded, refused = record_trajectories(planned_trajectories(), make_inputs(), RECORDINGS / "trajectories.npz")
     data = make_model_data()
     np.savez_compressed(RECORDINGS / "model_data.npz", **data)
-    models = {name: record_model(name, data) for name in SETTINGS}
+    models = {
+        name: record_model(RECORDINGS / name, setting, DEFAULT, name == "adam", data)
+        for name, setting in SETTINGS.items()
+    }
     index = {
-        "versions": {"tensorflow": tf.__version__, "tensorflow_addons": tfa.__version__},
+        "versions": VERSIONS,
         "trajectories": recorded,
         "refused_by_the_original": refused,
         "models": models,
     }
     (RECORDINGS / "index.json").write_text(json_lines(index) + "\n")
     check_resumption(models)
+    record_optimizers()
 
 
 if __name__ == "__main__":
