@@ -10,8 +10,9 @@ import numpy as np
 import tensorflow as tf
 
 from lookahead_optim.tf_keras._keras import keras
+from lookahead_optim.tf_keras.adamw import AdamW
 
-__all__ = ["checked_settings", "configure", "legacy_form"]
+__all__ = ["checked_settings", "configure", "deserialize", "legacy_form"]
 
 
 def legacy_form(optimizer: Any) -> Any:
@@ -49,18 +50,48 @@ def legacy_form(optimizer: Any) -> Any:
     return legacy
 
 
+def deserialize(config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+    """Return the inner optimizer that a `Lookahead` has in its config."""
+    # An HDF5 file lacks the package of an inner optimizer's name, and none of Keras' own legacy optimizers is an AdamW.
+    known = keras.utils.get_registered_object("AdamW") or AdamW
+    return keras.optimizers.deserialize(config, custom_objects={"AdamW": known, **(custom_objects or {})})
+
+
 def _converted(optimizer: Any) -> Any:
     """Return the legacy form of an optimizer of the newer kind."""
     config = optimizer.get_config()
+    if type(optimizer) is getattr(keras.optimizers, "AdamW", None) and not config["use_ema"]:
+        return _converted_adamw(optimizer, config)
     lost = [name for name in ("weight_decay", "use_ema") if config.get(name)]
     legacy = getattr(keras.optimizers.legacy, type(optimizer).__name__, None)
     if legacy is None or lost:
         reason = f"its {' and '.join(f'`{name}`' for name in lost)} would be lost" if lost else "there is none"
         raise ValueError(
             "`optimizer` must have a form in `keras.optimizers.legacy`, into which it is converted. For this one "
-            f"{reason}. Received: optimizer={optimizer!r} with the config {config!r}"
+            f"{reason}. Weight decay is kept by `keras.optimizers.AdamW`, and by `AdamW` and `RectifiedAdam` of "
+            f"`lookahead_optim.tf_keras`. Received: optimizer={optimizer!r} with the config {config!r}"
         )
     return keras.__internal__.optimizers.convert_to_legacy_optimizer(optimizer)
+
+
+def _converted_adamw(optimizer: Any, config: dict[str, Any]) -> AdamW:
+    # Keras keeps what was given to its `exclude_from_weight_decay` in these two, and says it nowhere else.
+    if getattr(optimizer, "_exclude_from_weight_decay", None):
+        raise ValueError(
+            "`optimizer` must name what it excludes from weight decay, by `exclude_from_weight_decay(var_names=...)`, "
+            f"as variables in a `var_list` cannot be converted. Received: optimizer={optimizer!r}"
+        )
+    # The config has a schedule's config, which need not be registered.
+    rate = getattr(optimizer, "_learning_rate", None)
+    is_schedule = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
+    names = "beta_1", "beta_2", "epsilon", "amsgrad", "name", "clipnorm", "clipvalue", "global_clipnorm"
+    return AdamW(
+        config["weight_decay"] or 0.0,
+        rate if is_schedule else config["learning_rate"],
+        exclude_from_weight_decay=list(getattr(optimizer, "_exclude_from_weight_decay_names", None) or []) or None,
+        scale_by_learning_rate=True,
+        **{name: config[name] for name in names if config[name] is not None},
+    )
 
 
 def _is_number(value: Any) -> bool:
