@@ -43,6 +43,11 @@ def trained(*kinds, nested=False):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kinds", PAIRS, ids=" and ".join)
 def test_training_with_two_callbacks_that_swap_is_the_training_without(kinds, nested):
+    if kinds[0] == "own" and kinds[1] != "own" and not nested:
+        # Each epoch ends with a sync: nobody could tell whether the user's callback has restored the weights.
+        with pytest.raises(RuntimeError, match="`SwapSlowWeights` must come before the other callbacks"):
+            trained(*kinds)
+        return
     (loss, weights), (right_loss, right) = trained(*kinds, nested=nested), trained(nested=nested)
     assert loss == right_loss
     assert_same_bits(weights, right)

@@ -94,7 +94,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         self._untrack_variable(*self._variables)
         self._sync_period, self._slow_step_size = sync_period, slow_step_size
         self._slow_weights = SlowWeights(inner_optimizer)
-        self._block = Block(keras.ops.convert_to_numpy)
+        self._block = Block(keras.ops.convert_to_tensor, backend.copy_of, keras.ops.all)
         self._track_own({"inner_optimizer": inner_optimizer})
         # Without slow weights there is no variable either, so that no file of one kind says that there are some.
         if sync_period:
@@ -242,7 +242,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         self.built = True
 
     def _count(self) -> int:
-        return int(to_numpy(self._iterations))
+        return int(to_numpy(self.iterations))
 
     def _check_built(self, caller: str) -> None:
         if not self.built:
@@ -432,8 +432,11 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             yield
             return
         # Weights without a slow one take part, too: what the block does to them is undone.
-        with self._block.run(self._slow_weights.to_swap(), backend.copy_of, self._count()):
+        with self._block.run(self._pairs_to_swap(), self._count()):
             yield
+
+    def _pairs_to_swap(self) -> Sequence[tuple[Any, Any]]:
+        return self._slow_weights.to_swap()
 
     def _has_slow_weights(self) -> bool:
         return self._slow_weights.is_captured()

@@ -1,7 +1,5 @@
 """A callback that evaluates a model on its slow weights."""
 
-from typing import Any
-
 from lookahead_optim._evaluation import Swapping
 from lookahead_optim.tf_keras._keras import keras
 from lookahead_optim.tf_keras.optimizer import Lookahead
@@ -31,12 +29,8 @@ class SwapSlowWeights(Swapping, keras.callbacks.Callback):
     >>> history = model.fit(x, y, validation_data=(x, y), callbacks=[SwapSlowWeights()], verbose=0)
     """
 
-    def on_train_end(self, logs: Any = None) -> None:
-        optimizer = self._lookahead()
-        # Up to Keras 2.15, `EarlyStopping` restores the best weights at the end of an epoch, in the swap.
-        if self._block is not None and optimizer._slow_weights_were_replaced():
-            optimizer._block.keep()
-        super().on_train_end(logs)
+    # Private: there is no public way to say that the batch hooks need no numbers, for which Keras waits for the device.
+    _supports_tf_logs = True
 
     def _lookahead(self) -> Lookahead:
         # Under mixed precision a `LossScaleOptimizer` is around it.

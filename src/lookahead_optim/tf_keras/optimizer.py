@@ -117,7 +117,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         self._fast_variables: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._complete: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._placed: list[Any] = []
-        self._block = Block()
+        self._block = Block(tf.convert_to_tensor, tf.identity, tf.reduce_all)
         self._applied_steps: Any = None
         self._captured: Any = None
         self._listed_count: Any = None
@@ -578,7 +578,7 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
         # The copy has slots for the same variables, as that of every legacy optimizer.
         for variables in (self._fast_variables, self._complete):
             memo[id(variables)] = copy.copy(variables)
-        memo[id(self._block)] = Block()
+        memo[id(self._block)] = Block(tf.convert_to_tensor, tf.identity, tf.reduce_all)
         return super().__deepcopy__(memo)
 
     def _is_due_to_capture(self, state: Any) -> Any:
@@ -678,18 +678,17 @@ class Lookahead(keras.optimizers.legacy.Optimizer):
             yield
             return
         self._capture()
-        with self._block.run(self._pairs(), tf.identity, self._count()):
+        with self._block.run(self._pairs_to_swap(), self._count()):
             yield
+
+    def _pairs_to_swap(self) -> list[Any]:
+        return self._pairs()
 
     def _count(self) -> int:
         return _int(self._steps)
 
     def _has_slow_weights(self) -> bool:
         return bool(self._fast_variables)
-
-    def _slow_weights_were_replaced(self) -> bool:
-        """Whether others were put into the model, inside a block."""
-        return any(bool(tf.reduce_any(slow != fast)) for slow, fast, _ in self._pairs())
 
     def _leave_slow_weights(self) -> None:
         if self._block.is_open:
