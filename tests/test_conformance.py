@@ -5,6 +5,7 @@ import pytest
 
 from tests import reference
 from tests.adapters import ADAPTERS
+from tests.comparison import assert_same_bits
 
 # Settings that every framework's own optimizers have, under the oracle's names.
 INNER = {
@@ -47,11 +48,6 @@ def scalar_run(adapter, settings, sync_period, slow_step_size, start=1.0):
 def assert_close(actual, expected, tolerance=1e-5):
     for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
-
-
-def assert_same_bits(actual, expected):
-    for one, other in zip(actual, expected, strict=True):
-        assert one.tobytes() == other.tobytes()
 
 
 @pytest.mark.parametrize("inner", INNER)

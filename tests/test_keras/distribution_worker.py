@@ -12,7 +12,8 @@ import keras
 import numpy as np
 
 from lookahead_optim.keras import Lookahead
-from tests.test_keras.helpers import assert_same_bits, data, mlp, values
+from tests.comparison import assert_same_bits
+from tests.test_keras.helpers import data, mlp, values
 
 BATCH = 16
 BATCHES = 17

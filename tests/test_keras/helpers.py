@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from lookahead_optim.keras import Lookahead
+from tests.comparison import assert_same_bits
 
 BACKEND = keras.config.backend()
 
@@ -27,15 +28,6 @@ def mlp(columns=4, seed=0, **kwargs):
 def values(variables):
     """Return copies of the variables' values as NumPy arrays."""
     return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
-
-
-def assert_same_bits(actual, expected):
-    """Check that two lists of variables or arrays are equal bit for bit."""
-    actual, expected = values(actual), values(expected)
-    assert len(actual) == len(expected)
-    for index, (one, other) in enumerate(zip(actual, expected)):
-        assert one.dtype == other.dtype, index
-        assert one.tobytes() == other.tobytes(), f"array {index} differs: {one} and {other}"
 
 
 def differ(actual, expected):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from lookahead_optim.keras import Lookahead
-from tests.test_keras.helpers import BACKEND, assert_same_bits, mlp, values
+from tests.comparison import assert_same_bits
+from tests.test_keras.helpers import BACKEND, mlp, values
 
 
 def built(**kwargs):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lookahead_optim.keras import Lookahead, SwapSlowWeights
-from tests.test_keras.helpers import BACKEND, assert_same_bits, data, values
+from tests.comparison import assert_same_bits
+from tests.test_keras.helpers import BACKEND, data, values
 
 
 class UserSwap(keras.callbacks.Callback):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lookahead_optim.keras import Lookahead, SwapSlowWeights
-from tests.test_keras.helpers import BACKEND, assert_same_bits, data, train, values
+from tests.comparison import assert_same_bits
+from tests.test_keras.helpers import BACKEND, data, train, values
 
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow only")
 

@@ -12,6 +12,7 @@ import pytest
 
 from lookahead_optim.keras import Lookahead, SwapSlowWeights
 from tests.child_processes import start
+from tests.comparison import assert_same_bits
 from tests.test_keras import distribution_worker as worker
 from tests.test_keras.distribution_worker import (
     BATCH,
@@ -24,7 +25,7 @@ from tests.test_keras.distribution_worker import (
     momentum,
     tensorflow_loop,
 )
-from tests.test_keras.helpers import BACKEND, assert_same_bits, data, mlp, values
+from tests.test_keras.helpers import BACKEND, data, mlp, values
 
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="a tf.distribute strategy")
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="a JAX device mesh")

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from tests import child_processes
+from tests.comparison import assert_same_bits
 from tests.test_keras import killed_training, resuming
-from tests.test_keras.helpers import BACKEND, assert_same_bits
+from tests.test_keras.helpers import BACKEND
 
 TIMEOUT = 300
 

@@ -8,11 +8,11 @@ import pytest
 
 from lookahead_optim.keras import Lookahead
 from tests import reference
+from tests.comparison import assert_same_bits
 from tests.test_keras.helpers import (
     BACKEND,
     Recorder,
     assert_lookahead,
-    assert_same_bits,
     data,
     differ,
     mlp,

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from lookahead_optim.keras import Lookahead
-from tests.test_keras.helpers import BACKEND, assert_lookahead_in_fit, assert_same_bits, data, find_lookahead, mlp
+from tests.comparison import assert_same_bits
+from tests.test_keras.helpers import BACKEND, assert_lookahead_in_fit, data, find_lookahead, mlp
 
 MODES = {"compiled": {"jit_compile": True}, "eager": {"run_eagerly": True}}
 if BACKEND == "tensorflow":

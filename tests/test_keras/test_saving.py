@@ -11,8 +11,9 @@ import pytest
 from lookahead_optim.keras import Lookahead
 from tests import child_processes
 from tests.child_processes import finish, kill_when_reached
+from tests.comparison import assert_same_bits
 from tests.test_keras import resuming
-from tests.test_keras.helpers import BACKEND, assert_same_bits, find_lookahead, mlp, values
+from tests.test_keras.helpers import BACKEND, find_lookahead, mlp, values
 
 OTHERS = sorted({"jax", "tensorflow", "torch"} - {BACKEND})
 if not hasattr(keras.optimizers, "MultiOptimizer"):

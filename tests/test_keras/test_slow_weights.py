@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from lookahead_optim.keras import Lookahead, SwapSlowWeights
+from tests.comparison import assert_same_bits
 from tests.test_keras import resuming
-from tests.test_keras.helpers import BACKEND, assert_is_slow_step, assert_same_bits, data, find_lookahead, mlp, values
+from tests.test_keras.helpers import BACKEND, assert_is_slow_step, data, find_lookahead, mlp, values
 
 ALL_X, ALL_Y = data(136)
 X, Y = ALL_X[:96], ALL_Y[:96]

@@ -62,15 +62,6 @@ def mlp(seed=0, **kwargs):
     )
 
 
-def assert_same_bits(actual, expected):
-    """Check that two lists of variables or arrays are equal bit for bit."""
-    actual, expected = values(actual), values(expected)
-    assert len(actual) == len(expected)
-    for index, (one, other) in enumerate(zip(actual, expected)):
-        assert one.dtype == other.dtype, index
-        assert one.tobytes() == other.tobytes(), f"array {index} differs: {one} and {other}"
-
-
 def compiled(optimizer, seed=0, **kwargs):
     model = mlp(seed)
     model.compile(optimizer, loss="mse", **kwargs)

@@ -6,7 +6,8 @@ import pytest
 
 from lookahead_optim.tf_keras import Lookahead, SwapSlowWeights
 from lookahead_optim.tf_keras._keras import keras
-from tests.test_tf_keras.resuming import assert_same_bits, compiled, data, state
+from tests.comparison import assert_same_bits
+from tests.test_tf_keras.resuming import compiled, data, state
 
 
 class OwnAverage(keras.callbacks.Callback):

@@ -11,8 +11,9 @@ import tensorflow as tf
 
 from lookahead_optim.tf_keras._keras import keras
 from tests.child_processes import start
+from tests.comparison import assert_same_bits
 from tests.test_tf_keras import killed_training, resuming
-from tests.test_tf_keras.resuming import assert_same_bits, compiled, fit, state, values
+from tests.test_tf_keras.resuming import compiled, fit, state, values
 
 FORMATS = ["h5", "weights", "checkpoint_unbuilt", "saved_model"]
 

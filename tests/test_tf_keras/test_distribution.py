@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from lookahead_optim.tf_keras import Lookahead
+from lookahead_optim.tf_keras import AdamW, Lookahead, RectifiedAdam
 from lookahead_optim.tf_keras._keras import keras
 from tests.child_processes import start
 from tests.test_tf_keras import distribution_worker as worker
@@ -116,7 +116,16 @@ def test_mirrored_loop_equals_one_device(name, graph, strategy):
     assert_close(history.arrays(), on_one_device(OPTIMIZERS[name]))
 
 
-def test_mirrored_sparse_gradients_equal_one_device(strategy):
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: legacy.SGD(0.1),
+        lambda: RectifiedAdam(0.05, weight_decay=0.1, total_steps=9),
+        lambda: AdamW(0.1, 0.05, exclude_from_weight_decay=["embeddings:0$", "bias:0$"]),
+    ],
+    ids=["SGD", "RectifiedAdam", "AdamW"],
+)
+def test_mirrored_sparse_gradients_equal_one_device(inner, strategy):
     rows = worker.BATCH * BATCHES
     x, y = np.random.default_rng(0).integers(7, size=(rows, 3)), np.random.default_rng(1).normal(size=(rows, 1))
 
@@ -125,7 +134,7 @@ def test_mirrored_sparse_gradients_equal_one_device(strategy):
             keras.utils.set_random_seed(0)
             layers = [keras.Input((3,), dtype="int64"), keras.layers.Embedding(9, 2), keras.layers.Flatten()]
             model = keras.Sequential([*layers, keras.layers.Dense(1)])
-            model.compile(Lookahead(legacy.SGD(0.1), 3), loss="mse")
+            model.compile(Lookahead(inner(), 3), loss="mse")
         model.fit(x, y, batch_size=worker.BATCH, shuffle=False, verbose=0, callbacks=[history])
         return history.arrays()
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 from lookahead_optim.tf_keras import Lookahead
 from lookahead_optim.tf_keras._keras import keras
 from tests import reference
+from tests.comparison import assert_same_bits
 
 legacy = keras.optimizers.legacy
 SETTINGS = {
@@ -40,14 +41,6 @@ SYNC_PERIOD, SLOW_STEP_SIZE = 3, 0.4
 
 def values(variables):
     return [np.array(one.numpy() if hasattr(one, "numpy") else one) for one in variables]
-
-
-def assert_same_bits(actual, expected):
-    actual, expected = values(actual), values(expected)
-    assert len(actual) == len(expected)
-    for one, other in zip(actual, expected):
-        assert one.dtype == other.dtype
-        assert one.tobytes() == other.tobytes(), f"{one} and {other}"
 
 
 def assert_same_on_xla(actual, expected):

@@ -6,8 +6,9 @@ import tensorflow as tf
 
 from lookahead_optim.tf_keras import Lookahead
 from lookahead_optim.tf_keras._keras import keras
+from tests.comparison import assert_same_bits
 from tests.test_tf_keras import resuming
-from tests.test_tf_keras.resuming import assert_same_bits, compiled, fit, state, values
+from tests.test_tf_keras.resuming import compiled, fit, state, values
 
 legacy = keras.optimizers.legacy
 ExponentialDecay = keras.optimizers.schedules.ExponentialDecay

@@ -8,6 +8,7 @@ from lookahead_optim.tf_keras import Lookahead
 from lookahead_optim.tf_keras._keras import keras
 from tests import child_processes
 from tests.child_processes import finish, kill_when_reached
+from tests.comparison import assert_same_bits
 from tests.test_tf_keras import resuming
 from tests.test_tf_keras.resuming import (
     CASES,
@@ -15,7 +16,6 @@ from tests.test_tf_keras.resuming import (
     OPTIMIZERS,
     STOPS,
     SYNC_PERIOD,
-    assert_same_bits,
     compiled,
     fit,
     slow_of,

@@ -8,8 +8,9 @@ import tensorflow as tf
 
 from lookahead_optim.tf_keras import Lookahead
 from lookahead_optim.tf_keras._keras import keras
+from tests.comparison import assert_same_bits
 from tests.test_tf_keras import resuming
-from tests.test_tf_keras.resuming import assert_same_bits, compiled, fit, slow_of, values
+from tests.test_tf_keras.resuming import compiled, fit, slow_of, values
 
 legacy = keras.optimizers.legacy
 

@@ -5,8 +5,9 @@ import pytest
 
 from lookahead_optim.tf_keras import Lookahead, SwapSlowWeights
 from lookahead_optim.tf_keras._keras import keras
+from tests.comparison import assert_same_bits
 from tests.test_tf_keras import resuming
-from tests.test_tf_keras.resuming import assert_same_bits, compiled, data, mlp, slow_of, state, values
+from tests.test_tf_keras.resuming import compiled, data, mlp, slow_of, state, values
 
 # Keras 2.15 on Python 3.11.
 pytestmark = pytest.mark.filterwarnings("ignore:non-integer arguments to randrange:DeprecationWarning")

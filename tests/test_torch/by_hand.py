@@ -43,9 +43,3 @@ def set_gradients(parameters, step):
     generator = torch.Generator().manual_seed(1000 + step)
     for one in parameters:
         one.grad = torch.randn(one.shape, generator=generator, dtype=one.dtype)
-
-
-def assert_same_bits(actual, expected):
-    for one, other in zip(actual, expected, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one.detach(), other.detach())

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lookahead_optim.torch import Lookahead
-from tests.test_torch.by_hand import ByHand, assert_same_bits
+from tests.comparison import assert_same_bits
+from tests.test_torch.by_hand import ByHand
 from tests.test_torch.small_task import PERIOD, SIZE, adamw, loss_of, momentum, network
 
 accelerate = pytest.importorskip("accelerate")

@@ -8,7 +8,8 @@ import torch
 from lookahead_optim import _outer_step_torch as _torch
 from lookahead_optim.torch import Lookahead
 from tests import reference
-from tests.test_torch.by_hand import ByHand, assert_same_bits, parameters, set_gradients
+from tests.comparison import assert_same_bits
+from tests.test_torch.by_hand import ByHand, parameters, set_gradients
 
 
 def sgd(parameters):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.child_processes import start
+from tests.comparison import assert_same_bits
 from tests.test_torch import distributed_worker as worker
 from tests.test_torch.by_hand import ByHand
 from tests.test_torch.distributed_worker import (
@@ -21,6 +22,7 @@ from tests.test_torch.distributed_worker import (
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch has no FSDP2 for the CPU"
 )
+
 TRAINED = [*(("data_parallel", name) for name in REPLICATED), *(("fully_sharded", name) for name in OPTIMIZERS)]
 SINGLE = [name for name, (_, settings) in OPTIMIZERS.items() if len(settings) == 1]
 
@@ -113,10 +115,6 @@ def output(weights):
 def assert_close(actual, expected):
     # In float64. A difference in the last bits of a gradient grows in training.
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
-
-
-def assert_same_bits(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("kind", "name"), TRAINED)

@@ -8,7 +8,8 @@ import torch
 
 from lookahead_optim import _outer_step_torch as _torch
 from lookahead_optim.torch import Lookahead
-from tests.test_torch.by_hand import ByHand, assert_same_bits, parameters, set_gradients
+from tests.comparison import assert_same_bits
+from tests.test_torch.by_hand import ByHand, parameters, set_gradients
 
 # As a product with a power of two is exact, lerp is slow + a (fast - slow) bit for bit, however it is computed.
 SYNC_PERIOD, SLOW_STEP_SIZE = 3, 0.25

@@ -9,7 +9,8 @@ import torch
 from torch.optim import lr_scheduler, swa_utils
 
 from lookahead_optim.torch import Lookahead
-from tests.test_torch.by_hand import ByHand, assert_same_bits, parameters, set_gradients
+from tests.comparison import assert_same_bits
+from tests.test_torch.by_hand import ByHand, parameters, set_gradients
 
 SHAPES = (3, 4), (5,)
 STEPS = 20
