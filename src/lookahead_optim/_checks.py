@@ -1,10 +1,10 @@
-"""Validation of the hyperparameters that every front end has."""
+"""Checks that several front ends make, with the messages that they raise."""
 
 import math
 import numbers
 from typing import Any
 
-__all__ = ["check_slow_step_size", "check_sync_period"]
+__all__ = ["check_outside_block", "check_slow_step_size", "check_sync_period"]
 
 
 def check_sync_period(sync_period: Any) -> int:
@@ -39,3 +39,12 @@ def check_slow_step_size(slow_step_size: Any) -> float:
             f"Received: slow_step_size={slow_step_size!r:.100}"
         )
     return value
+
+
+def check_outside_block(is_open: bool, caller: str) -> None:
+    """Raise `RuntimeError` if a `slow_weights()` block is open, in which `caller` must not be called."""
+    if is_open:
+        raise RuntimeError(
+            f"`{caller}` was called inside a `slow_weights()` block, at whose end the fast weights come back. Call "
+            "it after the block."
+        )

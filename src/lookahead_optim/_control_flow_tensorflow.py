@@ -24,13 +24,14 @@ graph. A weight has a component on every device, and they are updated together, 
 it must be outside.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-__all__ = ["Pair", "is_compiled_by_xla", "update_if_due"]
+__all__ = ["Pair", "after", "is_compiled_by_xla", "operations", "update_if_due"]
 
 
 class Pair(NamedTuple):
@@ -95,6 +96,16 @@ def is_compiled_by_xla() -> bool:
     """Return whether the graph under construction is part of one that XLA compiles."""
     # No public function says so.
     return tf.__internal__.get_enclosing_xla_context() is not None
+
+
+def operations(*done: Any) -> list[tf.Operation]:
+    """Return what a graph must wait for, from nested lists in which `None` is nothing."""
+    return [operation for operation in tf.nest.flatten(done) if operation is not None]
+
+
+def after(*done: Any) -> contextlib.AbstractContextManager:
+    """Return a context whose operations wait for those in `done`, in a graph of TensorFlow 1 too."""
+    return tf.control_dependencies([] if tf.executing_eagerly() else operations(*done))
 
 
 def _update_all(strategy: tf.distribute.Strategy, pairs: Sequence[Pair], update: Update) -> list[tf.Operation]:

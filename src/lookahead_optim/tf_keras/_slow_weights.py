@@ -1,0 +1,182 @@
+"""The slow weights: which variables have one, when they are captured, and the outer step for those that are due.
+
+A slow weight is the slot `"slow"` of its variable, as in TensorFlow Addons. Whether slow weights were captured is a
+variable of its own, that steps, restorations and changes of the period set.
+"""
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from lookahead_optim import _outer_step_tensorflow
+from lookahead_optim._control_flow_tensorflow import after, operations
+from lookahead_optim._evaluation import Block
+from lookahead_optim._outer_step_tensorflow import Pair
+from lookahead_optim.tf_keras._count import Counting, to_int
+from lookahead_optim.tf_keras._order import appended
+
+__all__ = ["SlowWeights", "wrappers_in"]
+
+# What `SlowWeights._capture_state` says of the slow weights.
+NEVER, RESTORED, CAPTURED = range(3)
+
+
+class SlowWeights(Counting):
+    """An optimizer with slow weights, which it captures and synchronises when its protocol asks for it."""
+
+    sync_period: int
+    _captured: Any = None
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        super().__init__(name, **kwargs)
+        # Variables by id: those that have a slow weight, and those whose slots are in their places in `weights`, not
+        # just restored. As in other optimizers, a model that is gone is not kept.
+        self._fast_variables: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._complete: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._placed: list[Any] = []
+        self._block = Block(tf.convert_to_tensor, tf.identity, tf.reduce_all)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # The copy has slots for the same variables, as that of every legacy optimizer.
+        for variables in (self._fast_variables, self._complete):
+            memo[id(variables)] = copy.copy(variables)
+        memo[id(self._block)] = Block(tf.convert_to_tensor, tf.identity, tf.reduce_all)
+        return super().__deepcopy__(memo)
+
+    def _has_slow_weights(self) -> bool:
+        return bool(self._fast_variables)
+
+    def _pairs(self) -> list[Pair]:
+        return [
+            Pair(self.get_slot(fast, "slow"), fast, fast.constraint)
+            for fast in self._fast_variables.values()
+            if self.sync_period
+        ]
+
+    def _create_slots(self, var_list: list[Any]) -> None:
+        inner = self._optimizer
+        self._take_count_of_wrapper_around()
+        self._create_applied_steps()
+        _ = self._capture_state
+        is_complete = all(id(variable) in self._complete for variable in var_list)
+        keeps_order = is_complete or isinstance(inner, SlowWeights)
+        with contextlib.nullcontext() if keeps_order else appended(inner, self._placed):
+            inner._create_slots(var_list)
+        if self.sync_period:
+            with contextlib.nullcontext() if is_complete else appended(self, self._placed):
+                for variable in var_list:
+                    # In a graph of TensorFlow 1 it need not have its value yet; the first step captures it.
+                    self.add_slot(variable, "slow", initializer=variable if tf.executing_eagerly() else "zeros")
+        self._complete.update({id(variable): variable for variable in var_list})
+
+    def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros", shape: Any = None) -> Any:
+        """Return the slot of a variable, a new one if there is none.
+
+        Args:
+            var: The variable.
+            slot_name: Name of the slot; `"slow"` is that of the slow weights.
+            initializer: Initializer, or initial value, of a new slot. Defaults to `"zeros"`.
+            shape: Shape of a new slot. Defaults to that of the variable.
+        """
+        depth = len(list(wrappers_in(self._optimizer)))
+        # In HDF5 files variables have names, and the slots of two wrappers must not have the same.
+        with tf.name_scope(f"{self._name}_{depth}") if depth else contextlib.nullcontext():
+            slot = super().add_slot(var, slot_name, initializer, shape)
+        if slot_name == "slow":
+            # Slots that are restored come here before the first step, too.
+            self._fast_variables.setdefault(id(var), var)
+        return slot
+
+    @property
+    def _capture_state(self) -> Any:
+        """Variable: `NEVER`, `RESTORED` or `CAPTURED`. None in graphs of TensorFlow 1, where a restoration is not seen.
+
+        Checkpoints are TensorFlow Addons' and lack it; a SavedModel, which may have a training step in it, has it.
+        """
+        if self._captured is None and tf.compat.v1.executing_eagerly_outside_functions():
+            self._captured = self._scalar("lookahead_captured", "zeros")
+        return self._captured
+
+    def _mark_restored(self) -> None:
+        state = self._capture_state
+        if state is not None:
+            with tf.init_scope():
+                state.assign(RESTORED)
+
+    def _mark_captured(self, made: Any) -> list[Any]:
+        """Mark the slow weights as captured if steps were `made`; return the assignments."""
+        if not self.sync_period or self._capture_state is None:
+            return []
+        new = tf.where(tf.greater(made, 0), tf.constant(CAPTURED, tf.int64), self._capture_state)
+        return [self._capture_state.assign(new, read_value=False)]
+
+    def _is_captured(self) -> bool:
+        return not self.sync_period or to_int(self._capture_state) == CAPTURED
+
+    def _is_due_to_capture(self, state: Any) -> Any:
+        """Whether the slow weights are to be captured.
+
+        Those that a file brought are captured ones, unless its count says that it was written before the first step.
+        """
+        if tf.executing_eagerly():
+            state = to_int(state)
+            return state == NEVER or (state == RESTORED and to_int(self._steps) == 0)
+        is_first = tf.equal(tf.convert_to_tensor(self._steps), 0)
+        return tf.equal(state, NEVER) | (tf.equal(state, RESTORED) & is_first)
+
+    def _capture(self) -> Any:
+        """Capture the slow weights if they were not yet."""
+        state = self._capture_state
+        # An averaging wrapper around, which has a count of its own, loads slow weights without saying so.
+        if state is None or self._listed_count is None:
+            return _outer_step_tensorflow.capture(self._steps, _is_first, self._pairs)
+        return _outer_step_tensorflow.capture(state, self._is_due_to_capture, self._pairs)
+
+    def _reset(self) -> None:
+        """Capture the slow weights anew, those of the wrappers inside too."""
+        for wrapper in wrappers_in(self):
+            _outer_step_tensorflow.capture(self._steps, lambda count: True, wrapper._pairs)
+
+    def _synchronize(self, is_due: Callable[[Any], Any], trained: list[Any] | None = None) -> Any:
+        """Make the outer step if `is_due(count)`, for the variables `trained` in this step, or for all.
+
+        Others are frozen: they are not moved, and their slow weights start from them.
+        """
+        if not self.sync_period:
+            return None
+        if self._applied_steps is not None:
+            # A loss scaler around leaves out variables without gradient, which are not frozen.
+            trained = None
+
+        def pairs(are_trained: bool) -> list[Pair]:
+            if trained is None:
+                return self._pairs() if are_trained else []
+            slots = {id(self.get_slot(fast, "slow")) for fast in trained if id(fast) in self._fast_variables}
+            return [pair for pair in self._pairs() if (id(pair.slow) in slots) == are_trained]
+
+        done = _outer_step_tensorflow.synchronize(
+            self._steps, is_due, lambda: pairs(True), self._get_hyper("slow_step_size"), constrain_slow=False
+        )
+        if trained is not None and (not tf.executing_eagerly() or len(trained) != len(self._fast_variables)):
+            with after(done):
+                done = operations(done, _outer_step_tensorflow.capture(self._steps, is_due, lambda: pairs(False)))
+        # Wrappers inside restart too. Left as they are, their slow weights would draw the fast ones back.
+        for wrapper in wrappers_in(self._optimizer):
+            with after(done):
+                done = _outer_step_tensorflow.capture(self._steps, is_due, wrapper._pairs)
+        return done
+
+
+def wrappers_in(optimizer: Any) -> Iterator[SlowWeights]:
+    """Yield an optimizer, if it is a `Lookahead`, and each that it wraps, from the outside in."""
+    while isinstance(optimizer, SlowWeights):
+        yield optimizer
+        optimizer = optimizer._optimizer
+
+
+def _is_first(count: Any) -> Any:
+    return tf.equal(count, 0)
