@@ -85,7 +85,7 @@ test-lowest: .venv-lowest/.installed  ## Run the tests with the oldest supported
 	.venv-tf215/bin/python -m pip install --quiet --editable . --group tf215
 	touch $@
 
-test-tf215: .venv-tf215/.installed  ## Run the tests of Keras 2 with TensorFlow 2.15, in .venv-tf215 (Python 3.9 to 3.11).
+test-tf215: .venv-tf215/.tfa-installed  ## Run the tests of Keras 2 with TensorFlow 2.15 and TensorFlow Addons, in .venv-tf215 (Python 3.9 to 3.11).
 	env -u KERAS_BACKEND .venv-tf215/bin/python -m pytest $(PYTEST_ARGS) -W default tests/test_conformance.py tests/test_tf_keras
 
 lint: .venv/.installed  ## Check style and formatting.
