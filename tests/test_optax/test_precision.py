@@ -415,15 +415,6 @@ def test_a_sync_of_numbers_that_are_not_finite_is_the_weighted_mean_or_one_of_bo
     np.testing.assert_array_equal(synced_from(slow, fast, slow_step_size, form, traced, True), expected)
 
 
-@pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("slow_step_size", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("form", ["apply_gradients", "sync"])
-def test_a_zero_that_does_not_move_keeps_its_sign(form, slow_step_size, traced):
-    zeros = jnp.array([-0.0, 0.0])
-    moved = synced_from(zeros, zeros, slow_step_size, form, traced, True)
-    np.testing.assert_array_equal(np.signbit(moved), [True, False])
-
-
 @forms
 @pytest.mark.parametrize("slow_step_size", [0.0, 0.3, 1.0])
 def test_infinite_weights_leave_the_derivatives_of_the_others_alone(form, slow_step_size):

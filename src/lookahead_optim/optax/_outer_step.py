@@ -26,9 +26,20 @@ def outer_step(slow: ArrayLike, fast: ArrayLike, slow_step_size: SlowStepSize) -
     if jnp.iscomplexobj(fast):
         return _by_parts(outer_step, slow, fast, slow_step_size=slow_step_size)
     wide_slow, wide_fast = _wide(slow), _wide(fast)
-    pseudo_gradient = wide_slow - wide_fast
+    pseudo_gradient = _pseudo_gradient(wide_slow, wide_fast)
     new_slow = _slow_step(wide_slow, wide_fast, pseudo_gradient, slow_step_size)
     return new_slow.astype(fast.dtype)  # where the fast weight restarts
+
+
+def _pseudo_gradient(slow: jax.Array, fast: jax.Array) -> jax.Array:
+    """Return slow - fast, or 0 where that is not finite.
+
+    The sign changes last. The bits of `slow - fast` are the same, but XLA rounds sums and products once where it fuses
+    them, and `fast` ends in a sum: with `slow - fast` runs on several devices more often differ from those on one by
+    a rounding.
+    """
+    way = fast - slow
+    return -jnp.where(jnp.isfinite(way), way, 0)
 
 
 def _slow_step(slow: jax.Array, fast: jax.Array, pseudo_gradient: jax.Array, slow_step_size: SlowStepSize) -> jax.Array:
@@ -37,14 +48,13 @@ def _slow_step(slow: jax.Array, fast: jax.Array, pseudo_gradient: jax.Array, slo
     Step sizes may be traced, so each case is computed and one is selected. The derivatives by the step size are those
     of the formula in every case.
     """
-    finite = _finite(pseudo_gradient)
-    stepped = slow - slow_step_size * finite
-    # slow - (slow - fast) is not `fast` in general. This is, as 0 is subtracted from it.
-    stepped_by_one = fast - (slow_step_size - 1) * finite
+    stepped = slow - slow_step_size * pseudo_gradient
+    # slow - (slow - fast) is not `fast` in general. This is, as 0 is added to it.
+    stepped_by_one = fast + (1 - slow_step_size) * pseudo_gradient
     # The difference of large numbers of opposite sign overflows, their weighted mean does not. It is taken for infinite
     # weights too. The zeros in place of all other numbers keep infinities (of a mask, say) out of the derivatives:
     # the derivative of what `where` does not select is multiplied by 0, and 0 times infinity is NaN.
-    overflows = ~(jnp.isfinite(pseudo_gradient) | (slow == fast) | (slow_step_size == 0))
+    overflows = ~(jnp.isfinite(fast - slow) | (slow == fast) | (slow_step_size == 0))
     slow, fast = jnp.where(overflows, slow, 0), jnp.where(overflows, fast, 0)
     mean = (1 - slow_step_size) * slow + slow_step_size * fast
     return jnp.where(slow_step_size == 1, stepped_by_one, jnp.where(overflows, mean, stepped))
@@ -97,8 +107,8 @@ def _restarting_update(slow: ArrayLike, update: jax.Array, param: jax.Array, slo
     largest = min(float(jnp.finfo(dtype).max) for dtype in (update.dtype, way.dtype))
     way = jnp.where(jnp.isfinite(end), jnp.clip(way, -largest, largest), way)
     # For a step size of 1 the update itself, bit for bit, with the same derivative by the step size.
-    pseudo_gradient = _wide(slow) - _wide(fast)
-    unchanged = update - ((slow_step_size - 1) * _finite(pseudo_gradient)).astype(update.dtype)
+    pseudo_gradient = _pseudo_gradient(_wide(slow), _wide(fast))
+    unchanged = update + ((1 - slow_step_size) * pseudo_gradient).astype(update.dtype)
     return jnp.where(slow_step_size == 1, unchanged, way.astype(update.dtype))
 
 
@@ -112,7 +122,3 @@ def _wide(value: ArrayLike) -> jax.Array:
     """Return an array in at least single precision."""
     value = jnp.asarray(value)
     return value.astype(jnp.float32) if jnp.finfo(value.dtype).bits < 32 else value
-
-
-def _finite(pseudo_gradient: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(pseudo_gradient), pseudo_gradient, 0)
