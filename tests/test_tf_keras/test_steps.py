@@ -204,6 +204,46 @@ def test_whether_slow_weights_are_captured_is_not_in_checkpoints_which_are_those
     assert not [name for name in names if "captured" in name]
 
 
+def loss_scaled(optimizer):
+    return keras.mixed_precision.LossScaleOptimizer(optimizer, initial_scale=4.0)
+
+
+@pytest.mark.parametrize("outer", [lambda one: one, loss_scaled], ids=["single", "loss_scaled"])
+def test_to_read_the_count_makes_no_variable_but_keras_own(outer):
+    inner = Lookahead(Lookahead(legacy.SGD(0.125), 3), 2)
+    assert int(outer(inner).iterations) == int(inner.iterations) == int(inner.inner_optimizer.iterations) == 0
+    assert [one.name for one in inner.weights] == [inner.iterations.name]
+    assert inner._applied_steps is None
+    assert inner._captured is None
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_optimizer_that_has_not_stepped_takes_every_call_and_does_nothing(wrapped):
+    variable = tf.Variable(1.0)
+    optimizer = Lookahead(legacy.SGD(0.125), 2, 0.5)
+    optimizer = Lookahead(optimizer, 4) if wrapped else optimizer
+    optimizer.sync()
+    optimizer.reset_slow_weights()
+    with optimizer.slow_weights():
+        assert float(variable) == 1
+    assert optimizer.weights == []
+    optimizer.apply_gradients(ones(variable))
+    assert (float(variable), float(optimizer.get_slot(variable, "slow"))) == (0.875, 1)
+
+
+def test_a_filtered_variable_keeps_what_the_inner_optimizer_made_of_it_in_that_cycle():
+    one, other = tf.Variable(1.0), tf.Variable(1.0)
+    optimizer = Lookahead(legacy.SGD(0.125), 2, 0.5)
+    optimizer.apply_gradients(ones(one, other))
+    optimizer.apply_gradients(ones(one))
+    assert [float(variable) for variable in (one, other)] == [0.875, 0.875]
+    assert float(optimizer.get_slot(other, "slow")) == 0.875
+    # The next cycle is one like any other.
+    optimizer.apply_gradients(ones(one, other))
+    optimizer.apply_gradients(ones(one, other))
+    assert [float(variable) for variable in (one, other)] == [0.75, 0.75]
+
+
 # The ends of numbers.
 
 

@@ -145,11 +145,22 @@ class SlowWeights(Counting):
         """Make the outer step if `is_due(count)`, for the variables `trained` in this step, or for all.
 
         Others are frozen: they are not moved, and their slow weights start from them.
+
+        A variable of Keras 2 does not say whether it is frozen: `layer.trainable` belongs to the layer, and
+        `variable.trainable` never changes. Only the list of `apply_gradients` can say it. `fit` and `minimize` list all
+        that is trained, with `None` where there is no gradient. A loop that filters these pairs out cannot be told from
+        one that freezes. There are three rules for a variable that is not listed, and each is wrong for someone:
+
+        - To move it moves frozen weights, halfway back to what they were before other ones were loaded into them.
+        - To leave it and its slow weight alone, as TensorFlow Addons did, does the same later, when it is trained
+          again, to a slow weight of any age.
+        - To take it for frozen is wrong for a filtered variable, in a bounded way: in this cycle it goes where the
+          inner optimizer led it. That is the rule here.
         """
         if not self.sync_period:
             return None
         if self._applied_steps is not None:
-            # A loss scaler around leaves out variables without gradient, which are not frozen.
+            # A loss scaler around filters, for every loop: here most variables that are not listed are not frozen.
             trained = None
 
         def pairs(are_trained: bool) -> list[Pair]:

@@ -66,14 +66,15 @@ class Lookahead(Saving):
         sync_period: Integer >= 0, inner steps per slow step ($k$). 0 switches Lookahead off: the wrapper then behaves
             as the inner optimizer and holds no slow weights. Defaults to 6.
         slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or a scalar tensor or variable, which is not
-            checked. 1 recovers the inner optimizer. Defaults to 0.5.
+            checked. A schedule it cannot be. 1 recovers the inner optimizer. Defaults to 0.5.
         name: Name of the optimizer and its operations. Defaults to `"Lookahead"`.
-        **kwargs: `clipnorm`, `clipvalue` or `global_clipnorm`, by which gradients are clipped, before the inner
-            optimizer clips them by its own; `learning_rate` or `lr`, and `decay` (inverse-time decay, per step), which
-            are set on the inner optimizer.
+        **kwargs: `clipnorm`, `clipvalue` or `global_clipnorm`, finite and >= 0 as in Keras 2 (> 0 in Keras 3), by
+            which gradients are clipped, before the inner optimizer clips them by its own; `learning_rate` or `lr`, and
+            `decay` (inverse-time decay, per step), which are set on the inner optimizer.
 
     Raises:
-        TypeError: if an argument has the wrong type or is unknown.
+        TypeError: if an argument has the wrong type, or is unknown, as Keras 2's own optimizers raise it (Keras 3's
+            raise `ValueError`).
         ValueError: if a value is out of range, or the inner optimizer has no legacy form.
 
     Example:
