@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from lookahead_optim.keras import Lookahead, SwapSlowWeights
+from lookahead_optim.keras import Lookahead, RectifiedAdam, SwapSlowWeights
 from tests.child_processes import start
 from tests.comparison import assert_same_bits
 from tests.test_keras import distribution_worker as worker
@@ -178,11 +178,15 @@ def loop_on(strategy, make, make_model=mlp, built=True, graph=True):
     return model, optimizer, history
 
 
+def rectified_adam():
+    return Lookahead(RectifiedAdam(0.02, weight_decay=0.1, total_steps=20), worker.SYNC_PERIOD)
+
+
 @on_tensorflow
-@every_optimizer
-def test_mirrored_fit_equals_one_device(name, strategy):
-    _, history = fit_on(strategy, OPTIMIZERS[name])
-    assert_close(history.arrays(), on_one_device(OPTIMIZERS[name]))
+@pytest.mark.parametrize("make", [*OPTIMIZERS.values(), rectified_adam], ids=lambda make: make.__name__)
+def test_mirrored_fit_equals_one_device(make, strategy):
+    _, history = fit_on(strategy, make)
+    assert_close(history.arrays(), on_one_device(make))
 
 
 @on_tensorflow

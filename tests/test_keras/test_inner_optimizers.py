@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from lookahead_optim.keras import Lookahead
+from lookahead_optim.keras import Lookahead, RectifiedAdam
 from tests.comparison import assert_same_bits
 from tests.test_keras.helpers import BACKEND, values
 
@@ -21,6 +21,7 @@ OPTIMIZERS = {
     "adamax": lambda: keras.optimizers.Adamax(0.05),
     "nadam": lambda: keras.optimizers.Nadam(0.05),
     "ftrl": lambda: keras.optimizers.Ftrl(0.1, l1_regularization_strength=0.01),
+    "rectified_adam": lambda: RectifiedAdam(0.05, weight_decay=0.1, total_steps=9),
     "lion": lambda: keras.optimizers.Lion(0.01),
     "lamb": lambda: keras.optimizers.Lamb(0.05),
     "adafactor": lambda: keras.optimizers.Adafactor(0.05),

@@ -2,5 +2,6 @@
 
 from lookahead_optim.keras.callbacks import SwapSlowWeights
 from lookahead_optim.keras.optimizer import Lookahead
+from lookahead_optim.keras.rectified_adam import RectifiedAdam
 
-__all__ = ["Lookahead", "SwapSlowWeights"]
+__all__ = ["Lookahead", "RectifiedAdam", "SwapSlowWeights"]
