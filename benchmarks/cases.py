@@ -15,12 +15,11 @@ class Mode:
     """A front end in one way to run it.
 
     Args:
-        module: Module of `programs`, and of `designs`, that makes its programs.
+        module: Module of `programs` that makes its programs.
         environments: Environments in which it runs, which the Makefile makes; the first one that was made is taken.
         backend: Backend of Keras, if it needs Keras.
         loops: How whole training steps are run: by `fit`, or in a loop written by hand.
         scales: Whether growth with the number and the size of weights is measured in it.
-        designs: Whether designs of a sync are compared in it.
         slow_with_many: Whether many weights take long, a step of them or its tracing.
     """
 
@@ -29,7 +28,6 @@ class Mode:
     backend: str | None = None
     loops: tuple[str, ...] = ("by hand",)
     scales: bool = False
-    designs: bool = False
     slow_with_many: bool = True
 
 
@@ -37,18 +35,16 @@ KERAS_LOOPS = ("fit", "by hand")
 WITH_PEERS = (".venv-peers", ".venv")
 MODES = {
     "Keras, TensorFlow eager": Mode("of_keras", backend="tensorflow"),
-    "Keras, TensorFlow graph": Mode("of_keras", backend="tensorflow", loops=KERAS_LOOPS, scales=True, designs=True),
-    "Keras, TensorFlow XLA": Mode("of_keras", backend="tensorflow", loops=KERAS_LOOPS, scales=True, designs=True),
+    "Keras, TensorFlow graph": Mode("of_keras", backend="tensorflow", loops=KERAS_LOOPS, scales=True),
+    "Keras, TensorFlow XLA": Mode("of_keras", backend="tensorflow", loops=KERAS_LOOPS, scales=True),
     "Keras, JAX": Mode("of_keras", backend="jax", loops=KERAS_LOOPS, scales=True),
-    "Keras, PyTorch": Mode(
-        "of_keras", backend="torch", loops=KERAS_LOOPS, scales=True, designs=True, slow_with_many=False
-    ),
+    "Keras, PyTorch": Mode("of_keras", backend="torch", loops=KERAS_LOOPS, scales=True, slow_with_many=False),
     "tf_keras, graph": Mode("of_tf_keras", loops=KERAS_LOOPS, scales=True),
     "tf.keras 2.15, graph": Mode("of_tf_keras", (".venv-tf215",), loops=KERAS_LOOPS),
-    "PyTorch, foreach": Mode("of_torch", WITH_PEERS, scales=True, designs=True, slow_with_many=False),
-    "PyTorch, fused": Mode("of_torch", WITH_PEERS, scales=True, designs=True, slow_with_many=False),
-    "PyTorch, compiled": Mode("of_torch", WITH_PEERS, designs=True),
-    "Optax": Mode("of_optax", backend="jax", scales=True, designs=True),
+    "PyTorch, foreach": Mode("of_torch", WITH_PEERS, scales=True, slow_with_many=False),
+    "PyTorch, fused": Mode("of_torch", WITH_PEERS, scales=True, slow_with_many=False),
+    "PyTorch, compiled": Mode("of_torch", WITH_PEERS),
+    "Optax": Mode("of_optax", backend="jax", scales=True),
 }
 
 
@@ -57,7 +53,7 @@ class Case:
     """One measurement.
 
     Args:
-        kind: `"step"`, `"training"`, `"memory"`, `"scaling"` or `"design"`.
+        kind: `"step"`, `"training"`, `"memory"` or `"scaling"`.
         mode: A key of `MODES`.
         inner: A key of `ARRAYS`.
         weights: Number of weights, for all kinds but `"training"`.
@@ -83,7 +79,7 @@ class Case:
     @property
     def module(self) -> str:
         """The module of its programs."""
-        return f"{'designs' if self.kind == 'design' else 'programs'}.{MODES[self.mode].module}"
+        return f"programs.{MODES[self.mode].module}"
 
 
 def full() -> Iterator[Case]:
@@ -116,18 +112,9 @@ def full() -> Iterator[Case]:
                 yield Case("scaling", mode, "SGD", weights, 32, cycles=12)
 
 
-def designs() -> Iterator[Case]:
-    """Return the cases that compare designs of a sync."""
-    for mode in (name for name, one in MODES.items() if one.designs):
-        for (weights, side), inner in itertools.product(SHAPES.values(), ("SGD", "Adam")):
-            placements = 1 if MODES[mode].slow_with_many and weights >= 100 else 3
-            yield Case("design", mode, inner, weights, side, cycles=10, placements=placements)
-
-
 def quick() -> Iterator[Case]:
     """Return one small case for each mode."""
     for mode in MODES:
         yield Case("step", mode, "SGD", 4, 256, cycles=4)
     yield Case("training", "PyTorch, foreach", "Adam", model="transformer", loop="by hand", cycles=4)
     yield Case("memory", "Keras, JAX", "SGD", 10, 1024)
-    yield Case("design", "PyTorch, foreach", "SGD", 4, 256, cycles=4)

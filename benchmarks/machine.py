@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,6 +21,11 @@ def describe():
         "allocator": preloaded or "the system's",
         "accelerator": accelerator(),
     }
+
+
+def name():
+    """Return the processor as a name of a file."""
+    return re.sub(r"[^a-z0-9]+", "_", describe()["processor"].lower().replace("(r)", "")).strip("_")
 
 
 def commit():

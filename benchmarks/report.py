@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cases import ARRAYS, MODELS, MODES, SHAPES, designs, full
+from cases import ARRAYS, MODELS, MODES, SHAPES, full
 from timing import limit, quartiles, ratios
 
 OURS = "lookahead-optim"
@@ -27,6 +27,8 @@ SMALL_AIMS = {"SGD": 1.15, "Adam": 1.10}
 TRAINING_AIM = 1.02
 # How many times as long a step of TensorFlow Addons takes.
 ADDONS_AIMS = {"SGD": 4.00, "Adam": 2.00}
+# Tables that the docs have of machines other than the last one.
+EARLIER = ("about", "aims", "training_aims", "memory", "scaling", "every_step", "training")
 # What a peer does otherwise, so that its time is not that of the same work.
 NOTES = {
     "timm": "the first sync only captures; weights without a gradient are left out",
@@ -78,8 +80,8 @@ def step_rows(run, kind="step"):
 
 
 def print_table(run):
-    """Print the steps, training steps and designs of a run."""
-    titles = {"step": "Optimizer step", "training": "Training step", "design": "Designs of a sync"}
+    """Print the steps and training steps of a run."""
+    titles = {"step": "Optimizer step", "training": "Training step"}
     for kind, title in titles.items():
         header, rows = step_rows(run, kind)
         if rows:
@@ -386,8 +388,8 @@ def plot_scaling(run, path):
     figure.savefig(path, metadata={"Date": None})
 
 
-def write(run, folder):
-    """Write all tables and plots into a folder."""
+def write(run, folder, names=None):
+    """Write tables and plots into a folder: all, or those of some names."""
     import matplotlib as mpl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -406,9 +408,12 @@ def write(run, folder):
         "failures": failures(run),
     }
     for name, text in tables.items():
-        (folder / f"{name}.md").write_text(text)
-    with mpl.rc_context({"svg.hashsalt": "lookahead-optim"}):
-        plot_steps(run, folder / "steps.svg")
+        if names is None or name in names:
+            (folder / f"{name}.md").write_text(text)
+    # Text stays text, so that a change of a figure is a line in a diff.
+    with mpl.rc_context({"svg.hashsalt": "lookahead-optim", "svg.fonttype": "none"}):
+        if names is None or "steps" in names:
+            plot_steps(run, folder / "steps.svg")
         if of_kind(run, "scaling"):
             plot_scaling(run, folder / "scaling.svg")
 
@@ -429,20 +434,44 @@ def key(case):
 
 def merged(runs):
     """Return runs as one, in which a case has its last result, and cases are in the order of the suite."""
-    results = dict.fromkeys(key(dataclasses.asdict(case)) for case in (*full(), *designs()))
+    results = dict.fromkeys(key(dataclasses.asdict(case)) for case in full())
     for run in runs:
         results |= {key(one["case"]): one for one in run["results"]}
     about = [[f"`{run['command']}`", run["date"], run["commit"], run["machine"]["system"]] for run in runs]
-    return {**runs[-1], "runs": about, "results": [one for one in results.values() if one]}
+    return {**runs[-1], "runs": about, "results": sorted(filter(None, results.values()), key=_is_design_of)}
+
+
+def _is_design_of(one):
+    """Sort designs, which the suite has no more, behind all else and by mode."""
+    case = one["case"]
+    return [*MODES].index(case["mode"]) if case["kind"] == "design" else -1
+
+
+def read(paths):
+    """Return the runs in files, the oldest first."""
+    runs = itertools.chain.from_iterable(json.loads(path.read_text()) for path in paths)
+    return sorted(runs, key=lambda run: (run["date"], run["time"]))
+
+
+def written(runs):
+    """Return runs as JSON, each in lines of its own: a line for each result."""
+    texts = []
+    for run in runs:
+        results = ",\n".join(json.dumps(one, separators=(",", ":")) for one in run["results"])
+        about = json.dumps({key: value for key, value in run.items() if key != "results"}, separators=(",", ":"))
+        texts.append(f'{about[:-1]},"results":[\n{results}\n]}}')
+    return "[" + ",\n".join(texts) + "]\n"
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Where to write Markdown tables and SVG plots.")],
-    results: Annotated[list[Path], typer.Argument(help="JSON files of `run.py`, the oldest first.", exists=True)],
+    results: Annotated[list[Path], typer.Argument(help="JSON files of `run.py`.", exists=True)],
 ) -> None:
     """Make tables and plots of results: in the folder those of the last run's machine, below it those of others."""
-    for number, run in enumerate(by_machine([json.loads(path.read_text()) for path in results])):
-        write(run, folder / f"earlier{number}" if number else folder)
+    last, *others = by_machine(read(results))
+    write(last, folder)
+    for number, run in enumerate(others, start=1):
+        write(run, folder / f"earlier{number}", EARLIER)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The benchmark suite: what Lookahead adds to a step, over the bare optimizer, for this library and for its peers.
 
 Each mode runs in processes of its own, with what its environment has installed. Within a process all programs are
-measured in turn, one whole cycle at a time. Everything measured goes to one JSON file; `report.py` makes tables and
-plots of such files.
+measured in turn, one whole cycle at a time. Everything measured goes to one JSON file for each machine, a
+list of runs, to which this one is added; `report.py` makes tables and plots of such files.
 """
 
 import dataclasses
@@ -20,25 +20,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import cases
 import machine
+import report
 from cases import MODES
 from processes import ask, interpreter, measure
-from report import print_table
 
 FOLDER = Path(__file__).resolve().parent
 
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="One small case for each mode, to see that all run.")] = False,
-    designs: Annotated[bool, typer.Option("--designs", help="Designs of a sync, in place of the suite.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only modes whose name contains this; repeatable.")] = None,
-    kind: Annotated[str, typer.Option(help="Only this kind: step, training, memory, scaling or design.")] = "",
+    kind: Annotated[str, typer.Option(help="Only this kind: step, training, memory or scaling.")] = "",
     period: Annotated[int, typer.Option(help="Only this sync period; 0 means all.", min=0)] = 0,
-    output: Annotated[Path | None, typer.Option(help="The JSON file. Defaults to one in benchmarks/results.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The JSON file. Defaults to this machine's.")] = None,
 ) -> None:
     """Measure what Lookahead adds to an optimizer step and to a training step, as a ratio to the bare optimizer."""
     chosen = [
         case
-        for case in (cases.designs() if designs else cases.quick() if quick else cases.full())
+        for case in (cases.quick() if quick else cases.full())
         if any(part in case.mode for part in only or [""]) and kind in ("", case.kind) and period in (0, case.period)
     ]
     console = Console(stderr=True)
@@ -53,13 +52,15 @@ def main(
     now = datetime.datetime.now(datetime.timezone.utc)
     run = {
         "date": now.date().isoformat(),
+        "time": f"{now:%H:%M}",
         "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
         "commit": machine.commit(),
         "machine": machine.describe(),
         "results": [],
     }
-    output = output or FOLDER / "results" / ("quick.json" if quick else f"{now:%Y-%m-%dT%H%M}.json")
+    output = output or FOLDER / "results" / f"{'quick' if quick else machine.name()}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads(output.read_text()) if output.exists() and not quick else []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=len(chosen))
@@ -67,14 +68,14 @@ def main(
         for (mode, case_kind), group in itertools.groupby(chosen, key=lambda case: (case.mode, case.kind)):
             progress.update(task, description=f"{mode}: {case_kind}")
             group = list(group)
-            shared = case_kind in ("step", "training", "design")
+            shared = case_kind in ("step", "training")
             answers = ask(mode, group) if shared else itertools.chain.from_iterable(map(measure, group))
             for case, answer in zip(group, answers):
                 run["results"].append({"case": dataclasses.asdict(case), **answer})
                 progress.advance(task)
                 # A run that is stopped keeps what it has.
-                output.write_text(json.dumps(run, indent=None, separators=(",", ":")) + "\n")
-    print_table(run)
+                output.write_text(report.written([*earlier, run]))
+    report.print_table(run)
     console.print(f"Wrote {output}")
     failed = [one for one in run["results"] if "failed" in one]
     for one in failed:

@@ -4,7 +4,7 @@ import dataclasses
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -18,7 +18,6 @@ class Program:
         size: Function that returns the number of operations in the compiled graph, or None where there is none.
         bytes_planned: What the compiler plans to hold during a step, and how much of that is temporary.
         steps: Steps that a call of `step` makes.
-        weights: Function that returns the weights, a list of arrays, if only the optimizer's step is measured.
     """
 
     step: Callable[[], Any]
@@ -26,7 +25,6 @@ class Program:
     size: Callable[[], int] | None = None
     bytes_planned: tuple[int, int] | None = None
     steps: int = 1
-    weights: Callable[[], Sequence[Any]] | None = None
 
 
 def timed(program: Program, calls: int) -> float:

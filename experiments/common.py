@@ -29,7 +29,13 @@ def draw(module, content, folder):
     name = content["experiment"]
     for table, text in module.tables(content["results"]).items():
         (folder / f"{name}_{table}.md").write_text(text)
-    style = {"svg.hashsalt": "lookahead-optim", "axes.grid": True, "grid.alpha": 0.3, "font.size": 9}
+    style = {
+        "svg.hashsalt": "lookahead-optim",
+        "svg.fonttype": "none",
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "font.size": 9,
+    }
     with mpl.rc_context(style):
         for plot, figure in module.plots(content["results"]).items():
             figure.savefig(folder / f"{name}_{plot}.svg", metadata={"Date": None})

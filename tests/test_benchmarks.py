@@ -1,27 +1,24 @@
 """The benchmark suite measures in turn, tells what failed, and makes the docs' tables of its results alone."""
 
 import dataclasses
-import json
 import random
-import re
-import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import processes
 import report
-import worker
-from cases import MODES, Case, designs, full, quick
+from cases import MODES, Case, full, quick
 from report import OURS
 from timing import Program, in_turn, limit, quartiles, ratios
 
 ROOT = Path(__file__).parent.parent
 
-# Those that are committed: the tables of the docs are not made of what was measured since.
-LISTED = subprocess.run(["git", "ls-files", "benchmarks/results"], cwd=ROOT, capture_output=True, text=True, check=True)
-RESULTS = [ROOT / name for name in sorted(LISTED.stdout.split()) if name.startswith("benchmarks/results/20")]
+# Those of the docs. Measuring on another machine makes a file of its own.
+RESULTS = [
+    ROOT / "benchmarks" / "results" / f"{name}.json"
+    for name in ("amd_epyc", "amd_epyc_designs", "intel_xeon_processor")
+]
 
 
 def test_programs_run_in_turn_one_cycle_at_a_time_and_are_waited_for():
@@ -73,6 +70,16 @@ def test_of_two_runs_the_last_result_of_a_case_counts():
     assert run["runs"] == [["`old`", "today", "abc", "Linux"], ["`new`", "today", "abc", "Linux"]]
 
 
+def test_what_is_written_is_read_in_the_order_of_time(tmp_path):
+    first, *_, last = full()
+    early, late = made("early", results=[(first, 1), (last, 2)]), made("late")
+    early["date"], early["time"], late["date"], late["time"] = "2026-01-02", "09:30", "2026-01-02", "10:00"
+    paths = tmp_path / "a.json", tmp_path / "b.json"
+    for path, runs in zip(paths, ([late], [early, early])):
+        path.write_text(report.written(runs))
+    assert report.read(paths) == [early, early, late]
+
+
 def test_machines_have_tables_of_their_own_the_last_one_first():
     runs = [made("first"), made("second", cores=16), made("third"), made("fourth", cores=16)]
     commands = [[command for command, *_ in run["runs"]] for run in report.by_machine(runs)]
@@ -100,7 +107,7 @@ def test_every_mode_has_a_case(cases):
     assert {case.mode for case in cases() if case.kind == "step"} == set(MODES)
 
 
-@pytest.mark.parametrize("cases", [full, quick, designs])
+@pytest.mark.parametrize("cases", [full, quick])
 def test_no_case_comes_twice(cases):
     listed = list(cases())
     assert len(set(listed)) == len(listed)
@@ -115,29 +122,14 @@ def test_a_case_that_fails_says_why_and_the_next_one_runs():
     assert passed["versions"].keys() == {"optax", "jax"}
 
 
-@pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if mode.designs])
-def test_designs_give_the_weights_of_the_library(mode):
-    (answer,) = processes.ask(mode, [Case("design", mode, "SGD", weights=2, side=4, period=3, cycles=2)])
-    assert "failed" not in answer, answer["failed"]
-
-
-def test_a_design_that_gives_other_weights_is_named():
-    def program(value):
-        return Program(lambda: None, weights=lambda: [np.full(3, value)])
-
-    programs = {"bare": program(1.0), OURS: program(2.0), "right": program(2.0)}
-    worker.check_weights(programs)
-    with pytest.raises(AssertionError, match="wrong"):
-        worker.check_weights({**programs, "wrong": program(2.001)})
-
-
 def test_the_tables_of_the_docs_are_made_of_the_committed_results(tmp_path):
     report.main(tmp_path, RESULTS)
     docs = ROOT / "docs" / "benchmarks"
     for pattern in ("**/*.md", "**/*.svg"):
         names = [{path.relative_to(folder) for path in folder.glob(pattern)} for folder in (tmp_path, docs)]
         assert names[0] == names[1]
-    for path in (one for one in tmp_path.glob("**/*") if one.is_file()):
+    # Plots depend on the version of Matplotlib, so that they are compared by name alone.
+    for path in tmp_path.glob("**/*.md"):
         assert (docs / path.relative_to(tmp_path)).read_text() == path.read_text(), path.name
 
 
@@ -158,7 +150,7 @@ README = {
 
 def test_the_figures_of_the_readme_are_those_of_the_results():
     medians = {}
-    for one in report.of_kind(report.by_machine([json.loads(path.read_text()) for path in RESULTS])[0], "step"):
+    for one in report.of_kind(report.by_machine(report.read(RESULTS))[0], "step"):
         case = one["case"]
         if case["period"] == 6:
             for name in one["result"]:
@@ -169,12 +161,3 @@ def test_the_figures_of_the_readme_are_those_of_the_results():
     columns = [(weights, inner) for weights in (10, 400) for inner in ("SGD", "Adam")]
     for label, programs in README.items():
         assert rows[label] == [", ".join(medians[(*one, *column)] for one in programs) for column in columns], label
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
-def test_what_is_said_of_training_steps_follows_from_their_table(name):
-    table = (ROOT / "docs" / "benchmarks" / "training_aims.md").read_text()
-    medians = [float(one) for one in re.findall(r"(\d\.\d\d) / 1\.02", table)]
-    low, median, high = quartiles(medians)
-    said = f"{median:.2f} of the bare one, half of {len(medians)} cases {low:.2f} to {high:.2f}"
-    assert said in " ".join((ROOT / name).read_text().split())

@@ -3,6 +3,7 @@
 import importlib
 import json
 import pickle
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +54,13 @@ def test_quick_runs_write_results_and_draw_them(quick, name):
 
 
 @pytest.mark.parametrize("name", [*NAMES, "cifar"])
-def test_every_experiment_has_help(name):
-    assert "--output" in run_script(name, "--help")
+def test_every_experiment_has_help(name, monkeypatch, capsys):
+    path = str(FOLDER / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(path, run_name="__main__")
+    assert ended.value.code == 0
+    assert "--output" in capsys.readouterr().out
 
 
 def results_of(quick, name):

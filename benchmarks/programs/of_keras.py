@@ -36,9 +36,6 @@ def step_program(case, make):
     if keras.config.backend() == "jax":
         return _jax_program(optimizer, weights, gradients)
 
-    def values():
-        return [keras.ops.convert_to_numpy(weight) for weight in weights]
-
     if keras.config.backend() == "torch":
         import torch
 
@@ -47,7 +44,7 @@ def step_program(case, make):
                 optimizer.apply(gradients, weights)
 
         wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-        return Program(step, wait, weights=values)
+        return Program(step, wait)
     import tensorflow as tf
 
     from programs.tensorflow_graphs import operations
@@ -59,9 +56,9 @@ def step_program(case, make):
         return float(weights[0].value[0, 0])
 
     if case.mode.endswith("eager"):
-        return Program(apply, wait, weights=values)
+        return Program(apply, wait)
     traced = tf.function(apply, jit_compile=case.mode.endswith("XLA"))
-    return Program(traced, wait, lambda: operations(traced), weights=values)
+    return Program(traced, wait, lambda: operations(traced))
 
 
 def _jax_program(optimizer, weights, gradients):
@@ -91,7 +88,6 @@ def jax_program(jitted, state, gradients):
         lambda: jax.block_until_ready(state),
         lambda: compiled.as_text().count(" = "),
         (held + memory.temp_size_in_bytes, memory.temp_size_in_bytes),
-        weights=lambda: state[0],
     )
 
 

@@ -1,5 +1,6 @@
 """Programs of Keras 2: the package `tf_keras`, or the Keras of TensorFlow 2.15, there beside TensorFlow Addons."""
 
+import importlib
 import importlib.util
 
 import numpy as np
@@ -7,10 +8,10 @@ import tensorflow as tf
 
 import models
 from lookahead_optim.tf_keras import Lookahead
-from lookahead_optim.tf_keras._keras import keras
 from programs.tensorflow_graphs import loop_program, operations
 from timing import Program
 
+keras = importlib.import_module("tf_keras") if importlib.util.find_spec("tf_keras") else tf.keras
 INNER = {
     "SGD": lambda: keras.optimizers.legacy.SGD(1e-3),
     "momentum": lambda: keras.optimizers.legacy.SGD(1e-3, momentum=0.9),

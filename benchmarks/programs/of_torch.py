@@ -72,7 +72,7 @@ def step_program(case, make):
         weight.grad = torch.randn(shape, generator=generator, device=DEVICE)
     optimizer = make(weights)
     step = torch.compile(optimizer.step) if case.mode.endswith("compiled") else optimizer.step
-    return Program(step, wait, weights=lambda: [weight.detach().cpu() for weight in weights])
+    return Program(step, wait)
 
 
 def training_program(case, make):
