@@ -217,6 +217,35 @@ def test_to_read_the_count_makes_no_variable_but_keras_own(outer):
     assert inner._captured is None
 
 
+@pytest.mark.parametrize("aggregates", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_first_step_that_a_loss_scaler_skips_is_not_counted_as_applied(traced, aggregates, tmp_path):
+    def made():
+        inner, variable = Lookahead(legacy.SGD(0.125), 2, 0.5), tf.Variable(1.0)
+        optimizer = loss_scaled(inner)
+
+        def step(gradient):
+            optimizer.apply_gradients([(gradient, variable)], experimental_aggregate_gradients=aggregates)
+
+        return optimizer, variable, tf.function(step) if traced else step
+
+    optimizer, variable, step = made()
+    step(tf.constant(np.nan))
+    checkpoint = tf.train.Checkpoint(optimizer=optimizer, variable=variable).write(f"{tmp_path}/skipped")
+    path = []
+    for _ in range(2):
+        step(tf.constant(1.0))
+        path.append(float(variable))
+    assert path == [0.875, 0.875]
+    assert [int(optimizer.iterations), int(optimizer.get_weights()[-1])] == [3, 2]
+    if aggregates:
+        optimizer, variable, step = made()
+        tf.train.Checkpoint(optimizer=optimizer, variable=variable).read(checkpoint)
+        for expected in path:
+            step(tf.constant(1.0))
+            assert float(variable) == expected
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_an_optimizer_that_has_not_stepped_takes_every_call_and_does_nothing(wrapped):
     variable = tf.Variable(1.0)

@@ -43,6 +43,8 @@ class Counting(keras.optimizers.legacy.Optimizer):
     _listed_count: Any = None
     # Under a `LossScaleOptimizer`, which adds the steps that it skips to `iterations`.
     _applied_steps: Any = None
+    # What `iterations` was when it was made, before any step was skipped; None if it was not made here, or restored.
+    _first_count: int | None = None
 
     @property
     def iterations(self) -> Any:
@@ -60,6 +62,8 @@ class Counting(keras.optimizers.legacy.Optimizer):
                 self._iterations = self._track_trackable(count, "iter", overwrite=True)
                 self._handle_deferred_dependencies("iter", count)
                 self._weights.append(count)
+            if tf.executing_eagerly():
+                self._first_count = to_int(self._iterations)
             self._listed_count = self._iterations
             self._share_count()
         return self._iterations
@@ -99,8 +103,11 @@ class Counting(keras.optimizers.legacy.Optimizer):
             iterations = self.iterations
 
             def initial_value(shape: Any, dtype: Any = None, **kwargs: Any) -> Any:
-                # A checkpoint without this count has been counted by `iterations`.
-                return tf.constant(iterations.numpy() if tf.executing_eagerly() else 0, dtype)
+                count = self._first_count
+                if count is None:
+                    # A checkpoint without this count has been counted by `iterations`.
+                    count = to_int(iterations) if tf.executing_eagerly() else 0
+                return tf.constant(count, dtype)
 
             self._applied_steps = self._scalar("lookahead_step", initial_value)
         if isinstance(self._optimizer, Counting):

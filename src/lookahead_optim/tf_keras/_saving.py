@@ -29,7 +29,8 @@ class Saving(SlowWeights):
         # A checkpoint is being restored. State that is made on first use would be missing in one written before that.
         if name == "iter":
             self._create_hypers()
-            return self.iterations
+            count, self._first_count = self.iterations, None
+            return count
         if name == "lookahead_step":
             self._create_applied_steps()
             return self._applied_steps

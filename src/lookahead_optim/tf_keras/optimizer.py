@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from lookahead_optim._checks import check_outside_block, check_slow_step_size, check_sync_period
 from lookahead_optim._control_flow_tensorflow import after, operations
-from lookahead_optim.tf_keras._configure import checked_settings, configure, legacy_form
+from lookahead_optim.tf_keras._configure import checked_settings, configure, deserialize, legacy_form
 from lookahead_optim.tf_keras._count import has_crossed, to_int
 from lookahead_optim.tf_keras._inner_methods import coming_back, is_overridden
 from lookahead_optim.tf_keras._keras import keras
@@ -282,6 +282,9 @@ class Lookahead(Saving):
         return inner.apply_gradients(pairs, **kwargs)
 
     def _transform_unaggregated_gradients(self, grads_and_vars: Any) -> Any:
+        # A `LossScaleOptimizer` around begins its step by this, and may then skip it.
+        with tf.init_scope():
+            self._create_applied_steps()
         return self._optimizer._transform_unaggregated_gradients(grads_and_vars)
 
     def _aggregate_gradients(self, grads_and_vars: Any) -> Any:
@@ -410,7 +413,7 @@ class Lookahead(Saving):
         config.pop("is_legacy_optimizer", None)
         optimizer = config.pop("optimizer")
         if isinstance(optimizer, dict):
-            optimizer = keras.optimizers.deserialize(optimizer, custom_objects=custom_objects)
+            optimizer = deserialize(optimizer, custom_objects)
         return cls(optimizer, **config)
 
 
