@@ -37,8 +37,17 @@ def test_trajectory_is_the_originals(entry, graph):
 @pytest.mark.parametrize(("kind", "load"), WAYS)
 @pytest.mark.parametrize("name", MODELS)
 def test_training_goes_on_where_the_original_left_off(name, kind, load):
-    with keras.utils.custom_object_scope({"AdamW": AdamW}):
-        check_training_goes_on(OPTIMIZERS / name, MODELS[name], kind, load)
+    check_training_goes_on(OPTIMIZERS / name, MODELS[name], kind, load)
+
+
+def test_a_users_own_class_of_that_name_comes_first():
+    class Own(keras.optimizers.legacy.SGD):
+        pass
+
+    config = Lookahead(AdamW(0.1)).get_config() | {"optimizer": {"class_name": "AdamW", "config": {"momentum": 0.5}}}
+    assert type(Lookahead.from_config(config, {"AdamW": Own}).inner_optimizer) is Own
+    with keras.utils.custom_object_scope({"AdamW": Own}):
+        assert type(Lookahead.from_config(config).inner_optimizer) is Own
 
 
 @pytest.mark.parametrize("name", MODELS)
