@@ -1,20 +1,13 @@
 """The outer step on lists of PyTorch tensors: where the slow weights go, and where the fast ones restart."""
 
-from collections import defaultdict
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Piece", "cut", "is_large", "outer_step"]
+from lookahead_optim._pieces_torch import Piece
 
-
-class Piece(NamedTuple):
-    """Slow weights and their fast ones, in one order. All are on the CPU, or all on one other device."""
-
-    slow: list[Tensor]
-    fast: list[Tensor]
+__all__ = ["is_large", "outer_step"]
 
 
 def outer_step(pieces: list[Piece], slow_step_sizes: list[float], is_careful: bool) -> bool:
@@ -115,42 +108,3 @@ def _are_finite(weights: list[Tensor]) -> bool:
         # Complex weights, and some kinds of tensors.
         return all(bool(weight.isfinite().all()) for weight in weights)
     return not found
-
-
-# An outer step goes over the slow weights twice. On the CPU a `foreach` operation is a loop over its weights. So both
-# operations are made on as many weights as one core's cache holds, before the next weights.
-_BYTES_PER_THREAD = 2**18
-
-
-def cut(slow: list[Tensor], fast: list[Tensor]) -> list[Piece]:
-    """Cut lists of slow and fast weights into pieces for `outer_step`.
-
-    On the CPU several small weights make one piece, and a large weight makes several, which are views of it, if it is
-    contiguous. On other devices a piece has all weights of one device and dtype, as their `foreach` operations ask for.
-    """
-    if not all(fast_weight.is_cpu for fast_weight in fast):
-        by_kind: dict[tuple[torch.device, torch.dtype], Piece] = defaultdict(lambda: Piece([], []))
-        for slow_weight, fast_weight in zip(slow, fast):
-            kind = by_kind[fast_weight.device, fast_weight.dtype]
-            kind.slow.append(slow_weight)
-            kind.fast.append(fast_weight)
-        return list(by_kind.values())
-    pieces, size, limit = [Piece([], [])], 0, _BYTES_PER_THREAD * torch.get_num_threads()
-    for slow_weight, fast_weight in zip(slow, fast):
-        for slow_part, fast_part in _parts(slow_weight, fast_weight, limit):
-            if size >= limit:
-                pieces.append(Piece([], []))
-                size = 0
-            pieces[-1].slow.append(slow_part)
-            pieces[-1].fast.append(fast_part)
-            size += slow_part.nbytes
-    return pieces if fast else []
-
-
-def _parts(slow: Tensor, fast: Tensor, limit: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Return a slow weight and its fast one, both in parts if they are larger than a piece."""
-    is_plain = type(fast) in (Tensor, torch.nn.Parameter) and fast.is_contiguous() and slow.is_contiguous()
-    if slow.nbytes <= limit or not is_plain:
-        return [(slow, fast)]
-    elements = limit // slow.element_size()
-    return zip(slow.view(-1).split(elements), fast.view(-1).split(elements))

@@ -446,9 +446,9 @@ def test_constraint_holds_for_its_own_weight_of_several_and_may_return_an_array_
 def test_weights_larger_than_the_cache_are_synchronised_in_parts(monkeypatch):
     import torch
 
-    from lookahead_optim import _outer_step_torch as _torch
+    from lookahead_optim import _pieces_torch
 
-    monkeypatch.setattr(_torch, "_BYTES_PER_THREAD", 2**13 // torch.get_num_threads())
+    monkeypatch.setattr(_pieces_torch, "_BYTES_PER_THREAD", 2**13 // torch.get_num_threads())
     rng = np.random.default_rng(0)
     starts = [rng.normal(size=shape).astype("float32") for shape in ((70, 101), (3,), (4099,), (2, 2))]
     weights = [keras.Variable(start) for start in starts]

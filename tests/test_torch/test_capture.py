@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from lookahead_optim import _outer_step_torch as _torch
+from lookahead_optim import _pieces_torch
 from lookahead_optim.torch import Lookahead
 from tests import reference
 from tests.comparison import assert_same_bits
@@ -252,7 +252,7 @@ def test_parameter_moved_to_other_memory_of_the_same_shape_goes_on(steps):
 
 
 def test_large_parameter_that_changes_its_layout_in_place_goes_on(monkeypatch):
-    monkeypatch.setattr(_torch, "_BYTES_PER_THREAD", 16)
+    monkeypatch.setattr(_pieces_torch, "_BYTES_PER_THREAD", 16)
     fast, expected = (parameters((40, 40)) for _ in range(2))
     optimizer, hand = Lookahead(plain_sgd(fast), 3, 0.25), ByHand(plain_sgd(expected), 3, 0.25)
     assert_trains_as_by_hand(optimizer, hand, range(1, 5))

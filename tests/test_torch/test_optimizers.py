@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from lookahead_optim import _outer_step_torch as _torch
+from lookahead_optim import _pieces_torch
 from lookahead_optim.torch import Lookahead
 from tests.comparison import assert_same_bits
 from tests.test_torch.by_hand import ByHand, parameters, set_gradients
@@ -255,10 +255,10 @@ def large_and_small():
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_weights_larger_than_the_cache_are_synchronised_in_parts(name, monkeypatch):
-    monkeypatch.setattr(_torch, "_BYTES_PER_THREAD", 2**13 // torch.get_num_threads())
+    monkeypatch.setattr(_pieces_torch, "_BYTES_PER_THREAD", 2**13 // torch.get_num_threads())
     fast = large_and_small()
     slow = [one.detach().clone() for one in fast]
-    cut = [one for piece, _ in _torch.cut(slow, fast) for one in piece]
+    cut = [one for piece, _ in _pieces_torch.cut(slow, fast) for one in piece]
     assert sum(one.numel() for one in cut) == sum(one.numel() for one in fast)
     # What is not laid out as it is numbered stays whole.
     assert [one.nbytes for one in cut if one.nbytes > 2**13] == [slow[3].nbytes, slow[4].nbytes]
@@ -288,7 +288,7 @@ def views_of_one_buffer(*slices, split=False):
 def test_parameters_that_share_memory_are_synchronised_as_their_memory_would_be(
     slices, split, bytes_per_thread, monkeypatch
 ):
-    monkeypatch.setattr(_torch, "_BYTES_PER_THREAD", bytes_per_thread)
+    monkeypatch.setattr(_pieces_torch, "_BYTES_PER_THREAD", bytes_per_thread)
     buffer, fast, groups = views_of_one_buffer(*slices, split=split)
     expected_buffer, expected, expected_groups = views_of_one_buffer(*slices, split=split)
     optimizer = Lookahead(torch.optim.SGD(groups, 0.1, momentum=0.9), SYNC_PERIOD, SLOW_STEP_SIZE)

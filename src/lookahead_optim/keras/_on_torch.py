@@ -14,7 +14,8 @@ import torch
 # For many small weights that takes longer than a sync.
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from lookahead_optim._outer_step_torch import Piece, cut, is_large, outer_step
+from lookahead_optim._outer_step_torch import is_large, outer_step
+from lookahead_optim._pieces_torch import Piece, cut
 
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lookahead_optim._outer_step_torch import Piece, cut, is_large, outer_step
+from lookahead_optim._outer_step_torch import is_large, outer_step
+from lookahead_optim._pieces_torch import Piece, cut
 from lookahead_optim.torch._fsdp import local
 from lookahead_optim.torch._settings import Group, Names
 
