@@ -12,10 +12,13 @@ from lookahead_optim.keras import Lookahead
 
 __all__ = ["load_checkpoint"]
 
+_ADAM = {"m": "_momentums", "v": "_velocities", "vhat": "_velocity_hats"}
 # What the state of an inner optimizer is called in Keras 2, and where Keras 3 keeps what means the same.
 _SLOTS: Mapping[str, Mapping[str, str]] = {
     "SGD": {"momentum": "momentums"},
-    "Adam": {"m": "_momentums", "v": "_velocities", "vhat": "_velocity_hats"},
+    "Adam": _ADAM,
+    "AdamW": _ADAM,
+    "RectifiedAdam": _ADAM,
     "RMSprop": {"rms": "_velocities", "momentum": "_momentums", "mg": "_average_gradients"},
     "Adagrad": {"accumulator": "_accumulators"},
     "Adadelta": {"accum_grad": "_accumulated_grads", "accum_var": "_accumulated_delta_vars"},
@@ -38,9 +41,11 @@ def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
         model: A Keras 3 model of the same architecture, `Sequential` or functional, whose layers own their weights
             (recurrent ones may have them in their cell, for an `.h5` file). It is compiled with
             `lookahead_optim.keras.Lookahead` around an optimizer of the same class and options: `SGD`, `Adam`,
-            `RMSprop` with momentum, `Adagrad`, `Adadelta`, `Adamax` or `Ftrl`. Those of other classes (`Nadam`), and
-            `RMSprop` without momentum, are refused, as it was not shown that they go on the same in Keras 3. Under
-            mixed precision a `LossScaleOptimizer` is around it, whose scale starts anew.
+            `RMSprop` with momentum, `Adagrad`, `Adadelta`, `Adamax`, `Ftrl`, `AdamW`, or `RectifiedAdam` of
+            `lookahead_optim.keras`. `AdamW` of Keras 3 multiplies its `weight_decay` by the learning rate, TensorFlow
+            Addons' does not: divide by it. Those of other classes (`Nadam`), and `RMSprop` without momentum, are
+            refused, as it was not shown that they go on the same in Keras 3. Under mixed precision a
+            `LossScaleOptimizer` is around it, whose scale starts anew.
 
     Raises:
         TypeError: if `model` is not compiled with a `Lookahead`.

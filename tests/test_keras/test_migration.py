@@ -9,20 +9,25 @@ import keras
 import numpy as np
 import pytest
 
-from lookahead_optim.keras import Lookahead
+from lookahead_optim.keras import Lookahead, RectifiedAdam
 from lookahead_optim.migrate import load_checkpoint
 
 RECORDINGS = Path(__file__).parent.parent / "test_tf_keras" / "recordings"
 MODELS = json.loads((RECORDINGS / "index.json").read_text())["models"]
+WITH_OWN = json.loads((RECORDINGS / "optimizers" / "index.json").read_text())["models"]
+MODELS |= {f"optimizers/{name}": entry for name, entry in WITH_OWN.items() if entry["wrapper"]}
 DATA = np.load(RECORDINGS / "model_data.npz")
 SAME = [name for name in MODELS if name not in ("nadam", "rmsprop")]
 FILES = [(name, kind) for name in SAME for kind in ("h5", "checkpoint")]
-FILES += [("adam", kind) for kind in ("weights", "saved_model")]
+FILES += [(name, kind) for name in SAME for kind in ("weights", "saved_model") if kind in MODELS[name]["files"]]
 
 
 def compiled_model(name):
     entry = MODELS[name]
-    inner = getattr(keras.optimizers, entry["inner"]["class_name"])(**entry["inner"]["config"])
+    config, inner_class = dict(entry["inner"]["config"]), entry["inner"]["class_name"]
+    if inner_class == "AdamW":
+        config["weight_decay"] /= config["learning_rate"]
+    inner = (RectifiedAdam if inner_class == "RectifiedAdam" else getattr(keras.optimizers, inner_class))(**config)
     model = keras.Sequential(
         [
             keras.Input((4,)),
