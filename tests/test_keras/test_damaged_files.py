@@ -11,6 +11,7 @@ import pytest
 from lookahead_optim.keras import Lookahead
 from tests.damage import check
 from tests.test_keras import resuming
+from tests.test_keras.helpers import mlp, values
 
 COUNT = 60
 
@@ -137,3 +138,20 @@ def test_a_lambda_layer_beside_lookahead_is_refused_in_safe_mode(tmp_path):
     model.save(tmp_path / "model.keras")
     with pytest.raises(ValueError, match="lambda"):
         keras.saving.load_model(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize("wrong", [np.ones(3), np.full((1,), "x")], ids=["shape", "dtype"])
+def test_own_variables_are_loaded_all_or_none(wrong):
+    model = mlp()
+    optimizer = Lookahead("sgd")
+    optimizer.build(model.trainable_variables)
+    store = {}
+    optimizer.save_own_variables(store)
+    before = values(optimizer.variables)
+    damaged = {name: value + 1 for name, value in store.items()}
+    # The last one that is read.
+    damaged[list(damaged)[-1]] = wrong
+    with pytest.raises(ValueError, match=r"`load_own_variables\(store\)` needs an array"):
+        optimizer.load_own_variables(damaged)
+    for value, start in zip(values(optimizer.variables), before, strict=True):
+        assert value.tobytes() == start.tobytes()

@@ -17,7 +17,8 @@ class SwapSlowWeights(Swapping, keras.callbacks.Callback):
     `fit(validation_data=...)`, `evaluate` and `predict` then see the slow weights; afterwards the fast ones are back
     bit for bit. Shaped like `keras.callbacks.SwapEMAWeights`.
 
-    Before the first training the model's weights are the slow ones' start, and stay.
+    Before the first training step nothing is swapped. Give this callback before others that put weights into the model
+    for an evaluation.
 
     While the slow weights are in the model, a copy of the fast ones takes the memory of one more set of weights.
 
@@ -29,6 +30,7 @@ class SwapSlowWeights(Swapping, keras.callbacks.Callback):
 
     Raises:
         ValueError: at the first swap, when the model is not compiled with a `Lookahead` optimizer.
+        RuntimeError: right after a sync, when another callback has put weights into the model before this one.
 
     Example:
 
@@ -41,9 +43,10 @@ class SwapSlowWeights(Swapping, keras.callbacks.Callback):
 
     def _averages(self) -> dict[int, Any]:
         averages: dict[int, Any] = {}
-        for one in optimizers_in(self.model.optimizer):
-            if not isinstance(one, Lookahead) and one.use_ema and one.built:
-                found = zip(one._trainable_variables, one._model_variables_moving_average)
+        for optimizer in optimizers_in(self.model.optimizer):
+            if not isinstance(optimizer, Lookahead) and optimizer.use_ema and optimizer.built:
+                # Private: `SwapEMAWeights` takes them by these names too, and there are no others.
+                found = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average)
                 averages |= {id(weight): average for weight, average in found if average is not None}
         return averages
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from lookahead_optim._checks import check_slow_step_size, check_sync_period
+from lookahead_optim._checks import check_outside_block, check_slow_step_size, check_sync_period
 from lookahead_optim._evaluation import Block
 from lookahead_optim.keras._backend import backend
 from lookahead_optim.keras._inner_optimizer import deserialize, make_inner_optimizer
@@ -90,7 +90,9 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         # A callable learning rate spares Keras a variable for it; it is never called.
         super().__init__(learning_rate=float, name=name)
         self.inner_optimizer = inner_optimizer
-        # Keras' constructor made a step count, which is the inner optimizer's here.
+        # Keras' constructor made a step count, which is the inner optimizer's here. No public method takes a variable
+        # from an optimizer, or tells it for which variables it was built: `_untrack_variable`, and in `build` the three
+        # `_trainable_variables`, `_trainable_variables_indices` and `_var_key`, are private.
         self._untrack_variable(*self._variables)
         self._sync_period, self._slow_step_size = sync_period, slow_step_size
         self._slow_weights = SlowWeights(inner_optimizer)
@@ -251,13 +253,6 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 "`optimizer.build(model.trainable_variables)`."
             )
 
-    def _check_not_in_block(self, caller: str) -> None:
-        if self._block.is_open:
-            raise RuntimeError(
-                f"`{caller}` was called inside a `slow_weights()` block, where the model holds the slow weights. Leave "
-                "the block first (or the `SwapSlowWeights` callback's evaluation)."
-            )
-
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
         """Let the inner optimizer make one update, then synchronise if one is due.
 
@@ -343,7 +338,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         a multiple of the period.
         """
         self._check_built("apply(grads)")
-        self._check_not_in_block("apply(grads)")
+        check_outside_block(self._block.is_open, "apply(grads)")
         if not self.sync_period:
             update()
             return
@@ -405,7 +400,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         Raises:
             RuntimeError: inside a `slow_weights()` block.
         """
-        self._check_not_in_block("sync()")
+        check_outside_block(self._block.is_open, "sync()")
         self._slow_weights.synchronize(self.slow_step_size)
 
     def reset_slow_weights(self) -> None:
@@ -416,7 +411,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         Raises:
             RuntimeError: inside a `slow_weights()` block.
         """
-        self._check_not_in_block("reset_slow_weights()")
+        check_outside_block(self._block.is_open, "reset_slow_weights()")
         self._slow_weights.reset()
 
     @contextlib.contextmanager
@@ -507,7 +502,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 numbers, or a step count is no integer >= 0. Nothing is changed then.
         """
         self._check_built("set_weights(weights)")
-        self._check_not_in_block("set_weights(weights)")
+        check_outside_block(self._block.is_open, "set_weights(weights)")
         arrays = checked(self.variables, weights, "set_weights(weights)")
         own = len(self._variables)
         self.inner_optimizer.set_weights(arrays[own:])
