@@ -349,8 +349,6 @@ class Keras2(RuleBasedStateMachine):
             self.model.fast = [np.nan] * NUMBER
         if form == "list" or built:
             self.lookahead._create_all_weights(self.variables)
-            if self.scaled:
-                _ = self.optimizer.iterations
             model = self.model
             model.make_slots([0.0] * NUMBER)
         if form == "list":
@@ -392,6 +390,9 @@ class Keras2(RuleBasedStateMachine):
         if self.order() != [slot for slots in self.places(range(NUMBER)) for slot in slots]:
             # Weights in `.h5` files have no name, and the optimizer got to know the variables one by one.
             return
+        if any(np.isnan(slow) for level in self.model.levels for slow in level.slow.values()):
+            # A limit: such a file does not say that slow weights were not captured yet.
+            return
         path = f"{self.folder.name}/model.h5"
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are saving your model as an HDF5 file", UserWarning)
@@ -429,7 +430,12 @@ class Keras2(RuleBasedStateMachine):
         if self.lookahead._iterations is not None:
             assert int(self.optimizer.iterations) == self.model.calls
             counts = [int(one) for one in self.optimizer.weights if one.dtype == tf.int64]
-            assert counts == ([self.model.calls, self.model.t] if self.scaled else [self.model.calls])
+            if self.lookahead._applied_steps is None:
+                # The first step makes this count, or a checkpoint; reading the other one does not.
+                assert self.model.t == self.model.calls
+                assert counts == [self.model.calls]
+            else:
+                assert counts == [self.model.calls, self.model.t]
 
 
 def test_random_operations():

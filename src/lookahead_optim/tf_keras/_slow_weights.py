@@ -139,7 +139,9 @@ class SlowWeights(Counting):
     def _reset(self) -> None:
         """Capture the slow weights anew, those of the wrappers inside too."""
         for wrapper in wrappers_in(self):
-            _outer_step_tensorflow.capture(self._steps, lambda count: True, wrapper._pairs)
+            # Without any, the step count need not be made to ask for it.
+            if wrapper._has_slow_weights():
+                _outer_step_tensorflow.capture(self._steps, lambda count: True, wrapper._pairs)
 
     def _synchronize(self, is_due: Callable[[Any], Any], trained: list[Any] | None = None) -> Any:
         """Make the outer step if `is_due(count)`, for the variables `trained` in this step, or for all.

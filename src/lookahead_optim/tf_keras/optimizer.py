@@ -346,8 +346,7 @@ class Lookahead(Saving):
         """
         self._check_eager("reset_slow_weights()")
         check_outside_block(self._block.is_open, "reset_slow_weights()")
-        if self._has_slow_weights():
-            self._reset()
+        self._reset()
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
