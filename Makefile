@@ -19,6 +19,7 @@ setup: .venv/.installed  ## Make the full development environment, in .venv.
 
 .venv-demo/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	.venv-demo/bin/python -m pip install --quiet --constraint constraints.txt --editable . --group demo
 	touch $@
 
