@@ -42,9 +42,8 @@ class RectifiedAdam(_Adam):
 
     Example:
 
-    >>> optimizer = RectifiedAdam(0.1)
     >>> variable = keras.Variable(1.0)
-    >>> optimizer.apply([ops.convert_to_tensor(2.0)], [variable])  # `u` is the gradient.
+    >>> RectifiedAdam(0.1).apply([ops.convert_to_tensor(2.0)], [variable])  # `u` is the gradient.
     >>> round(float(variable.value), 4)
     0.8
 
@@ -65,10 +64,10 @@ class RectifiedAdam(_Adam):
         min_lr: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        learning_rate = learning_rate if callable(learning_rate) else check_setting("learning_rate", learning_rate)
-        warm_up = WarmUp(learning_rate, total_steps, warmup_proportion, min_lr)
+        peak = learning_rate if callable(learning_rate) else check_setting("learning_rate", learning_rate)
+        warm_up = WarmUp(peak, total_steps, warmup_proportion, min_lr)
         super().__init__(
-            warm_up if total_steps else learning_rate,
+            warm_up if total_steps else peak,
             check_setting("beta_1", beta_1),
             check_setting("beta_2", beta_2),
             check_setting("epsilon", epsilon),
@@ -83,20 +82,21 @@ class RectifiedAdam(_Adam):
         # With x = -t log(beta), 1 - x / expm1(x) is all that is left of it, and a series where x is small.
         step, rate = ops.cast(self.iterations + 1, dtype), ops.cast(learning_rate, dtype)
         log_1, log_2 = (-math.log(max(beta, 1e-30)) for beta in (self.beta_1, self.beta_2))
-        unbiased, x = -1.0 / ops.expm1(-step * log_1), step * log_2
-        series = x * (1 / 2 - x * (1 / 12 - x**2 * (1 / 720 - x**2 * (1 / 30240 - x**2 / 1209600))))
+        biased, x = -ops.expm1(-step * log_1), step * log_2
         longest = 2.0 / (1.0 - self.beta_2) - 1.0
+        series = x * (1 / 2 - x * (1 / 12 - x**2 * (1 / 720 - x**2 * (1 / 30240 - x**2 / 1209600))))
         rho = 2.0 / log_2 * ops.where(x < 0.25, series, 1.0 - x / ops.expm1(x)) + (longest - 2.0 / log_2)
         share = longest / ((longest - 4.0) * (longest - 2.0)) if longest > 4.0 else 0.0
-        rectified = ops.sqrt(ops.maximum(share * (rho - 4.0) * (rho - 2.0) / rho, 0.0))
+        squared = ops.maximum(share * (rho - 4.0) * (rho - 2.0) / rho, 0.0)
         is_rectified = rho >= self.sma_threshold
-        root = ops.where(is_rectified, 1.0 / ops.sqrt(-ops.expm1(-x)), 0.0)
-        epsilon = ops.where(is_rectified, float(self.epsilon), 1.0)
-        return rate * unbiased * ops.where(is_rectified, rectified, 1.0), root, epsilon
+        # Roots and quotients come last: XLA computes other scalars anew for each number of a weight.
+        root = ops.sqrt(ops.where(is_rectified, -1.0 / ops.expm1(-x), 0.0))
+        epsilon = ops.sqrt(ops.where(is_rectified, float(self.epsilon) ** 2, 1.0))
+        return rate * ops.sqrt(ops.where(is_rectified, squared, 1.0)) / biased, root, epsilon
 
     def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
+        # The scalars are computed once for all weights. Keras calls nothing public at this moment.
         dtypes = {keras.backend.standardize_dtype(variable.dtype) for variable in trainable_variables}
-        # Once for all weights: Keras calls nothing public at this moment.
         scalars = self._scalars(learning_rate, "float64" if "float64" in dtypes else "float32")
         super()._backend_update_step(grads, trainable_variables, scalars)
 
@@ -108,7 +108,7 @@ class RectifiedAdam(_Adam):
         scalars = learning_rate if isinstance(learning_rate, tuple) else self._scalars(learning_rate, dtype)
         rate, root, epsilon = (ops.cast(scalar, dtype) for scalar in scalars)
         index, gradient = self._get_variable_index(variable), ops.cast(gradient, dtype)
-        old_m, old_v = (ops.cast(one[index], dtype) for one in (self._momentums, self._velocities))
+        old_m, old_v = ops.cast(self._momentums[index], dtype), ops.cast(self._velocities[index], dtype)
         m = ops.add(old_m, ops.multiply(ops.subtract(gradient, old_m), 1 - self.beta_1))
         v = ops.add(old_v, ops.multiply(ops.subtract(ops.square(gradient), old_v), 1 - self.beta_2))
         self.assign(self._momentums[index], m)
@@ -146,5 +146,5 @@ class RectifiedAdam(_Adam):
 
     def get_config(self) -> dict[str, Any]:
         """Return the config, from which `from_config` makes the same optimizer, without its state."""
-        config = {**super().get_config(), "sma_threshold": self.sma_threshold}
-        return {**config, **(self._learning_rate.get_config() if isinstance(self._learning_rate, WarmUp) else {})}
+        warm_up = self._learning_rate.get_config() if isinstance(self._learning_rate, WarmUp) else {}
+        return {**super().get_config(), "sma_threshold": self.sma_threshold, **warm_up}
