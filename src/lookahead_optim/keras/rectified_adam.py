@@ -44,7 +44,7 @@ class RectifiedAdam(_Adam):
 
     >>> variable = keras.Variable(1.0)
     >>> RectifiedAdam(0.1).apply([ops.convert_to_tensor(2.0)], [variable])  # `u` is the gradient.
-    >>> round(float(variable.value), 4)
+    >>> round(float(ops.convert_to_numpy(variable)), 4)
     0.8
 
     References:
