@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz test-lowest test-tf215 lint types docs bench bench-quick bench-report experiments peers clean
+.PHONY: help setup demo test test-quick fuzz test-lowest test-tf215 lint types docs bench bench-quick bench-report experiments peers clean
 PYTHON ?= python3
 BACKENDS := tensorflow jax torch
 DEV := .venv/bin/
@@ -44,14 +44,35 @@ define run-keras-tests
 endef
 
 # Two processes test side by side; threads of PyTorch beyond the cores wait for each other.
-test test-lowest test-tf215: export OMP_NUM_THREADS ?= 1
+test test-quick test-lowest test-tf215: export OMP_NUM_THREADS ?= 1
+
+# Many tests compile the same programs, in this process and in others: each is compiled once by XLA for JAX.
+define share-compiled-programs
+	export JAX_COMPILATION_CACHE_DIR="$$(mktemp -d)" \
+	    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1; \
+	trap 'rm -r "$$JAX_COMPILATION_CACHE_DIR"' EXIT
+endef
 
 test: .venv/.installed  ## Run all tests.
-	@failed=; \
+	@$(share-compiled-programs); failed=; \
 	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py tests/test_experiments.py tests/test_troubleshooting.py docs/*.md docs/experiments/*.md \
 	    $(addprefix src/lookahead_optim/,torch optax tf_keras) || failed="package"; \
 	$(call run-native-tests,$(DEV)python,,tests/test_optax tests/test_tf_keras); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md docs/keras.md)
+
+# What starts processes, compiles much or trains long is left out, and of Keras 3 there is PyTorch, which compiles nothing.
+QUICK := tests/test_conformance.py tests/test_troubleshooting.py tests/test_torch \
+    tests/test_optax/test_combinators.py \
+    $(addprefix tests/test_tf_keras/test_,arguments.py steps.py)
+LEFT_OUT := $(addprefix --ignore=tests/test_,torch/test_distributed.py torch/test_trainer.py \
+    torch/test_compile.py torch/test_resume.py keras/test_distribution.py keras/test_kills.py keras/test_saving.py)
+
+test-quick: .venv/.installed  ## Run a cross-section of the tests, in less than two minutes.
+	@$(share-compiled-programs); failed=; \
+	env -u KERAS_BACKEND $(DEV)python -m pytest $(PYTEST_ARGS) $(LEFT_OUT) $(QUICK) || failed="$$failed native"; \
+	KERAS_BACKEND=torch $(DEV)python -m pytest $(PYTEST_ARGS) $(LEFT_OUT) tests/test_conformance.py tests/test_keras \
+	    || failed="$$failed torch"; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 SECONDS_EACH ?= 600
 

@@ -15,39 +15,39 @@ ROOT = Path(__file__).parent.parent
 FRAMEWORKS = {"keras", "tensorflow", "jax", "torch", "optax", "tf_keras"}
 
 
-def imported(statement, **environment):
-    """Return which frameworks a fresh process has imported after a statement."""
-    code = f"import sys; {statement}; print(*[name for name in {sorted(FRAMEWORKS)} if name in sys.modules])"
+def imported(*statements, **environment):
+    """Return which frameworks a fresh process has imported after each statement: a set for each."""
+    report = f"print(*[name for name in {sorted(FRAMEWORKS)} if name in sys.modules])"
+    code = "; ".join(["import sys", *(f"{statement}; {report}" for statement in statements)])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, check=True
     )
-    return set(done.stdout.split())
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
 def test_the_package_imports_no_framework():
-    assert imported("import lookahead_optim, lookahead_optim._checks") == set()
+    assert imported("import lookahead_optim, lookahead_optim._checks") == [set()]
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_the_keras_front_end_imports_what_keras_does_and_nothing_more(backend):
     environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    with_front_end = imported("import lookahead_optim.keras", **environment)
-    assert with_front_end == imported("import keras", **environment)
+    alone, with_front_end = imported("import keras", "import lookahead_optim.keras", **environment)
+    assert with_front_end == alone
     assert {"keras", backend} <= with_front_end
 
 
 def test_the_pytorch_front_end_imports_pytorch_alone():
-    assert imported("import lookahead_optim.torch") == {"torch"}
+    assert imported("import lookahead_optim.torch") == [{"torch"}]
 
 
 def test_the_optax_front_end_imports_optax_and_jax_alone():
-    assert imported("import lookahead_optim.optax") == {"jax", "optax"}
+    assert imported("import lookahead_optim.optax") == [{"jax", "optax"}]
 
 
 def test_the_keras_2_front_end_imports_what_tf_keras_does_and_nothing_more():
-    environment = {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    with_front_end = imported("import lookahead_optim.tf_keras", **environment)
-    assert with_front_end == imported("import tf_keras", **environment)
+    alone, with_front_end = imported("import tf_keras", "import lookahead_optim.tf_keras", TF_CPP_MIN_LOG_LEVEL="3")
+    assert with_front_end == alone
     assert {"tensorflow", "tf_keras"} <= with_front_end
 
 
