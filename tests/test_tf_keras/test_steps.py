@@ -270,6 +270,16 @@ def test_a_reset_of_a_wrapper_that_is_switched_off_resets_the_one_inside():
     assert float(inner.get_slot(variable, "slow")) == 5
 
 
+def test_a_sync_of_a_wrapper_that_was_just_switched_on_restarts_the_one_inside():
+    variable = tf.Variable(1.0)
+    inner = Lookahead(legacy.SGD(0.125), 3)
+    optimizer = Lookahead(inner, 0)
+    optimizer.apply_gradients(ones(variable))
+    optimizer.sync_period = 3
+    optimizer.sync()
+    assert float(variable) == float(inner.get_slot(variable, "slow")) == 0.875
+
+
 def test_a_filtered_variable_keeps_what_the_inner_optimizer_made_of_it_in_that_cycle():
     one, other = tf.Variable(1.0), tf.Variable(1.0)
     optimizer = Lookahead(legacy.SGD(0.125), 2, 0.5)

@@ -16,7 +16,7 @@ from lookahead_optim.tf_keras._inner_methods import coming_back, is_overridden
 from lookahead_optim.tf_keras._keras import keras
 from lookahead_optim.tf_keras._one_variable import step_of_one_variable
 from lookahead_optim.tf_keras._saving import Saving
-from lookahead_optim.tf_keras._slow_weights import NEVER
+from lookahead_optim.tf_keras._slow_weights import NEVER, wrappers_in
 
 __all__ = ["Lookahead"]
 
@@ -332,7 +332,8 @@ class Lookahead(Saving):
         """
         self._check_eager("sync()")
         check_outside_block(self._block.is_open, "sync()")
-        if self._has_slow_weights():
+        # One that was just switched on has none before its next step, and restarts those inside nevertheless.
+        if any(wrapper._has_slow_weights() for wrapper in wrappers_in(self)):
             self._capture()
             self._synchronize(lambda count: True)
 
