@@ -189,7 +189,9 @@ def test_a_saved_model_goes_on_bit_for_bit(tmp_path, settings, wrap):
     assert_same_bits(values(loaded.weights), values(model.weights))
 
 
-@pytest.mark.parametrize("peak", [0.1, keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)], ids=["number", "schedule"])
+@pytest.mark.parametrize(
+    "peak", [0.1, keras.optimizers.schedules.ExponentialDecay(0.1, 5, 0.5)], ids=["number", "schedule"]
+)
 def test_total_steps_make_the_learning_rate_a_schedule(peak):
     optimizer = RectifiedAdam(peak, total_steps=10, warmup_proportion=0.25, min_lr=0.01)
     for count in (0, 1, 2, 7, 9, 15):
