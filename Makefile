@@ -60,14 +60,13 @@ test: .venv/.installed  ## Run all tests.
 	$(call run-native-tests,$(DEV)python,,tests/test_optax tests/test_tf_keras); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md docs/keras.md)
 
-# What starts processes, compiles much or trains long is left out, and of Keras 3 there is PyTorch, which compiles nothing.
-QUICK := tests/test_conformance.py tests/test_troubleshooting.py tests/test_torch \
-    tests/test_optax/test_combinators.py \
-    $(addprefix tests/test_tf_keras/test_,arguments.py steps.py)
+# The conformance suite has all front ends but Keras 3, of which there is PyTorch, where nothing is compiled. Tests that
+# start processes or compile much are left out.
+QUICK := tests/test_conformance.py tests/test_troubleshooting.py tests/test_torch
 LEFT_OUT := $(addprefix --ignore=tests/test_,torch/test_distributed.py torch/test_trainer.py \
     torch/test_compile.py torch/test_resume.py keras/test_distribution.py keras/test_kills.py keras/test_saving.py)
 
-test-quick: .venv/.installed  ## Run a cross-section of the tests, in less than two minutes.
+test-quick: .venv/.installed  ## Run the conformance suite and the tests of PyTorch, in less than two minutes.
 	@$(share-compiled-programs); failed=; \
 	env -u KERAS_BACKEND $(DEV)python -m pytest $(PYTEST_ARGS) $(LEFT_OUT) $(QUICK) || failed="$$failed native"; \
 	KERAS_BACKEND=torch $(DEV)python -m pytest $(PYTEST_ARGS) $(LEFT_OUT) tests/test_conformance.py tests/test_keras \
