@@ -18,8 +18,7 @@ class AdamW(keras.optimizers.legacy.Adam):
     r"""Adam with decoupled weight decay. A drop-in for `tfa.optimizers.AdamW`.
 
     Before Adam's step $\theta \leftarrow \theta - \lambda \theta$. The weight decay $\lambda$ is not multiplied by the
-    learning rate: give both the same schedule, or set `scale_by_learning_rate`, which is what `keras.optimizers.AdamW`
-    does.
+    learning rate. Give both the same schedule, or set `scale_by_learning_rate`, as `keras.optimizers.AdamW` does.
 
     Args:
         weight_decay: Float >= 0, schedule, its config, tensor or callable ($\lambda$).
