@@ -173,6 +173,17 @@ def test_a_count_assigned_in_mid_cycle_moves_the_next_sync_and_no_weight(mode, c
 
 
 @pytest.mark.parametrize("mode", ["eager", "function"])
+def test_a_count_set_to_zero_in_mid_cycle_captures_no_slow_weight_of_a_nested_wrapper(mode):
+    variable = tf.Variable([1.0])
+    optimizer = Lookahead(Lookahead(legacy.SGD(0.125), 4), 4)
+    make_step(mode, optimizer, [variable])()
+    optimizer.iterations.assign(0)
+    make_step(mode, optimizer, [variable])()
+    for one in (optimizer, optimizer.inner_optimizer):
+        assert_same_bits([one.get_slot(variable, "slow")], [np.array([1.0], "float32")])
+
+
+@pytest.mark.parametrize("mode", ["eager", "function"])
 def test_a_period_switched_off_and_on_captures_anew(mode):
     variable = tf.Variable([1.0])
     optimizer = Lookahead(legacy.SGD(0.125), 2, 0.5)

@@ -39,7 +39,8 @@ class Counting(keras.optimizers.legacy.Optimizer):
     _optimizer: Any
     _iterations: Any = None
     _weights: list[Any]
-    # The count that is in this one's `_weights`. An averaging wrapper around puts its own in place of `_iterations`.
+    # The count that this one has in its `_weights`, or a `Lookahead` around it. None if an averaging wrapper around has
+    # put its own in place of `_iterations`.
     _listed_count: Any = None
     # Under a `LossScaleOptimizer`, which adds the steps that it skips to `iterations`.
     _applied_steps: Any = None
@@ -83,6 +84,7 @@ class Counting(keras.optimizers.legacy.Optimizer):
             if inner._lookup_dependency("iter") is former:
                 inner._track_trackable(count, "iter", overwrite=True)
         if isinstance(inner, Counting):
+            inner._listed_count = self._listed_count
             inner._share_count()
 
     def _take_count_of_wrapper_around(self) -> None:
