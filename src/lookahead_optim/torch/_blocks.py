@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from lookahead_optim._checks import check_outside_block
 from lookahead_optim.torch._fsdp import local
 from lookahead_optim.torch._settings import Group
 from lookahead_optim.torch._slow_weights import SlowWeights
@@ -35,11 +36,7 @@ class Blocks:
 
     def check_none_is_open(self, caller: str) -> None:
         """Raise `RuntimeError` inside a block."""
-        if self._open:
-            raise RuntimeError(
-                f"`{caller}` was called inside a `slow_weights()` block, at whose end the fast weights come back. Call "
-                "it after the block."
-            )
+        check_outside_block(self.is_any_open(), caller)
 
     @contextlib.contextmanager
     def block(self, slow: SlowWeights, groups: list[Group]) -> Iterator[None]:
