@@ -27,6 +27,13 @@ class Block:
         self._count = 0
         self._pairs: Sequence[Any] = ()
         self._kept: Sequence[Any] = ()
+        # The number of steps at which a call, and no step, made fast and slow weights equal.
+        self.made_equal_at: int | None = None
+
+    def note_made_equal(self, count: Callable[[], int]) -> None:
+        """Note that a call has made fast and slow weights equal. In a function that is compiled it has no number."""
+        with contextlib.suppress(Exception):
+            self.made_equal_at = count()
 
     @property
     def is_open(self) -> bool:
@@ -157,8 +164,11 @@ class Swapping:
             self._began_with_others = self._has_others_after_sync(self._lookahead())
 
     def _has_others_after_sync(self, optimizer: Any) -> bool:
-        """Return whether the last update was a sync, but the model has other weights than the slow ones."""
-        if not optimizer.sync_period or optimizer._count() % optimizer.sync_period:
+        """Return whether the last change was a sync or a reset, but the model has other weights than the slow ones."""
+        if not optimizer.sync_period:
+            return False
+        count = optimizer._count()
+        if count % optimizer.sync_period and count != optimizer._block.made_equal_at:
             return False
         averages = self._averages()
         return not all(

@@ -236,3 +236,22 @@ def test_the_slow_weights_are_what_is_evaluated(batches):
     else:
         with pytest.raises(RuntimeError, match=FIRST):
             model.evaluate(*data(8), callbacks=second, verbose=0)
+
+
+@pytest.mark.parametrize("call", ["sync", "reset_slow_weights"])
+@pytest.mark.parametrize("method", ["evaluate", "predict"])
+def test_after_a_sync_or_a_reset_by_hand_it_refuses_to_be_second_too(method, call):
+    model, _ = train(use_ema=False)
+    optimizer = model.optimizer
+    model.fit(*data(8), batch_size=8, verbose=0)
+    assert int(optimizer.iterations) % optimizer.sync_period
+    getattr(optimizer, call)()
+    arguments = data(8) if method == "evaluate" else data(8)[:1]
+    before = state(model)
+    with pytest.raises(RuntimeError, match=FIRST):
+        getattr(model, method)(*arguments, callbacks=[make("user"), make("ours")], verbose=0)
+    model.fit(*data(8), batch_size=8, verbose=0)
+    assert len(before) == len(state(model))
+    before = state(model)
+    getattr(model, method)(*arguments, callbacks=[make("user"), make("ours")], verbose=0)
+    assert_same_bits(state(model), before)

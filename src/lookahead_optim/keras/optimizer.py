@@ -402,6 +402,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         """
         check_outside_block(self._block.is_open, "sync()")
         self._slow_weights.synchronize(self.slow_step_size)
+        self._block.note_made_equal(self._count)
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the model again, after restoring its best weights, say.
@@ -413,6 +414,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         """
         check_outside_block(self._block.is_open, "reset_slow_weights()")
         self._slow_weights.reset()
+        self._block.note_made_equal(self._count)
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:

@@ -336,6 +336,7 @@ class Lookahead(Saving):
         if any(wrapper._has_slow_weights() for wrapper in wrappers_in(self)):
             self._capture()
             self._synchronize(lambda count: True)
+            self._block.note_made_equal(self._count)
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the variables again, after restoring the best weights, say.
@@ -348,6 +349,7 @@ class Lookahead(Saving):
         self._check_eager("reset_slow_weights()")
         check_outside_block(self._block.is_open, "reset_slow_weights()")
         self._reset()
+        self._block.note_made_equal(self._count)
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
