@@ -44,7 +44,7 @@ class SlowWeights:
         )
 
     def create(self, wrapper: keras.optimizers.Optimizer, weights: list[keras.Variable]) -> None:
-        """Make a slow weight for each of the weights, except for those that Keras overwrites with their gradients."""
+        """Make a slow weight for each weight. A weight that Keras overwrites with its gradient has none."""
         self.fast = weights
         self.slow_or_none = wrapper.add_optimizer_variables(weights, f"{self._label()}_slow")
 

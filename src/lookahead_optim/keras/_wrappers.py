@@ -1,4 +1,4 @@
-"""Optimizers inside of optimizers: all of them, those that make the updates, and how these count."""
+"""Optimizers inside optimizers: how to find them, and how they count updates."""
 
 from collections.abc import Iterator
 from typing import Any, TypeAlias

@@ -422,7 +422,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
         The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
         memory of one more set of weights. A block inside a block changes nothing; do not train in one. A model saved
-        in the block has the slow weights; training that goes on from such a file starts from them. Before the first
+        in the block has the slow weights; training that resumes from such a file starts from them. Before the first
         applied update the block runs on the model's own weights.
         """
         if self._block.is_open or not self.built:

@@ -34,8 +34,8 @@ class Lookahead(Optimizer):
     The slow weights are captured from the parameters immediately before their first step. Steps that a
     `torch.amp.GradScaler` skips do not count. At a sync every parameter takes part, with or without a gradient, but
     one that is frozen then (without a gradient, and `requires_grad` is `False`) gives its slow weight up: it is
-    captured again before its first step after it is unfrozen. The slow weights of the other parameters need the memory
-    of one more copy of these.
+    captured again before its first step after it is unfrozen. The slow weights need the memory
+    of one more copy of the parameters that are not frozen.
 
     `param_groups` is the inner optimizer's own list. `sync_period` and `slow_step_size` are in the groups, so that they
     can differ between them, and a group's step count, `lookahead_step`, too. `state[parameter]` has the inner
