@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick fuzz test-lowest test-tf215 lint types docs bench bench-quick bench-report experiments peers clean
+.PHONY: help setup demo test test-quick fuzz test-lowest test-tf215 lint types docs gpu bench bench-quick bench-report experiments peers clean
 PYTHON ?= python3
 BACKENDS := tensorflow jax torch
 DEV := .venv/bin/
@@ -137,6 +137,12 @@ bench: .venv/.installed .venv-peers/.installed  ## Measure what Lookahead adds t
 
 bench-quick: .venv/.installed  ## See in two minutes that the benchmarks run, with what is installed.
 	$(DEV)python benchmarks/run.py --quick $(ARGS)
+
+# On a machine that has PyTorch, JAX and Optax for its GPU; ARGS="--wheels FOLDER" brings what it lacks.
+GPU_PYTHON ?= $(PYTHON)
+
+gpu:  ## Find out on a GPU, in eight minutes, whether Lookahead is correct there, waits for it, and what it costs.
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 # Those of the docs: a run on another machine makes a file of its own.
 RESULTS ?= $(addprefix benchmarks/results/,amd_epyc.json amd_epyc_designs.json intel_xeon_processor.json)

@@ -3,7 +3,7 @@
 Arrays are NumPy's, copied in and out.
 
 With `KERAS_BACKEND` set, that of Keras 3 joins, as it has one backend per process; otherwise all others do that are
-installed.
+installed. They run on `DEVICE`. JAX and Keras take a GPU if there is one.
 """
 
 import copy
@@ -14,6 +14,8 @@ import warnings
 from typing import ClassVar
 
 import numpy as np
+
+from tests.device import DEVICE, ON_CPU
 
 ADAPTERS = []
 
@@ -114,13 +116,16 @@ if _joins("torch"):
     class Torch(Adapter):
         oracle_settings: ClassVar = {"adam": {"pytorch": True}}
         lookahead = lookahead_optim.torch.Lookahead
+        implementation: ClassVar = {}
 
         def set_weights(self, weights):
-            self.parameters = [torch.nn.Parameter(torch.tensor(weight)) for weight in weights]
+            self.parameters = [torch.nn.Parameter(torch.tensor(weight, device=DEVICE)) for weight in weights]
 
         def make_inner(self, name, settings):
             names = {"learning_rate": "lr", "epsilon": "eps"}
-            settings = {names.get(key, key): value for key, value in settings.items()}
+            settings = {names.get(key, key): value for key, value in settings.items()} | self.implementation
+            if name != "adam":
+                settings.pop("capturable", None)
             return (torch.optim.Adam if name == "adam" else torch.optim.SGD)(self.parameters, **settings)
 
         def build(self):
@@ -128,17 +133,17 @@ if _joins("torch"):
 
         def apply(self, gradients):
             for parameter, gradient in zip(self.parameters, gradients):
-                parameter.grad = None if gradient is None else torch.tensor(gradient)
+                parameter.grad = None if gradient is None else torch.tensor(gradient, device=DEVICE)
             self.optimizer.step()
 
         def fast(self):
-            return [parameter.detach().numpy().copy() for parameter in self.parameters]
+            return [parameter.detach().cpu().numpy().copy() for parameter in self.parameters]
 
         def slow(self):
             states = [self.optimizer.state[parameter] for parameter in self.parameters]
             # That of the outermost wrapper.
             name = max(key for key in states[0] if key.startswith("slow"))
-            return [state[name].numpy().copy() for state in states]
+            return [state[name].cpu().numpy().copy() for state in states]
 
         @torch.no_grad()
         def load_fast(self, weights):
@@ -152,7 +157,14 @@ if _joins("torch"):
             self.load_fast(saved[0])
             self.optimizer.load_state_dict(saved[1])
 
-    ADAPTERS.append(Torch)
+    class TorchFused(Torch):
+        implementation: ClassVar = {"fused": True}
+
+    class TorchCapturable(Torch):
+        implementation: ClassVar = {"foreach": True, "capturable": True}
+
+    # On the CPU PyTorch has a loop over the weights, which the others are compared with elsewhere.
+    ADAPTERS += [Torch] if ON_CPU else [Torch, TorchFused, TorchCapturable]
 
 if _joins("optax"):
     import jax

@@ -12,7 +12,7 @@ def _bits(array):
 
         # NumPy has not all dtypes of PyTorch.
         dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
-        return dtype, shape, array.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return dtype, shape, array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     array = np.asarray(array)
     return array.dtype.name, array.shape, array.tobytes()
 

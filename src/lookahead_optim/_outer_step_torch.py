@@ -1,13 +1,14 @@
 """The outer step on lists of PyTorch tensors: where the slow weights go, and where the fast ones restart."""
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from lookahead_optim._pieces_torch import Piece
 
-__all__ = ["is_large", "outer_step"]
+__all__ = ["ask_is_large", "is_large", "outer_step"]
 
 
 def outer_step(pieces: list[Piece], slow_step_sizes: list[float], is_careful: bool) -> bool:
@@ -85,11 +86,40 @@ _DTYPES_WITH_A_NORM = torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 def is_large(weights: Iterable[Tensor]) -> bool:
     """Return whether the difference of two such weights could overflow, or be NaN."""
-    return any(
-        not float(torch.linalg.vector_norm(weight.detach(), torch.inf)) <= torch.finfo(weight.dtype).max / 4
-        for weight in weights
-        if weight.numel() and not weight.is_meta and weight.dtype in _DTYPES_WITH_A_NORM
-    )
+    return ask_is_large(weights)()
+
+
+def ask_is_large(weights: Iterable[Tensor]) -> Callable[[], bool]:
+    """Ask what `is_large` returns, of the weights as they are now, without waiting for a GPU.
+
+    Returns:
+        Function that returns the answer. It waits for what was asked, not for what the GPU was given to do since.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for weight in weights:
+        if weight.numel() and not weight.is_meta and weight.dtype in _DTYPES_WITH_A_NORM:
+            by_kind[weight.device, weight.dtype].append(weight.detach())
+    answers = [_ask_about(same_kind) for same_kind in by_kind.values()]
+    return lambda: any(answer() for answer in answers)
+
+
+def _ask_about(weights: list[Tensor]) -> Callable[[], bool]:
+    """Do `ask_is_large` for weights of one device and dtype."""
+    limit = torch.finfo(weights[0].dtype).max / 4
+    if not weights[0].is_cuda:
+        found = any(not float(torch.linalg.vector_norm(weight, torch.inf)) <= limit for weight in weights)
+        return lambda: found
+    are_small = (torch.stack(torch._foreach_norm(weights, torch.inf)) <= limit).all()
+    # PyTorch makes this a copy into pinned memory, for which nobody waits.
+    on_host = are_small.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(are_small.device))
+
+    def answer() -> bool:
+        copied.synchronize()
+        return not on_host
+
+    return answer
 
 
 _ONE = torch.ones((), device="cpu", dtype=torch.float32)

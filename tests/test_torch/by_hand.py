@@ -32,14 +32,14 @@ class ByHand:
         return result
 
 
-def parameters(*shapes, seed=0, dtype=torch.float32):
-    """Return new parameters with normal random values: the same for the same seed."""
+def parameters(*shapes, seed=0, dtype=torch.float32, device="cpu"):
+    """Return new parameters with normal random values: the same for the same seed, on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype).to(device)) for shape in shapes]
 
 
 def set_gradients(parameters, step):
     """Give parameters normal random gradients: the same for the same step."""
     generator = torch.Generator().manual_seed(1000 + step)
     for one in parameters:
-        one.grad = torch.randn(one.shape, generator=generator, dtype=one.dtype)
+        one.grad = torch.randn(one.shape, generator=generator, dtype=one.dtype).to(one.device)

@@ -8,14 +8,14 @@ that comes, goes or is replaced makes all lists stale.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lookahead_optim._outer_step_torch import is_large, outer_step
+from lookahead_optim._outer_step_torch import ask_is_large, is_large, outer_step
 from lookahead_optim._pieces_torch import Piece, cut
 from lookahead_optim.torch._fsdp import local
 from lookahead_optim.torch._settings import Group, Names
@@ -41,6 +41,8 @@ class SlowWeights:
         self.by_parameter: dict[Tensor, Tensor] = {}
         self.captured: dict[Tensor, None] = {}
         self._is_careful = False
+        # About captured weights, until the next sync: a capture does not wait for a GPU.
+        self._are_large: list[Callable[[], bool]] = []
         self._lists: dict[int, _Lists] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ class SlowWeights:
         """Take other slow weights, all at once."""
         self.by_parameter = by_parameter
         self._is_careful = is_large(local(list(by_parameter.values())))
+        self._are_large.clear()
         self._lists.clear()
 
     def load(self, by_parameter: dict[Tensor, Tensor]) -> None:
@@ -127,7 +130,7 @@ class SlowWeights:
                 new.append(parameter)
             if parameter in self.by_parameter:
                 self.captured[parameter] = None
-        self._is_careful |= is_large(local(new))
+        self._are_large.append(ask_is_large(local(new)))
         self._lists.clear()
 
     def drop_frozen(self, group: Group) -> None:
@@ -172,6 +175,8 @@ class SlowWeights:
                 slow.check_shapes(index, group)
         for slow, lists in to_lay_out:
             lists.lay_out([slow._at(member) for member in lists.members])
+        while self._are_large:
+            self._is_careful |= self._are_large.pop()()
         own = [lists for _, lists in all_lists[: len(groups)]]
         step_sizes = [group[names.slow_step_size] for (_, group), lists in zip(groups, own) for _ in lists.pieces]
         pieces = [piece for lists in own for piece in lists.pieces]

@@ -1,0 +1,226 @@
+"""Everything that only a GPU can answer, in one command: correctness, waits, bandwidth, memory, graphs, training.
+
+Each part runs in a process of its own with a limit on its time. What it finds goes to one JSON file as soon as it is
+there, and a part that fails does not stop the others. The tests of correctness and what no other program can disturb
+run side by side, then the parts that are timed run one after the other.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import machine
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process: tests if it names files of tests, or else a module of `on_device`.
+
+    Args:
+        name: The module.
+        seconds: How long it may take.
+        tests: Files of tests.
+        workers: Processes in which the tests run.
+        backend: Backend of Keras, if it needs Keras.
+        is_timed: Whether nothing else may run beside it.
+    """
+
+    name: str
+    seconds: int
+    tests: tuple[str, ...] = ()
+    workers: int = 2
+    backend: str = ""
+    is_timed: bool = True
+
+
+CONFORMANCE = "tests/test_conformance.py"
+IN_KERAS = CONFORMANCE, "tests/test_keras/test_device.py"
+PARTS = [
+    Part("tests of PyTorch and Optax", 120, (CONFORMANCE, "tests/test_torch/test_device.py"), 7, is_timed=False),
+    Part("tests of Optax", 120, ("tests/test_optax/test_device.py",), is_timed=False),
+    Part("tests of Keras on JAX", 120, IN_KERAS, 4, "jax", is_timed=False),
+    Part("tests of Keras on PyTorch", 120, IN_KERAS, 2, "torch", is_timed=False),
+    Part("torch_memory", 60, is_timed=False),
+    Part("torch_waits", 60, is_timed=False),
+    Part("jax_memory", 90, is_timed=False),
+    Part("torch_syncs", 80),
+    Part("jax_training", 60),
+    Part("jax_steps", 100),
+    Part("torch_graphs", 60),
+    Part("torch_training", 120),
+    Part("torch_steps", 90),
+    Part("keras_steps", 50, backend="jax"),
+    Part("keras_steps", 50, backend="torch"),
+]
+
+
+class Findings:
+    """What the parts find, written to a file each time something is added."""
+
+    def __init__(self, path: Path, about: dict[str, object]) -> None:
+        self.path, self.found, self.lock = path, {**about, "parts": []}, threading.Lock()
+
+    def add(self, part: str, case: str, result: object) -> None:
+        with self.lock:
+            self.found["parts"].append({"part": part, "case": case, "result": result})
+            lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in self.found["parts"])
+            about = json.dumps({key: value for key, value in self.found.items() if key != "parts"})
+            self.path.write_text(f'{about[:-1]}, "parts": [\n{lines}\n]}}\n')
+        print(f"{part}: {case}: {str(result)[:300]}", flush=True)
+
+
+def run_part(part: Part, device: str, environment: dict[str, str], findings: Findings) -> None:
+    """Run one part; what it prints as results, or why it failed, is added to the findings."""
+    name = f"{part.name} on {part.backend}" if part.backend and not part.tests else part.name
+    start = time.monotonic()
+    variables = {**environment, "LOOKAHEAD_DEVICE": device, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    variables.pop("KERAS_BACKEND", None)
+    if part.backend:
+        variables["KERAS_BACKEND"] = part.backend
+    if device == "cpu":
+        variables["JAX_PLATFORMS"] = "cpu"
+    if part.name in ("jax_steps", "jax_training", "jax_memory"):
+        # Of the benchmarks' programs, which import Keras.
+        variables["KERAS_BACKEND"] = "jax"
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "tests.xml"
+        if part.tests:
+            options = ["-q", "-n", str(part.workers), "-p", "no:cacheprovider", "-W", "default", f"--junitxml={report}"]
+            command = [sys.executable, "-m", "pytest", *options, *part.tests]
+        else:
+            command = [sys.executable, FOLDER / "on_device" / "worker.py", part.name, device]
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        timer = threading.Timer(part.seconds, _kill, [process])
+        timer.start()
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("RESULT "):
+                findings.add(name, *json.loads(line.removeprefix("RESULT ")))
+        status = process.wait()
+        is_late = not timer.is_alive()
+        timer.cancel()
+        if part.tests:
+            findings.add(name, "tests", tests_of(report) if report.exists() else {"failed": "".join(lines)[-3000:]})
+    seconds = round(time.monotonic() - start, 1)
+    end = {"seconds": seconds, "limit": part.seconds}
+    if is_late:
+        end["failed"] = f"stopped after {part.seconds} s"
+    elif status and not part.tests:
+        end["failed"] = "".join(lines)[-3000:]
+    findings.add(name, "end", end)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)
+
+
+def tests_of(report: Path) -> dict[str, object]:
+    """Return how many tests passed, and what failed or was skipped, of a report of pytest."""
+    found: dict[str, object] = {"passed": 0, "skipped": {}, "failures": {}}
+    for case in ET.parse(report).iter("testcase"):
+        name = f"{case.get('classname', '').rsplit('.', 1)[-1]}::{case.get('name')}"
+        outcomes = {child.tag: child for child in case if child.tag in ("failure", "error", "skipped")}
+        if "skipped" in outcomes:
+            reason = outcomes["skipped"].get("message", "")
+            found["skipped"][reason] = found["skipped"].get(reason, 0) + 1
+        elif outcomes:
+            found["failures"][name] = next(iter(outcomes.values())).get("message", "")[:600]
+        else:
+            found["passed"] += 1
+    return found
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cuda, or cpu to see that everything runs.")] = "cuda",
+    wheels: Annotated[Path | None, typer.Option(help="A folder of wheels with what the machine lacks.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only parts whose name contains this; repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The JSON file. Defaults to this device's in results.")] = None,
+    commit: Annotated[str, typer.Option(help="The commit, where the files came without it.")] = "",
+) -> None:
+    """Find out on a GPU whether Lookahead is correct there, whether it waits, and what it costs."""
+    paths = [
+        str(ROOT),
+        str(ROOT / "src"),
+        str(FOLDER),
+        str(ROOT / "examples"),
+        *os.environ.get("PYTHONPATH", "").split(os.pathsep),
+    ]
+    with tempfile.TemporaryDirectory() as site:
+        if wheels is not None:
+            found = sorted(map(str, wheels.glob("*.whl")))
+            install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", site]
+            subprocess.run([sys.executable, *install, *found], check=True)
+            paths.insert(0, site)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONWARNINGS": "ignore",
+            # Many tests compile the same programs.
+            "JAX_COMPILATION_CACHE_DIR": str(Path(site) / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        accelerator = machine.accelerator() if device != "cpu" else "none"
+        if output is None:
+            output = FOLDER / "results" / f"gpu_{re.sub(r'[^a-z0-9]+', '_', accelerator.lower())}.json"
+        now = datetime.datetime.now(datetime.timezone.utc)
+        about = {
+            "date": now.date().isoformat(),
+            "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+            "commit": commit or machine.commit(),
+            "device": device,
+            "machine": machine.describe(),
+        }
+        findings = Findings(output, about)
+        chosen = [part for part in PARTS if any(one in f"{part.name} {part.backend}" for one in only or [""])]
+        if not chosen:
+            names = ", ".join(dict.fromkeys(part.name for part in PARTS))
+            raise SystemExit(f"No part is left. Received: --only {only!r}. Parts: {names}")
+        with ThreadPoolExecutor() as pool:
+            side_by_side = [part for part in chosen if not part.is_timed]
+            list(pool.map(lambda part: run_part(part, device, environment, findings), side_by_side))
+        for part in chosen:
+            if part.is_timed:
+                run_part(part, device, environment, findings)
+    failed = [one for one in findings.found["parts"] if _has_failed(one["result"])]
+    for one in failed:
+        print(f"FAILED {one['part']}: {one['case']}: {one['result']}"[:1500])
+    print(f"Wrote {output}")
+    raise SystemExit(1 if failed else 0)
+
+
+def _has_failed(result: object) -> bool:
+    return isinstance(result, dict) and bool(result.get("failed") or result.get("failures"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,29 @@
+"""Shapes of weights to measure, and statistics of times."""
+
+import math
+import statistics
+
+MIB, GIB = 2**20, 2**30
+
+
+def transformer(width, size, element_size=4):
+    """Return shapes of a transformer's layers, one layer after the other, of at least `size` bytes in all."""
+    layer = [(3 * width, width), (3 * width,), (width, width), (width,), (4 * width, width), (4 * width,)]
+    layer += [(width, 4 * width), *[(width,)] * 5]
+    bytes_of_layer = element_size * sum(map(math.prod, layer))
+    return layer * max(1, round(size / bytes_of_layer))
+
+
+def count(shapes):
+    """Return the number of elements."""
+    return sum(map(math.prod, shapes))
+
+
+def summary(values):
+    """Return the median and the quartiles, rounded to five digits."""
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {
+        "median": float(f"{median:.5g}"),
+        "quartiles": [float(f"{low:.5g}"), float(f"{high:.5g}")],
+        "n": len(values),
+    }

@@ -1,0 +1,68 @@
+"""PyTorch: memory beside the bare optimizer's, in copies of the weights."""
+
+import torch
+
+from lookahead_optim.torch import Lookahead
+from on_device.shapes import GIB, MIB, count, transformer
+
+PERIOD = 6
+INNER = {
+    "SGD, foreach": lambda weights: torch.optim.SGD(weights, 1e-3, foreach=True),
+    "AdamW, fused": lambda weights: torch.optim.AdamW(weights, 1e-3, fused=True),
+    "AdamW, foreach": lambda weights: torch.optim.AdamW(weights, 1e-3, foreach=True),
+}
+
+
+def cases(device):
+    """Return the cases."""
+    sizes = {"large": (4096, GIB), "small": (256, GIB // 4)}
+    if device == "cpu":
+        sizes = {"large": (32, MIB // 8), "small": (16, MIB // 16)}
+    return {
+        f"{inner}, {size}, {dtype}".replace("torch.", ""): lambda inner=inner, size=size, dtype=dtype: memory(
+            INNER[inner], transformer(*sizes[size], dtype.itemsize), dtype, device
+        )
+        for inner in INNER
+        for size in sizes
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+def memory(make, shapes, dtype, device):
+    """Return bytes in copies of the weights: held, the peak of a cycle, and what a sync and a block add."""
+    copy = count(shapes) * dtype.itemsize
+    found = {"weights": len(shapes), "bytes of the weights": copy}
+    if device == "cpu":
+        allocated = peak = lambda: 0
+        reset = lambda: None  # noqa: E731
+    else:
+        allocated, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+        reset = torch.cuda.reset_peak_memory_stats
+    for name, wrap in {"bare": lambda one: one, "lookahead-optim": lambda one: Lookahead(one, PERIOD)}.items():
+        start = allocated()
+        weights = [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        optimizer = wrap(make(weights))
+        reset()
+        optimizer.step()
+        found[f"{name}: peak of the first step"] = (peak() - start) / copy
+        for _ in range(PERIOD):
+            optimizer.step()
+        reset()
+        for _ in range(2 * PERIOD):
+            optimizer.step()
+        held = allocated()
+        found[f"{name}: held"] = (held - start) / copy
+        found[f"{name}: peak of a cycle"] = (peak() - start) / copy
+        if name != "bare":
+            optimizer.step()
+            reset()
+            optimizer.sync()
+            found["a sync adds"] = (peak() - held) / copy
+            reset()
+            with optimizer.slow_weights():
+                found["a block holds"] = (allocated() - held) / copy
+            found["a block adds at its peak"] = (peak() - held) / copy
+        del weights, weight, optimizer
+    return found

@@ -1,0 +1,89 @@
+"""PyTorch: what the host gives to the GPU in a step and in a sync, and whether it waits for the GPU."""
+
+import collections
+import warnings
+
+import torch
+
+from lookahead_optim.torch import Lookahead
+
+PERIOD = 6
+
+
+def cases(device):
+    """Return the cases."""
+    inner = {
+        "SGD, foreach": lambda weights: torch.optim.SGD(weights, 1e-3, foreach=True),
+        "AdamW, foreach": lambda weights: torch.optim.AdamW(weights, 1e-3, foreach=True),
+        "AdamW, fused": lambda weights: torch.optim.AdamW(weights, 1e-3, fused=True),
+    }
+    if device != "cpu":
+        inner["AdamW, capturable"] = lambda weights: torch.optim.AdamW(weights, 1e-3, capturable=True)
+    return {name: lambda make=make: profile(make, device) for name, make in inner.items()} | {
+        "GradScaler": lambda: grad_scaler(device)
+    }
+
+
+def weights_on(device):
+    weights = [torch.nn.Parameter(torch.randn(64, 32, device=device)) for _ in range(50)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    return weights
+
+
+def profile(make, device):
+    """Return calls of the CUDA runtime in a step between syncs and in a step with a sync, bare and with Lookahead."""
+    found = {}
+    for name, wrap in {"bare": lambda one: one, "lookahead-optim": lambda one: Lookahead(one, PERIOD)}.items():
+        optimizer = wrap(make(weights_on(device)))
+        for _ in range(2 * PERIOD):
+            optimizer.step()
+        found[name] = {
+            kind: calls_of(optimizer.step, steps)
+            for kind, steps in {f"{PERIOD - 1} steps": PERIOD - 1, "the step with a sync": 1}.items()
+        }
+    return found
+
+
+def calls_of(step, steps):
+    """Return how often each function of the CUDA runtime was called, and the kernels and copies that ran."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(steps):
+            step()
+        # The profiler itself waits at its end.
+    counts = collections.Counter()
+    for event in profiler.events():
+        if event.name.startswith("cuda"):
+            counts[event.name] += 1
+        elif event.device_type != torch.autograd.DeviceType.CPU:
+            counts["copies and sets" if event.name.startswith("Mem") else "kernels"] += 1
+    return dict(counts)
+
+
+def grad_scaler(device):
+    """Return how often the host waits in a step of a `GradScaler`, bare and with Lookahead."""
+    found = {}
+    for name, wrap in {"bare": lambda one: one, "lookahead-optim": lambda one: Lookahead(one, PERIOD)}.items():
+        weights = weights_on(device)
+        optimizer = wrap(torch.optim.AdamW(weights, 1e-3, foreach=True))
+        scaler = torch.amp.GradScaler(device)
+        scaler.scale(torch.zeros((), device=device))
+        if device != "cpu":
+            torch.cuda.set_sync_debug_mode("warn")
+        waits = []
+        for _ in range(2 * PERIOD):
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                scaler.step(optimizer)
+                scaler.update()
+            waits.append(sum("synchroniz" in str(one.message) for one in caught))
+        if device != "cpu":
+            torch.cuda.set_sync_debug_mode("default")
+        found[name] = {"waits in each step": waits}
+    return found
