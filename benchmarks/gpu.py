@@ -61,14 +61,16 @@ PARTS = [
     Part("torch_memory", 60, is_timed=False),
     Part("torch_waits", 60, is_timed=False),
     Part("jax_memory", 90, is_timed=False),
-    Part("torch_syncs", 80),
+    Part("torch_syncs", 40),
+    Part("torch_sync_designs", 40),
+    Part("jax_steps", 60),
     Part("jax_training", 60),
-    Part("jax_steps", 100),
+    Part("torch_training", 110),
+    Part("torch_steps", 70),
+    Part("keras_steps", 40, backend="jax"),
+    Part("keras_steps", 40, backend="torch"),
     Part("torch_graphs", 60),
-    Part("torch_training", 120),
-    Part("torch_steps", 90),
-    Part("keras_steps", 50, backend="jax"),
-    Part("keras_steps", 50, backend="torch"),
+    Part("jax_designs", 60),
 ]
 
 
@@ -97,7 +99,7 @@ def run_part(part: Part, device: str, environment: dict[str, str], findings: Fin
         variables["KERAS_BACKEND"] = part.backend
     if device == "cpu":
         variables["JAX_PLATFORMS"] = "cpu"
-    if part.name in ("jax_steps", "jax_training", "jax_memory"):
+    if part.name in ("jax_steps", "jax_training", "jax_memory", "jax_designs"):
         # Of the benchmarks' programs, which import Keras.
         variables["KERAS_BACKEND"] = "jax"
     with tempfile.TemporaryDirectory() as folder:

@@ -24,11 +24,13 @@ class Adapter:
     """A training run of a few weights with a front end: made by the constructor, `bare` or `nested`, innermost first.
 
     `oracle_settings` make the oracle's inner optimizers like the framework's. Where a sync is not `exact`, it ends one
-    rounding beside the slow weights that it computes. What is here suits the optimizers of Keras.
+    rounding beside the slow weights that it computes. Some inner optimizers take no missing gradients. What is here
+    suits the optimizers of Keras.
     """
 
     oracle_settings: ClassVar = {}
     exact = True
+    inner_without_missing_gradients: ClassVar = set()
 
     def __init__(self, weights, inner, settings, sync_period, slow_step_size):
         self._start(weights, inner, settings, [(sync_period, slow_step_size)])
@@ -159,6 +161,8 @@ if _joins("torch"):
 
     class TorchFused(Torch):
         implementation: ClassVar = {"fused": True}
+        # PyTorch's own fused SGD fails where only some weights have a momentum already.
+        inner_without_missing_gradients: ClassVar = {"momentum", "nesterov"}
 
     class TorchCapturable(Torch):
         implementation: ClassVar = {"foreach": True, "capturable": True}

@@ -65,6 +65,8 @@ def test_trajectory_is_the_oracles(adapter, inner, sync_period, slow_step_size):
 
 @pytest.mark.parametrize("inner", INNER)
 def test_weight_without_gradient_takes_part_in_the_sync(adapter, inner):
+    if inner in adapter.inner_without_missing_gradients:
+        pytest.skip("The bare optimizer fails.")
     run, oracle = both(adapter, inner, 3, 0.5, make_weights())
     for step, gradients in enumerate(make_gradients(9)):
         gradients[step % 2] = adapter.without_gradient(gradients[step % 2])

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 
 from lookahead_optim.optax import lookahead
-from on_device import jax_steps
 from on_device.jax_steps import PERIOD, measure_steps
+from programs import of_optax
 
 
 def cases(device):
@@ -21,11 +21,10 @@ def training(sizes, device):
     """Return times of training steps."""
     with_lookahead = lookahead(optax.adamw(1e-3), PERIOD)
     made = {
-        "bare": jax_steps.of_optax._with_updates(optax.adamw(1e-3)),
-        "lookahead-optim": jax_steps.of_optax._with_updates(with_lookahead),
-        "lookahead-optim, apply_gradients": jax_steps.of_optax._with_apply_gradients(with_lookahead),
-        "bare, again": jax_steps.of_optax._with_updates(optax.adamw(1e-3)),
-        **jax_steps.designs(lambda: optax.adamw(1e-3)),
+        "bare": of_optax._with_updates(optax.adamw(1e-3)),
+        "lookahead-optim": of_optax._with_updates(with_lookahead),
+        "lookahead-optim, apply_gradients": of_optax._with_apply_gradients(with_lookahead),
+        "bare, again": of_optax._with_updates(optax.adamw(1e-3)),
     }
     tokens = jax.random.randint(jax.random.key(0), (sizes["rows"], sizes["length"] + 1), 0, sizes["tokens"])
     programs = {}

@@ -1,4 +1,4 @@
-"""PyTorch: a sync alone, as a fraction of the bandwidth that a copy of the same size reaches; and other designs of it.
+"""PyTorch: a sync alone, as a fraction of the bandwidth that a copy of the same size reaches.
 
 A sync must read and write two arrays each. A copy of as many bytes reads one and writes one.
 """
@@ -20,19 +20,13 @@ def cases(device):
     sizes = {"1 GiB, large": (4096, GIB), "1 GiB, small": (256, GIB), "8 GiB, large": (4096, 8 * GIB)}
     if device == "cpu":
         sizes = {"large": (32, MIB // 8), "small": (16, MIB // 16)}
-    made = {
+    return {
         f"{name}, {dtype}".replace("torch.", ""): lambda name=name, dtype=dtype: sync(
             transformer(*sizes[name], dtype.itemsize), dtype, device
         )
         for name in sizes
         for dtype in (torch.float32, torch.bfloat16)
     }
-    for name in list(sizes)[:2]:
-        for dtype in (torch.float32, torch.bfloat16):
-            made[f"designs: {name}, {dtype}".replace("torch.", "")] = lambda name=name, dtype=dtype: designs(
-                transformer(*sizes[name], dtype.itemsize), dtype, device
-            )
-    return made
 
 
 def timed(function, device):
@@ -88,151 +82,3 @@ def sync(shapes, dtype, device):
         "sync, seconds on the host": summary(on_host),
         "sync, fraction of the copy": fraction(shapes, dtype, on_device, bandwidth),
     }
-
-
-def designs(shapes, dtype, device):
-    """Return what other ways to write a sync reach, and whether their results are the same bit for bit."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def weights():
-        return [torch.randn(shape, device=device, dtype=dtype, generator=generator) for shape in shapes]
-
-    bandwidth = bandwidth_of_a_copy(count(shapes) * dtype.itemsize, device)
-    slow, fast = weights(), weights()
-    few = slice(0, 12)
-    expected = [torch.lerp(one, other, SIZE) for one, other in zip(slow[few], fast[few])]
-    found = {}
-    for name, make in DESIGNS.items():
-        if len(shapes) > 100 and name in FOR_FEW:
-            continue
-        try:
-            start = time.perf_counter()
-            # First on copies of some weights, to see whether the results are right.
-            one, other = [x.clone() for x in slow[few]], [x.clone() for x in fast[few]]
-            make(one, other)()
-            is_equal = all(torch.equal(x, y) for x, y in zip(one, expected))
-            is_equal &= all(torch.equal(x, y) for x, y in zip(other, expected))
-            function = make(slow, fast)
-            function()
-            first = time.perf_counter() - start
-            on_device, on_host = timed(function, device)
-            found[name] = {
-                "fraction of the copy": fraction(shapes, dtype, on_device, bandwidth),
-                "seconds on the host": summary(on_host),
-                "seconds of the first call": first,
-                "equal bits": is_equal,
-            }
-        except Exception as error:
-            found[name] = {"does not run": f"{type(error).__name__}: {str(error)[:300]}"}
-        # As before: some designs bring fast and slow weights together, where caches and compression could help.
-        for weight in fast:
-            weight.normal_()
-    return found
-
-
-def foreach(slow, fast):
-    def step():
-        torch._foreach_lerp_(slow, fast, SIZE)
-        torch._foreach_copy_(fast, slow)
-
-    return step
-
-
-def cut(slow, fast, size):
-    """Return lists of views of contiguous weights, each list of at most `size` bytes if weights can be cut."""
-    pieces, room = [], 0
-    for one, other in zip(slow, fast):
-        elements = max(1, size // one.element_size())
-        for part, other_part in zip(one.view(-1).split(elements), other.view(-1).split(elements)):
-            if not pieces or room < part.nbytes:
-                pieces.append(([], []))
-                room = size
-            pieces[-1][0].append(part)
-            pieces[-1][1].append(other_part)
-            room -= part.nbytes
-    return pieces
-
-
-def foreach_in_pieces(size):
-    def make(slow, fast):
-        pieces = cut(slow, fast, size)
-
-        def step():
-            for one, other in pieces:
-                torch._foreach_lerp_(one, other, SIZE)
-                torch._foreach_copy_(other, one)
-
-        return step
-
-    return make
-
-
-def one_by_one_in_pieces(size):
-    def make(slow, fast):
-        pairs = [pair for piece in cut(slow, fast, size) for pair in zip(*piece)]
-
-        def step():
-            for one, other in pairs:
-                one.lerp_(other, SIZE)
-                other.copy_(one)
-
-        return step
-
-    return make
-
-
-def compiled(slow, fast):
-    def pair(slow, fast):
-        torch._foreach_lerp_(slow, fast, SIZE)
-        torch._foreach_copy_(fast, slow)
-
-    function = torch.compile(pair)
-    return lambda: function(slow, fast)
-
-
-def compiled_one_by_one(slow, fast):
-    def pair(slow, fast):
-        new = torch.lerp(slow, fast, SIZE)
-        slow.copy_(new)
-        fast.copy_(new)
-
-    function = torch.compile(pair, dynamic=True)
-
-    def step():
-        for one, other in zip(slow, fast):
-            function(one.view(-1), other.view(-1))
-
-    return step
-
-
-def triton_kernel(slow, fast):
-    """Return a sync by a kernel that reads and writes each weight once."""
-    from on_device.triton_sync import sync
-
-    def step():
-        for one, other in zip(slow, fast):
-            sync(one, other, SIZE)
-
-    return step
-
-
-def in_place_of_the_fast(slow, fast):
-    """Interpolate from the other end, into the fast weights, then copy: not the same rounding."""
-
-    def step():
-        torch._foreach_lerp_(fast, slow, 1 - SIZE)
-        torch._foreach_copy_(slow, fast)
-
-    return step
-
-
-DESIGNS = {
-    "foreach, whole": foreach,
-    **{f"foreach, pieces of {size} MiB": foreach_in_pieces(size * MIB) for size in (8, 16, 32)},
-    **{f"one by one, pieces of {size} MiB": one_by_one_in_pieces(size * MIB) for size in (4, 8, 12, 16, 32, 1024)},
-    "lerp into the fast weights, whole": in_place_of_the_fast,
-    "compiled, whole list": compiled,
-    "compiled, one by one": compiled_one_by_one,
-    "Triton, one by one": triton_kernel,
-}
-FOR_FEW = ("compiled, whole list",)

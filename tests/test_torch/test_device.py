@@ -192,6 +192,45 @@ def test_infinite_and_very_large_weights_that_were_there_at_the_start_go_through
     assert_same_bits(weight.detach().cpu() + 0, expected)
 
 
+@pytest.mark.parametrize("size", [0.0, 0.25, 0.3, 0.5, 0.8, 1.0, 1.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sync_of_large_weights_is_the_interpolation_of_pytorch_bit_for_bit(dtype, size):
+    # On a GPU some of these have a kernel of the library.
+    shapes = [(2300, 2001), (128, 64, 33, 35), (5,), (2048, 4097)]
+    weights = [torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=DEVICE)) for shape in shapes]
+    weights[1].data = weights[1].data.to(memory_format=torch.channels_last)
+    slow = [one.detach().clone() for one in weights]
+    optimizer = Lookahead(torch.optim.SGD(weights, 0.1), 1, size)
+    for one in weights:
+        one.grad = torch.randn_like(one)
+    bare = [torch.nn.Parameter(one.clone()) for one in slow]
+    for one, other in zip(bare, weights):
+        one.grad = other.grad
+    torch.optim.SGD(bare, 0.1).step()
+    fast = [one.detach() for one in bare]
+    optimizer.step()
+    expected = [
+        torch.lerp(one, other, size) if size not in (0, 1) else (one, other)[int(size)]
+        for one, other in zip(slow, fast)
+    ]
+    assert_same_bits(weights, expected)
+    assert_same_bits(slow_of(optimizer), expected)
+
+
+def test_a_large_weight_and_a_view_of_it_go_through_a_sync_as_two_small_ones():
+    def sync(rows):
+        values = torch.arange(rows * 4096.0, device=DEVICE).reshape(rows, 4096)
+        weights = [torch.nn.Parameter(values), torch.nn.Parameter(values[1:])]
+        optimizer = Lookahead(torch.optim.SGD(weights, 1.0), 2, 0.5)
+        optimizer.step()
+        with torch.no_grad():
+            values.mul_(3)
+        optimizer.step()
+        return [one.detach()[:3] for one in weights]
+
+    assert_same_bits(sync(2048), sync(8))
+
+
 @contextlib.contextmanager
 def no_waits():
     """Raise an error if the host waits for the device."""

@@ -14,7 +14,7 @@ import torch
 # For many small weights that takes longer than a sync.
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from lookahead_optim._outer_step_torch import is_large, outer_step
+from lookahead_optim._outer_step_torch import is_large, outer_step_apart
 from lookahead_optim._pieces_torch import Piece, cut
 
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
@@ -95,7 +95,7 @@ def synchronize(
 
 def _outer_step(piece: Piece, slow_step_size: float) -> None:
     # Nobody notes whether these weights need care, so that they are asked each time.
-    outer_step([piece], [slow_step_size], is_careful=piece.slow[0].is_cpu and is_large(piece.slow))
+    outer_step_apart(piece, slow_step_size, is_careful=piece.slow[0].is_cpu and is_large(piece.slow))
 
 
 def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager:

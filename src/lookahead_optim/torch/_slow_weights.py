@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lookahead_optim._outer_step_torch import ask_is_large, is_large, outer_step
+from lookahead_optim._outer_step_torch import ask_is_large, is_large, outer_step, outer_step_apart
 from lookahead_optim._pieces_torch import Piece, cut
 from lookahead_optim.torch._fsdp import local
 from lookahead_optim.torch._settings import Group, Names
@@ -186,7 +186,7 @@ class SlowWeights:
             self._is_careful = outer_step(pieces, step_sizes, self._is_careful)
         else:
             for piece, step_size in zip(pieces, step_sizes):
-                self._is_careful = outer_step([piece], [step_size], self._is_careful)
+                self._is_careful = outer_step_apart(piece, step_size, self._is_careful)
         for _, lists in all_lists[len(groups) :]:
             for piece in lists.pieces:
                 torch._foreach_copy_(piece.slow, piece.fast)
