@@ -69,6 +69,7 @@ PARTS = [
     Part("torch_steps", 70),
     Part("keras_steps", 40, backend="jax"),
     Part("keras_steps", 40, backend="torch"),
+    Part("torch_offload", 30),
     Part("torch_graphs", 60),
     Part("jax_designs", 60),
 ]
