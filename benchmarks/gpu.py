@@ -54,7 +54,7 @@ class Part:
 CONFORMANCE = "tests/test_conformance.py"
 IN_KERAS = CONFORMANCE, "tests/test_keras/test_device.py"
 PARTS = [
-    Part("tests of PyTorch and Optax", 120, (CONFORMANCE, "tests/test_torch/test_device.py"), 7, is_timed=False),
+    Part("tests of PyTorch and Optax", 120, (CONFORMANCE, "tests/test_torch/test_device.py"), 10, is_timed=False),
     Part("tests of Optax", 120, ("tests/test_optax/test_device.py",), is_timed=False),
     Part("tests of Keras on JAX", 120, IN_KERAS, 4, "jax", is_timed=False),
     Part("tests of Keras on PyTorch", 120, IN_KERAS, 2, "torch", is_timed=False),
@@ -67,9 +67,9 @@ PARTS = [
     Part("jax_training", 60),
     Part("torch_training", 110),
     Part("torch_steps", 70),
+    Part("torch_offload", 30),
     Part("keras_steps", 40, backend="jax"),
     Part("keras_steps", 40, backend="torch"),
-    Part("torch_offload", 30),
     Part("torch_graphs", 60),
     Part("jax_designs", 60),
 ]

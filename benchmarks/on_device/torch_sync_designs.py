@@ -10,9 +10,7 @@ from on_device.torch_syncs import SIZE, bandwidth_of_a_copy, fraction, timed
 
 def cases(device):
     """Return the cases."""
-    sizes = {"1 GiB, large": (4096, GIB), "1 GiB, small": (256, GIB)}
-    if device == "cpu":
-        sizes = {"large": (32, MIB // 8), "small": (16, MIB // 16)}
+    sizes = {"1 GiB, large": (4096, GIB)} if device != "cpu" else {"large": (32, MIB // 8)}
     return {
         f"{name}, {dtype}".replace("torch.", ""): lambda name=name, dtype=dtype: designs(
             transformer(*sizes[name], dtype.itemsize), dtype, device
