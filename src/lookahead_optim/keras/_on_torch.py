@@ -47,8 +47,12 @@ def _read(counter: Counter, counts_by_one: bool = False) -> int:
         noted += 1
     elif version != noted_version or counts_by_one > noted_after_step:
         noted = int(tensor)
-    tensor._lookahead_noted = (version, noted, counts_by_one)
+    _note(tensor, noted, counts_by_one)
     return noted
+
+
+def _note(tensor: Any, value: int, counts_by_one: bool = False) -> None:
+    tensor._lookahead_noted = (tensor._version, value, counts_by_one)
 
 
 @torch.compiler.disable
@@ -62,6 +66,7 @@ def mark_captured(captured: keras.Variable, counter: Counter, is_applied: IsDue,
     """Set `captured` to one if `is_applied(counter)`."""
     if not _read(captured) and is_applied(_read(counter, counts_by_one)):
         captured.assign(1)
+        _note(captured.value, 1)
 
 
 @torch.compiler.disable

@@ -9,14 +9,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax import __version_info__
 from jax.typing import ArrayLike
 
 from lookahead_optim.optax._count import SlowStepSize
 from lookahead_optim.optax._slow_weights import is_weight
-from lookahead_optim.optax._trees import at_paths_of, map_at_paths_of
+from lookahead_optim.optax._trees import map_at_paths_of
 
-__all__ = ["is_one", "outer_step", "restarted_params", "restarting_updates", "restarts_in_place"]
+__all__ = ["is_one", "outer_step", "restarted_params", "restarting_updates"]
 
 
 def outer_step(slow: ArrayLike, fast: ArrayLike, slow_step_size: SlowStepSize) -> jax.Array:
@@ -66,59 +65,20 @@ def is_one(slow_step_size: SlowStepSize) -> bool:
     return isinstance(slow_step_size, float) and slow_step_size == 1
 
 
-def restarts_in_place(count: jax.Array) -> bool:
-    """Return whether `restarted_params` should make the outer step in a conditional.
-
-    The other way is to choose the parameters element by element. On a GPU that reads the slow ones at every step, one
-    array more than the bare optimizer moves. On the CPU XLA takes the choice out of the loop over the elements, and a
-    conditional costs more. Outside of `jit` a conditional would copy the parameters at every step.
-
-    Before such a conditional all parameters must go through that of the capture, too. XLA copies them otherwise, as it
-    does not see that the capture reads them before the inner update writes to them.
-
-    Args:
-        count: A number of the state, traced or not.
-    """
-    # Older versions of JAX cannot differentiate the barrier in these conditionals.
-    return isinstance(count, jax.core.Tracer) and __version_info__ >= (0, 6) and jax.default_backend() == "gpu"
-
-
 def restarted_params(
-    is_due: jax.Array,
-    slow: optax.Params,
-    fast: optax.Params,
-    updates: optax.Updates,
-    slow_step_size: SlowStepSize,
-    in_place: bool,
+    is_due: jax.Array, slow: optax.Params, fast: optax.Params, updates: optax.Updates, slow_step_size: SlowStepSize
 ) -> optax.Params:
     """Return the parameters after the outer step, if it is due, or else the fast ones.
 
     A weight whose update is `None` is frozen: it is not moved, and the next capture takes its own value.
     """
-    if is_one(slow_step_size):
-        return fast
 
-    def if_it_moves(slow: ArrayLike, fast: ArrayLike, update: ArrayLike | None) -> ArrayLike | None:
-        return None if update is None or not is_weight(slow) else fast
+    def restart(slow: ArrayLike, fast: ArrayLike, update: ArrayLike | None) -> ArrayLike:
+        if update is None or not is_weight(slow):
+            return fast
+        return jnp.where(is_due, outer_step(slow, fast, slow_step_size), fast)
 
-    def restart(slow: ArrayLike, fast: ArrayLike | None) -> jax.Array | None:
-        return None if fast is None else outer_step(slow, fast, slow_step_size)
-
-    def choose(slow: ArrayLike, fast: ArrayLike | None) -> jax.Array | None:
-        return None if fast is None else jnp.where(is_due, outer_step(slow, fast, slow_step_size), fast)
-
-    moving = jax.tree.map(if_it_moves, slow, at_paths_of(slow, fast), at_paths_of(slow, updates))
-    if in_place:
-        moving = jax.lax.cond(
-            is_due,
-            lambda slow, fast: jax.tree.map(restart, slow, fast),
-            lambda slow, fast: jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, fast)),
-            slow,
-            moving,
-        )
-    else:
-        moving = jax.tree.map(choose, slow, moving)
-    return map_at_paths_of(lambda slow, fast, moved: fast if moved is None else moved, slow, fast, moving)
+    return fast if is_one(slow_step_size) else map_at_paths_of(restart, slow, fast, updates)
 
 
 def restarting_updates(

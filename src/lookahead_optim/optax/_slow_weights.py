@@ -13,7 +13,7 @@ import optax
 from jax.typing import ArrayLike
 
 from lookahead_optim.optax._combinators import restarted_line_searches
-from lookahead_optim.optax._trees import at_paths_of, by_path, is_array, is_number, map_at_paths_of
+from lookahead_optim.optax._trees import at_paths_of, by_path, is_number
 
 __all__ = ["LookaheadState", "Missing", "capture_if_stale", "first_missing", "initial", "is_weight", "mark_stale"]
 
@@ -59,23 +59,14 @@ def initial(params: optax.Params) -> optax.Params:
     return jax.tree.map(copy, params)
 
 
-def capture_if_stale(state: LookaheadState, params: optax.Params, in_place: bool) -> tuple[optax.Params, optax.Params]:
-    """Return the slow parameters and the parameters with which the next update starts.
+def capture_if_stale(state: LookaheadState, params: optax.Params) -> optax.Params:
+    """Return the slow parameters with which the next update starts.
 
     The branches are in this order as XLA copies all slow parameters at every step if the predicate is false where
     `_capture` is not taken. A selection in place of the conditional would read and write them at every step.
-
-    Args:
-        state: The state.
-        params: The parameters.
-        in_place: Whether the parameters go through the conditional too, as `restarts_in_place` asks for.
     """
-    slow, weights = state.slow_params, at_paths_of(state.slow_params, params)
-    if not in_place:
-        return jax.lax.cond(state.captured == 0, _capture, _keep, slow, weights), params
-    slow, weights = jax.lax.cond(state.captured == 0, _capture_in_place, _keep_in_place, slow, weights)
-    # A number that is no array stays one.
-    return slow, map_at_paths_of(lambda _, param, weight: weight if is_array(param) else param, slow, params, weights)
+    slow = state.slow_params
+    return jax.lax.cond(state.captured == 0, _capture, _keep, slow, at_paths_of(slow, params))
 
 
 # Branches of a conditional: as functions of the module they are traced and compiled once outside of `jit` too.
@@ -85,16 +76,6 @@ def _capture(slow: optax.Params, params: optax.Params) -> optax.Params:
 
 def _keep(slow: optax.Params, params: optax.Params) -> optax.Params:
     return slow
-
-
-# What both branches hand on, JAX takes out of the conditional. Behind a barrier it cannot know.
-def _capture_in_place(slow: optax.Params, params: optax.Params) -> tuple[optax.Params, optax.Params]:
-    slow, params = jax.lax.optimization_barrier((slow, params))
-    return _capture(slow, jax.tree.map(jnp.copy, params)), params
-
-
-def _keep_in_place(slow: optax.Params, params: optax.Params) -> tuple[optax.Params, optax.Params]:
-    return jax.lax.optimization_barrier((slow, params))
 
 
 def mark_stale(state: optax.OptState, is_moved: ArrayLike) -> optax.OptState:

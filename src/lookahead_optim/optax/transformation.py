@@ -15,7 +15,7 @@ from lookahead_optim.optax._arguments import (
 )
 from lookahead_optim.optax._combinators import completes_step, is_applied
 from lookahead_optim.optax._count import SlowStepSize, SyncPeriod, is_due, is_off, next_count, slow_step_size_at
-from lookahead_optim.optax._outer_step import restarted_params, restarting_updates, restarts_in_place
+from lookahead_optim.optax._outer_step import restarted_params, restarting_updates
 from lookahead_optim.optax._slow_weights import LookaheadState, capture_if_stale, initial, mark_stale
 from lookahead_optim.optax._trees import add_updates
 
@@ -186,30 +186,23 @@ class _Lookahead:
         check_update(state, params, is_off(self.sync_period))
         self.inner_states.check(state, params)
         grads = updates.grads if isinstance(updates, _ForParams) else updates
-        in_place = isinstance(updates, _ForParams) and restarts_in_place(state.captured)
-        slow = state.slow_params
-        if not is_off(self.sync_period):
-            slow, params = capture_if_stale(state, params, in_place)
-        inner_updates, is_sync, new_state = self._advance(grads, state, slow, params, extra_args)
+        inner_updates, is_sync, new_state = self._advance(grads, state, params, extra_args)
         slow_step_size = slow_step_size_at(state.step, self.sync_period, self.slow_step_size)
+        slow = new_state.slow_params
         if isinstance(updates, _ForParams):
             fast = add_updates(params, inner_updates)
             if not is_off(self.sync_period):
-                fast = restarted_params(is_sync, slow, fast, inner_updates, slow_step_size, in_place)
+                fast = restarted_params(is_sync, slow, fast, inner_updates, slow_step_size)
             return None, _Step(fast, new_state)
         if not is_off(self.sync_period):
             inner_updates = restarting_updates(is_sync, slow, inner_updates, params, slow_step_size)
         return inner_updates, new_state
 
     def _advance(
-        self,
-        grads: optax.Updates,
-        state: LookaheadState,
-        slow: optax.Params,
-        params: optax.Params,
-        extra_args: dict[str, Any],
+        self, grads: optax.Updates, state: LookaheadState, params: optax.Params, extra_args: dict[str, Any]
     ) -> tuple[optax.Updates, jax.Array, LookaheadState]:
-        """Return the inner updates, whether a sync follows them, and the new state with the captured slow weights."""
+        """Return the inner updates, whether a sync follows them, and the new state."""
+        slow = state.slow_params if is_off(self.sync_period) else capture_if_stale(state, params)
         updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra_args)
         self.inner_states.add(inner_state)
         is_moved = is_applied(state.inner_state, inner_state)
