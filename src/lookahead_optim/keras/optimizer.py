@@ -30,7 +30,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     ($k$) of its updates a second copy of them, the *slow* weights $\phi$, takes a step towards the fast ones, and
     these restart from there:
 
-    $$\phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.$$
+    .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
     The slow weights are captured from the model immediately before the first applied update. Updates that a loss
     scaler skips and micro-steps of gradient accumulation do not count. Everything else is the inner optimizer's:
@@ -70,8 +70,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     ...     loss = model.evaluate(x, y, verbose=0)
 
     References:
-        Zhang, Lucas, Hinton and Ba, [Lookahead Optimizer: k steps forward, 1 step
-        back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1.
+        Zhang, Lucas, Hinton and Ba, `Lookahead Optimizer: k steps forward, 1 step back
+        <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1.
     """
 
     built: bool
@@ -192,13 +192,13 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     @property
     def iterations(self) -> Any:
-        """Scalar integer: the number of applied updates, $t$. It is the inner optimizer's, also when assigned to."""
+        """The number of applied updates, $t$, a scalar integer. It is the inner optimizer's, also when assigned to."""
         counter, calls = counter_of(self.inner_optimizer)
         return counter if calls == 1 else keras.ops.floor_divide(counter, calls)
 
     @property
     def variables(self) -> list[Any]:
-        """All state: whether the slow weights were captured, these, then the inner optimizer's variables."""
+        """All state, whether the slow weights were captured, these, then the inner optimizer's variables."""
         return self._variables + self.inner_optimizer.variables
 
     @property
@@ -208,7 +208,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     @property
     def slow_variables(self) -> list[Any]:
-        """The slow weights: a list of `keras.Variable`, shaped and typed like the variables the optimizer was built
+        """The slow weights, a list of `keras.Variable`, shaped and typed like the variables the optimizer was built
         with, and in their order. Undefined before the first update; empty if `sync_period` is 0. Variables that Keras
         overwrites with their gradients, the scales of float8, have none; see `get_slot`."""
         return self._slow_weights.slow

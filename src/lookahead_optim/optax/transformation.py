@@ -87,7 +87,7 @@ def lookahead(
     updates a second copy of them, the *slow* parameters $\phi$, takes a step towards the fast ones, and these restart
     from there:
 
-    $$\phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.$$
+    .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
     Parameters and updates are plain trees; the slow parameters live in the state. They are captured immediately before
     the first update and take the memory of one more copy of the parameters. `slow_params` finds them in the state of
@@ -138,8 +138,8 @@ def lookahead(
     ['0.45', '0.75']
 
     References:
-        Zhang, Lucas, Hinton and Ba, [Lookahead Optimizer: k steps forward, 1 step
-        back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1.
+        Zhang, Lucas, Hinton and Ba, `Lookahead Optimizer: k steps forward, 1 step back
+        <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1.
     """
     rule = _Lookahead(
         as_transformation(inner), checked_sync_period(sync_period), checked_slow_step_size(slow_step_size)

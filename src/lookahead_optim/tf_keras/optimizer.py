@@ -49,7 +49,7 @@ class Lookahead(Saving):
     steps a second copy of them, the *slow* weights $\phi$, takes a step towards the fast ones, and these restart from
     there:
 
-    $$\phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.$$
+    .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
     The slow weights are captured from the variables immediately before their first step. Steps are counted by
     `iterations`; with a `LossScaleOptimizer` around, which adds those that it skips to `iterations`, by a weight more,
@@ -87,8 +87,8 @@ class Lookahead(Saving):
     True
 
     References:
-        Zhang, Lucas, Hinton and Ba, [Lookahead Optimizer: k steps forward, 1 step
-        back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1.
+        Zhang, Lucas, Hinton and Ba, `Lookahead Optimizer: k steps forward, 1 step back
+        <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1.
     """
 
     _HAS_AGGREGATE_GRAD = True

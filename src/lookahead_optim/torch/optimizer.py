@@ -29,7 +29,7 @@ class Lookahead(Optimizer):
     its steps a second copy of them, the *slow* weights $\phi$, takes a step towards the fast ones, and these restart
     from there:
 
-    $$\phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.$$
+    .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
     The slow weights are captured from the parameters immediately before their first step. Steps that a
     `torch.amp.GradScaler` skips do not count. At a sync every parameter takes part, with or without a gradient, but
@@ -75,8 +75,8 @@ class Lookahead(Optimizer):
     ...     prediction = model(torch.ones(1, 3))
 
     References:
-        Zhang, Lucas, Hinton and Ba, [Lookahead Optimizer: k steps forward, 1 step
-        back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1.
+        Zhang, Lucas, Hinton and Ba, `Lookahead Optimizer: k steps forward, 1 step back
+        <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1.
     """
 
     inner_optimizer: Optimizer
@@ -174,7 +174,7 @@ class Lookahead(Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> State:
-        """A live view: for each parameter the inner optimizer's entries and a copy of the slow weight, `"slow"`."""
+        """A live view, for each parameter the inner optimizer's entries and a copy of the slow weight, `"slow"`."""
         inner, slow, view = self.inner_optimizer.state, self._slow, self.__dict__.get("_state")
         # The same object as long as it shows the optimizer's state. One that was kept shows the state of its time.
         if view is None or view.inner is not inner or view.slow_by_parameter is not slow.by_parameter:
