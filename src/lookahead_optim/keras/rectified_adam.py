@@ -21,8 +21,10 @@ class RectifiedAdam(_Adam):
 
     With Adam's moments without their bias, $\hat m$ and $\hat v$, and the number $\rho_t$ of gradients in $\hat v$,
 
-    $$\theta \leftarrow \theta - \eta u, \qquad
-    u = r_t \frac{\hat m}{\sqrt{\hat v} + \epsilon} \text{ if } \rho_t \ge \rho_\text{min}, \text{ else } \hat m.$$
+    .. math::
+
+        \theta \leftarrow \theta - \eta u, \qquad
+        u = r_t \frac{\hat m}{\sqrt{\hat v} + \epsilon} \text{ if } \rho_t \ge \rho_\text{min}, \text{ else } \hat m.
 
     The numbers are those of `tfa.optimizers.RectifiedAdam`, but that each row of an embedding moves in each step.
 
@@ -48,7 +50,8 @@ class RectifiedAdam(_Adam):
     0.8
 
     References:
-        Liu et al., [On the Variance of the Adaptive Learning Rate and Beyond](https://arxiv.org/abs/1908.03265), 2019.
+        Liu et al., `On the Variance of the Adaptive Learning Rate and Beyond
+        <https://arxiv.org/abs/1908.03265>`__, 2019.
     """
 
     def __init__(

@@ -43,7 +43,7 @@ class AdamW(keras.optimizers.legacy.Adam):
     0.4
 
     References:
-        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101), 2017.
+        Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`__, 2017.
     """
 
     def __init__(

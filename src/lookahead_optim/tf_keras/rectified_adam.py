@@ -19,8 +19,10 @@ class RectifiedAdam(keras.optimizers.legacy.Adam):
 
     With Adam's moments without their bias, $\hat m$ and $\hat v$, and the number $\rho_t$ of gradients in $\hat v$,
 
-    $$\theta \leftarrow \theta - \eta (u + \lambda \theta), \qquad
-    u = r_t \frac{\hat m}{\sqrt{\hat v} + \epsilon} \text{ if } \rho_t \ge \rho_\text{min}, \text{ else } \hat m.$$
+    .. math::
+
+        \theta \leftarrow \theta - \eta (u + \lambda \theta), \qquad
+        u = r_t \frac{\hat m}{\sqrt{\hat v} + \epsilon} \text{ if } \rho_t \ge \rho_\text{min}, \text{ else } \hat m.
 
     Args:
         learning_rate: Float >= 0, schedule, its config, tensor or callable ($\eta$). Defaults to 0.001.
@@ -46,8 +48,9 @@ class RectifiedAdam(keras.optimizers.legacy.Adam):
     0.8
 
     References:
-        Liu et al., [On the Variance of the Adaptive Learning Rate and Beyond](https://arxiv.org/abs/1908.03265), 2019.
-        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101), 2017.
+        Liu et al., `On the Variance of the Adaptive Learning Rate and Beyond
+        <https://arxiv.org/abs/1908.03265>`__, 2019.
+        Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`__, 2017.
     """
 
     def __init__(
