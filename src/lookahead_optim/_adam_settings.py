@@ -2,10 +2,11 @@
 
 import math
 import numbers
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["check_flag", "check_keywords", "check_setting", "check_total_steps", "check_warm_up"]
+__all__ = ["check_flag", "check_keywords", "check_patterns", "check_setting", "check_total_steps", "check_warm_up"]
 
 # Below a threshold of 4 the rectification is the root of a negative number.
 _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -38,9 +39,30 @@ def check_flag(name: str, value: Any) -> bool:
 
 def check_keywords(keywords: dict[str, Any]) -> None:
     """Raise `TypeError` or `ValueError` for a clipping or a decay that is no finite number >= 0."""
-    for name in ("clipnorm", "clipvalue", "global_clipnorm", "decay"):
+    for name in ("clipnorm", "clipvalue", "global_clipnorm", "decay", "weight_decay"):
         if keywords.get(name) is not None:
             check_setting(name, keywords[name])
+
+
+def check_patterns(name: str, patterns: Any) -> list[str] | None:
+    """Return regular expressions as a list, or `None`, or raise `TypeError` or `ValueError`."""
+    if patterns is None:
+        return None
+    given: list[Any] = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [None]
+    for pattern in given:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"`{name}` must be a list of regular expressions, such as `['bias', 'norm']`. "
+                f"Received: {name}={patterns!r}"
+            )
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`{name}` must be a list of regular expressions in the form of Python's `re`. `re.escape` makes one "
+                f"of a name. Received: {name}={patterns!r}, where {pattern!r} has an error: {error}"
+            ) from error
+    return given
 
 
 def check_total_steps(total_steps: Any) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from lookahead_optim.tf_keras import AdamW, Lookahead
+from lookahead_optim.tf_keras import AdamW, Lookahead, RectifiedAdam
 from lookahead_optim.tf_keras._keras import keras
 from tests.comparison import assert_same_bits
 from tests.reference_adam import adamw
@@ -161,6 +161,44 @@ def test_variables_that_the_newer_adamw_excludes_cannot_be_converted():
         Lookahead(newer)
 
 
+def test_patterns_may_come_from_a_generator():
+    excluded = AdamW(0.1, exclude_from_weight_decay=(name for name in ["bias"]))
+    assert excluded.get_config()["exclude_from_weight_decay"] == ["bias"]
+
+
+@pytest.mark.parametrize("listed", [["kernel"], "kernel", [None]], ids=str)
+def test_a_list_of_something_else_than_variables_is_refused_and_changes_nothing(listed):
+    optimizer, (kernel, bias) = AdamW(0.5, 0.1), variables()
+    pairs = [(tf.ones(6), kernel), (tf.ones(6), bias)]
+    optimizer.apply_gradients(pairs, decay_var_list=[bias])
+    before = [*optimizer.get_weights(), kernel.numpy(), bias.numpy()]
+    with pytest.raises(TypeError, match="`decay_var_list` must be a list of variables"):
+        optimizer.apply_gradients(pairs, decay_var_list=listed)
+    assert_same_bits([*optimizer.get_weights(), kernel.numpy(), bias.numpy()], before)
+
+
+class Halving(keras.optimizers.schedules.LearningRateSchedule):
+    def __init__(self, first):
+        self.first = first
+
+    def __call__(self, step):
+        return self.first * 0.5 ** tf.cast(step, "float32")
+
+    def get_config(self):
+        return {"first": self.first}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: AdamW(Halving(0.3), Halving(0.1)), lambda: RectifiedAdam(0.1, weight_decay=Halving(0.3))]
+)
+def test_a_schedule_of_ones_own_is_found_among_custom_objects(make):
+    optimizer = make()
+    config = optimizer.get_config()
+    again = type(optimizer).from_config(config, custom_objects={"Halving": Halving})
+    assert config == optimizer.get_config()
+    assert_same_bits(train(again), train(optimizer))
+
+
 def test_a_row_without_gradient_does_not_decay():
     variable, optimizer = tf.Variable(np.ones((3, 2), "float32")), AdamW(0.5, 0.0)
     optimizer.apply_gradients([(tf.IndexedSlices(tf.ones((2, 2)), tf.constant([2, 2]), tf.constant([3, 2])), variable)])
@@ -176,6 +214,12 @@ BAD = [
     ({"amsgrad": 1}, TypeError, r"`amsgrad` must be `True` or `False`"),
     ({"exclude_from_weight_decay": "bias"}, TypeError, r"`exclude_from_weight_decay` must be a list.*'bias'"),
     ({"exclude_from_weight_decay": [1]}, TypeError, r"`exclude_from_weight_decay` must be a list of regular expr"),
+    ({"exclude_from_weight_decay": 5}, TypeError, r"`exclude_from_weight_decay` must be a list.* Received.*=5"),
+    (
+        {"exclude_from_weight_decay": ["bias", "["]},
+        ValueError,
+        r"in the form of Python's `re`.* where '\[' has an error",
+    ),
     ({"scale_by_learning_rate": 0.1}, TypeError, r"`scale_by_learning_rate` must be `True` or `False`"),
     ({"clipvalue": -1.0}, ValueError, r"`clipvalue` must be a finite number >= 0"),
     ({"momentum": 0.9}, TypeError, r"momentum"),
@@ -186,3 +230,8 @@ BAD = [
 def test_bad_settings_are_named(settings, error, message):
     with pytest.raises(error, match=message):
         AdamW(**{"weight_decay": 0.1, **settings})
+
+
+def test_only_the_learning_rate_and_the_weight_decay_may_be_schedules():
+    with pytest.raises(TypeError, match=r"`beta_1` must be a finite number .*ExponentialDecay"):
+        AdamW(0.1, beta_1=ExponentialDecay(0.9, 4, 0.5))

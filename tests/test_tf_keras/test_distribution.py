@@ -141,6 +141,22 @@ def test_mirrored_sparse_gradients_equal_one_device(inner, strategy):
     assert_close(train(strategy.scope(), History(copies)), train(contextlib.nullcontext(), History()))
 
 
+@pytest.mark.parametrize("wrap", [lambda inner: inner, lambda inner: Lookahead(inner, 3)], ids=["bare", "wrapped"])
+def test_mirrored_variables_of_a_list_decay_on_every_replica(wrap, strategy):
+    with strategy.scope():
+        weights = [tf.Variable([1.0, 2.0], name=name) for name in ("kernel", "bias")]
+        optimizer = wrap(AdamW(0.5, 0.0, exclude_from_weight_decay=["bias"]))
+
+    @tf.function
+    def step(**kwargs):
+        strategy.run(lambda: optimizer.apply_gradients([(tf.zeros(2), one) for one in weights], **kwargs))
+
+    step(decay_var_list=weights[1:])
+    assert all(np.array_equal(device, [[1.0, 2.0], [0.5, 1.0]]) for device in copies(weights))
+    step()
+    assert all(np.array_equal(device, [[0.5, 1.0], [0.5, 1.0]]) for device in copies(weights))
+
+
 def test_mirrored_steps_that_a_loss_scaler_skips_do_not_count(strategy, monkeypatch):
     x, y = worker.data(worker.BATCH * BATCHES)
     # On both replicas: Keras lets the gradients of the first decide on a skip.

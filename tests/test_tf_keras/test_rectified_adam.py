@@ -135,6 +135,19 @@ def test_settings_that_are_set_later_take_effect():
     assert optimizer.get_config()["total_steps"] == 10
 
 
+def test_a_compiled_step_has_no_place_for_a_weight_decay_that_was_zero():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False)])
+    model.compile(RectifiedAdam(0.1), "mse")
+    nothing, (before,) = np.zeros((4, 2)), model.get_weights()
+    model.train_on_batch(nothing, nothing[:, :1])
+    model.optimizer.weight_decay = 0.5
+    model.train_on_batch(nothing, nothing[:, :1])
+    assert_same_bits(model.get_weights()[0], before)
+    model.compile(model.optimizer, "mse")
+    model.train_on_batch(nothing, nothing[:, :1])
+    np.testing.assert_allclose(model.get_weights()[0], 0.95 * before, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "name", ["RectifiedAdam", "Addons>RectifiedAdam", {"class_name": "RectifiedAdam", "config": {}}]
 )
@@ -173,6 +186,7 @@ BAD = [
         r"`total_steps` must be an integer >= 0.* Received: total_steps=10.0 of type float",
     ),
     ({"total_steps": -1}, ValueError, r"`total_steps` must be an integer >= 0"),
+    ({"total_steps": int}, TypeError, r"`total_steps` must be an integer >= 0"),
     ({"total_steps": 9, "warmup_proportion": 1.5}, ValueError, r"`warmup_proportion` must be .*>= 0 and <= 1"),
     ({"total_steps": 9, "min_lr": 0.1}, ValueError, r"`min_lr` must be at most `learning_rate`.* learning_rate=0.001"),
     ({"decay": -0.1}, ValueError, r"`decay` must be a finite number >= 0"),

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from lookahead_optim._adam_settings import check_flag, check_setting
+from lookahead_optim._adam_settings import check_flag, check_keywords, check_setting
 from lookahead_optim.keras._warm_up import WarmUp
 
 __all__ = ["RectifiedAdam"]
@@ -69,14 +69,10 @@ class RectifiedAdam(_Adam):
     ) -> None:
         peak = learning_rate if callable(learning_rate) else check_setting("learning_rate", learning_rate)
         warm_up = WarmUp(peak, total_steps, warmup_proportion, min_lr)
-        super().__init__(
-            warm_up if total_steps else peak,
-            check_setting("beta_1", beta_1),
-            check_setting("beta_2", beta_2),
-            check_setting("epsilon", epsilon),
-            check_flag("amsgrad", amsgrad),
-            **kwargs,
-        )
+        check_keywords(kwargs)
+        beta_1, beta_2 = check_setting("beta_1", beta_1), check_setting("beta_2", beta_2)
+        epsilon, amsgrad = check_setting("epsilon", epsilon), check_flag("amsgrad", amsgrad)
+        super().__init__(warm_up if total_steps else peak, beta_1, beta_2, epsilon, amsgrad, **{"name": None, **kwargs})
         self.sma_threshold = check_setting("sma_threshold", sma_threshold)
 
     def _scalars(self, learning_rate: Any, dtype: str) -> tuple[Any, Any, Any]:

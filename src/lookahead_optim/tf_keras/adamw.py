@@ -1,20 +1,20 @@
 """The `AdamW` optimizer."""
 
-import copy
 import re
 from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
 
-from lookahead_optim._adam_settings import check_flag, check_keywords, check_setting
+from lookahead_optim._adam_settings import check_flag, check_keywords, check_patterns, check_setting
+from lookahead_optim.tf_keras._checked_adam import CheckedAdam
 from lookahead_optim.tf_keras._keras import keras
 
 __all__ = ["AdamW"]
 
 
 @keras.utils.register_keras_serializable(package="Addons")
-class AdamW(keras.optimizers.legacy.Adam):
+class AdamW(CheckedAdam):
     r"""Adam with decoupled weight decay. A drop-in for `tfa.optimizers.AdamW`.
 
     Before Adam's step $\theta \leftarrow \theta - \lambda \theta$. The weight decay $\lambda$ is not multiplied by the
@@ -59,12 +59,7 @@ class AdamW(keras.optimizers.legacy.Adam):
         scale_by_learning_rate: bool = False,
         **kwargs: Any,
     ) -> None:
-        patterns = exclude_from_weight_decay
-        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
-            raise TypeError(
-                "`exclude_from_weight_decay` must be a list of regular expressions, such as `['bias', 'norm']`. "
-                f"Received: exclude_from_weight_decay={patterns!r}"
-            )
+        patterns = check_patterns("exclude_from_weight_decay", exclude_from_weight_decay)
         check_keywords(kwargs)
         epsilon, amsgrad = check_setting("epsilon", epsilon or 0), check_flag("amsgrad", amsgrad)
         super().__init__(kwargs.pop("lr", learning_rate), beta_1, beta_2, epsilon, amsgrad, name, **kwargs)
@@ -72,12 +67,6 @@ class AdamW(keras.optimizers.legacy.Adam):
         self.exclude_from_weight_decay = patterns
         self.scale_by_learning_rate = check_flag("scale_by_learning_rate", scale_by_learning_rate)
         self._decayed: list[Any] | None = None
-
-    def _set_hyper(self, name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            value = keras.optimizers.schedules.deserialize(copy.deepcopy(value))
-        is_free = callable(value) or tf.is_tensor(value)
-        super()._set_hyper(name, value if is_free else check_setting(name, value))
 
     def minimize(
         self,
@@ -103,7 +92,13 @@ class AdamW(keras.optimizers.legacy.Adam):
             decay_var_list: The variables that decay in this step, in place of those not excluded. Defaults to `None`.
             **kwargs: `experimental_aggregate_gradients`.
         """
-        pairs, listed = list(grads_and_vars), {id(variable) for variable in decay_var_list or ()}
+        pairs, variables = list(grads_and_vars), [] if decay_var_list is None else list(decay_var_list)
+        if not all(isinstance(variable, tf.Variable) for variable in variables):
+            raise TypeError(
+                "`decay_var_list` must be a list of variables, of those that `grads_and_vars` holds. "
+                f"Received: decay_var_list={decay_var_list!r}"
+            )
+        listed = {id(variable) for variable in variables}
         decayed = [variable for gradient, variable in pairs if gradient is not None and id(variable) in listed]
         self._decayed = decayed if listed else None
         return super().apply_gradients(pairs, name=name, **kwargs)

@@ -1,11 +1,12 @@
 """The `RectifiedAdam` optimizer."""
 
-import copy
+import numbers
 from typing import Any
 
 import tensorflow as tf
 
-from lookahead_optim._adam_settings import check_flag, check_keywords, check_setting, check_total_steps, check_warm_up
+from lookahead_optim._adam_settings import check_flag, check_keywords, check_setting, check_warm_up
+from lookahead_optim.tf_keras._checked_adam import CheckedAdam
 from lookahead_optim.tf_keras._keras import keras
 
 __all__ = ["RectifiedAdam"]
@@ -14,7 +15,7 @@ _HYPERS = "weight_decay", "sma_threshold", "total_steps", "warmup_proportion", "
 
 
 @keras.utils.register_keras_serializable(package="Addons")
-class RectifiedAdam(keras.optimizers.legacy.Adam):
+class RectifiedAdam(CheckedAdam):
     r"""Adam whose step waits until its second moment can be trusted. A drop-in for `tfa.optimizers.RectifiedAdam`.
 
     With Adam's moments without their bias, $\hat m$ and $\hat v$, and the number $\rho_t$ of gradients in $\hat v$,
@@ -78,14 +79,10 @@ class RectifiedAdam(keras.optimizers.legacy.Adam):
         check_warm_up(total_steps, min_lr, learning_rate)
 
     def _set_hyper(self, name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            value = keras.optimizers.schedules.deserialize(copy.deepcopy(value))
-        if not callable(value) and not tf.is_tensor(value):
-            value = float(check_total_steps(value) if name == "total_steps" else check_setting(name, value))
+        super()._set_hyper(name, value)
         if name in ("weight_decay", "total_steps"):
             # What is off takes no time.
-            self._active.discard(name) if isinstance(value, float) and not value else self._active.add(name)
-        super()._set_hyper(name, value)
+            self._active.discard(name) if isinstance(value, numbers.Real) and not value else self._active.add(name)
 
     def _prepare_local(self, var_device: Any, var_dtype: Any, apply_state: Any) -> None:
         # In half precision the step count and 1 - beta_2 have too few digits. Float32 is not widened: rho is a small
