@@ -147,8 +147,11 @@ gpu:  ## Find out on a GPU, in eight minutes, whether Lookahead is correct there
 # Those of the docs: a run on another machine makes a file of its own.
 RESULTS ?= $(addprefix benchmarks/results/,amd_epyc.json amd_epyc_designs.json intel_xeon_processor.json)
 
-bench-report: .venv/.installed  ## Make the tables and plots of the docs from RESULTS, files in benchmarks/results.
+GPU_RESULTS ?= benchmarks/results/gpu_nvidia_h100_80gb_hbm3.json
+
+bench-report: .venv/.installed  ## Make the tables and plots of the docs from RESULTS and GPU_RESULTS, files in benchmarks/results.
 	$(DEV)python benchmarks/report.py docs/benchmarks $(RESULTS)
+	$(DEV)python benchmarks/report_gpu.py docs/benchmarks_gpu $(GPU_RESULTS)
 
 EXPERIMENTS := noisy_quadratic deterministic_quadratic bilinear_game digits characters loss_surface
 

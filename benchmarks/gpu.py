@@ -1,6 +1,6 @@
 """Everything that only a GPU can answer, in one command: correctness, waits, bandwidth, memory, graphs, training.
 
-Each part runs in a process of its own with a limit on its time. What it finds goes to one JSON file as soon as it is
+Each part runs in a process of its own with a limit on its time. What it finds goes to a JSON file as soon as it is
 there, and a part that fails does not stop the others. The tests of correctness and what no other program can disturb
 run side by side, then the parts that are timed run one after the other.
 """
@@ -61,33 +61,40 @@ PARTS = [
     Part("torch_memory", 60, is_timed=False),
     Part("torch_waits", 60, is_timed=False),
     Part("jax_memory", 90, is_timed=False),
-    Part("torch_syncs", 40),
-    Part("torch_sync_designs", 40),
-    Part("jax_steps", 60),
-    Part("jax_training", 60),
-    Part("torch_training", 110),
+    Part("torch_syncs", 30),
+    Part("jax_steps", 75),
+    Part("torch_training", 130),
     Part("torch_steps", 70),
-    Part("torch_offload", 30),
-    Part("keras_steps", 40, backend="jax"),
-    Part("keras_steps", 40, backend="torch"),
+    Part("torch_offload", 20),
+    Part("keras_steps", 30, backend="jax"),
+    Part("keras_steps", 30, backend="torch"),
     Part("torch_graphs", 60),
+    Part("jax_training", 100),
+    Part("torch_sync_designs", 60),
     Part("jax_designs", 60),
 ]
 
 
 class Findings:
-    """What the parts find, written to a file each time something is added."""
+    """What the parts find, written each time something is added: to a file with a list of runs, the last of it."""
 
     def __init__(self, path: Path, about: dict[str, object]) -> None:
-        self.path, self.found, self.lock = path, {**about, "parts": []}, threading.Lock()
+        self.path, self.about, self.parts, self.lock = path, about, [], threading.Lock()
+        self.earlier = json.loads(path.read_text()) if path.exists() else []
 
     def add(self, part: str, case: str, result: object) -> None:
         with self.lock:
-            self.found["parts"].append({"part": part, "case": case, "result": result})
-            lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in self.found["parts"])
-            about = json.dumps({key: value for key, value in self.found.items() if key != "parts"})
-            self.path.write_text(f'{about[:-1]}, "parts": [\n{lines}\n]}}\n')
+            self.parts.append({"part": part, "case": case, "result": result})
+            runs = [*self.earlier, {**self.about, "parts": self.parts}]
+            self.path.write_text("[\n" + ",\n".join(map(written, runs)) + "\n]\n")
         print(f"{part}: {case}: {str(result)[:300]}", flush=True)
+
+
+def written(run: dict[str, object]) -> str:
+    """Return a run as JSON, with a line for each result."""
+    lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in run["parts"])
+    about = json.dumps({key: value for key, value in run.items() if key != "parts"})
+    return f'{about[:-1]}, "parts": [\n{lines}\n]}}'
 
 
 def run_part(part: Part, device: str, environment: dict[str, str], findings: Findings) -> None:
@@ -110,32 +117,26 @@ def run_part(part: Part, device: str, environment: dict[str, str], findings: Fin
             command = [sys.executable, "-m", "pytest", *options, *part.tests]
         else:
             command = [sys.executable, FOLDER / "on_device" / "worker.py", part.name, device]
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        timer = threading.Timer(part.seconds, _kill, [process])
-        timer.start()
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("RESULT "):
-                findings.add(name, *json.loads(line.removeprefix("RESULT ")))
-        status = process.wait()
+        # The limits are those of a machine with a GPU, and more cores.
+        limit, lines = part.seconds if device != "cpu" else 10 * part.seconds, []
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True, **pipes) as process:
+            timer = threading.Timer(limit, _kill, [process])
+            timer.start()
+            for line in process.stdout:
+                lines.append(line)
+                # Not of a line that was cut off.
+                if line.startswith("RESULT ") and line.endswith("\n"):
+                    findings.add(name, *json.loads(line.removeprefix("RESULT ")))
         is_late = not timer.is_alive()
         timer.cancel()
         if part.tests:
             findings.add(name, "tests", tests_of(report) if report.exists() else {"failed": "".join(lines)[-3000:]})
     seconds = round(time.monotonic() - start, 1)
-    end = {"seconds": seconds, "limit": part.seconds}
+    end = {"seconds": seconds, "limit": limit}
     if is_late:
-        end["failed"] = f"stopped after {part.seconds} s"
-    elif status and not part.tests:
+        end["failed"] = f"stopped after {limit} s"
+    elif process.returncode and not part.tests:
         end["failed"] = "".join(lines)[-3000:]
     findings.add(name, "end", end)
 
@@ -165,6 +166,7 @@ def tests_of(report: Path) -> dict[str, object]:
 def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu to see that everything runs.")] = "cuda",
     wheels: Annotated[Path | None, typer.Option(help="A folder of wheels with what the machine lacks.")] = None,
+    designs: Annotated[bool, typer.Option("--designs", help="Measure other designs of a sync, too.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only parts whose name contains this; repeatable.")] = None,
     output: Annotated[Path | None, typer.Option(help="The JSON file. Defaults to this device's in results.")] = None,
     commit: Annotated[str, typer.Option(help="The commit, where the files came without it.")] = "",
@@ -204,7 +206,8 @@ def main(
             "machine": machine.describe(),
         }
         findings = Findings(output, about)
-        chosen = [part for part in PARTS if any(one in f"{part.name} {part.backend}" for one in only or [""])]
+        parts = [part for part in PARTS if designs or not part.name.endswith("designs")]
+        chosen = [part for part in parts if any(one in f"{part.name} {part.backend}" for one in only or [""])]
         if not chosen:
             names = ", ".join(dict.fromkeys(part.name for part in PARTS))
             raise SystemExit(f"No part is left. Received: --only {only!r}. Parts: {names}")
@@ -214,7 +217,7 @@ def main(
         for part in chosen:
             if part.is_timed:
                 run_part(part, device, environment, findings)
-    failed = [one for one in findings.found["parts"] if _has_failed(one["result"])]
+    failed = [one for one in findings.parts if _has_failed(one["result"])]
     for one in failed:
         print(f"FAILED {one['part']}: {one['case']}: {one['result']}"[:1500])
     print(f"Wrote {output}")

@@ -20,7 +20,7 @@ html_css_files = ["style.css"]
 # Browsers render MathML, which `docutils.conf` asks for, by themselves; MathJax would come from another site.
 html_math_renderer = "docutils"
 # Parts of the pages on benchmarks and experiments.
-exclude_patterns = ["_build", "benchmarks", "experiments/drawn"]
+exclude_patterns = ["_build", "benchmarks", "benchmarks_gpu", "experiments/drawn"]
 
 
 def setup(app):

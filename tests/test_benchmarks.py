@@ -1,13 +1,21 @@
 """The benchmark suite measures in turn, tells what failed, and makes the docs' tables of its results alone."""
 
 import dataclasses
+import importlib
+import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import gpu
+import machine
 import processes
 import report
+import report_gpu
 from cases import MODES, Case, full, quick
 from report import OURS
 from timing import Program, in_turn, limit, quartiles, ratios
@@ -19,6 +27,9 @@ RESULTS = [
     ROOT / "benchmarks" / "results" / f"{name}.json"
     for name in ("amd_epyc", "amd_epyc_designs", "intel_xeon_processor")
 ]
+
+
+GPU_RESULTS = [ROOT / "benchmarks" / "results" / "gpu_nvidia_h100_80gb_hbm3.json"]
 
 
 def test_programs_run_in_turn_one_cycle_at_a_time_and_are_waited_for():
@@ -131,6 +142,54 @@ def test_the_tables_of_the_docs_are_made_of_the_committed_results(tmp_path):
     # Plots depend on the version of Matplotlib, so that they are compared by name alone.
     for path in tmp_path.glob("**/*.md"):
         assert (docs / path.relative_to(tmp_path)).read_text() == path.read_text(), path.name
+
+
+def test_the_tables_of_the_gpu_are_made_of_the_committed_results(tmp_path):
+    report_gpu.main(tmp_path, GPU_RESULTS)
+    docs = ROOT / "docs" / "benchmarks_gpu"
+    assert {path.name for path in docs.iterdir()} == {path.name for path in tmp_path.iterdir()}
+    for path in tmp_path.glob("*.md"):
+        assert (docs / path.name).read_text() == path.read_text(), path.name
+
+
+def test_what_is_measured_on_a_gpu_can_be_measured_on_the_cpu_and_shown(tmp_path):
+    names = {part.name for part in gpu.PARTS if not part.tests}
+    parts = []
+    for name in names:
+        for case, measure in importlib.import_module(f"on_device.{name}").cases("cpu").items():
+            parts.append({"part": name, "case": case, "result": measure()})
+    assert {one["part"] for one in parts} == names
+    (tmp_path / "results.json").write_text(
+        json.dumps([{"parts": parts, "machine": machine.describe(), "command": "", "date": "", "commit": ""}])
+    )
+    report_gpu.main(tmp_path / "tables", [tmp_path / "results.json"])
+    for name in ("training", "steps", "optax", "syncs", "memory", "graphs", "sync_designs", "optax_designs"):
+        assert "Not measured" not in (tmp_path / "tables" / f"{name}.md").read_text(), name
+
+
+def test_the_command_for_a_gpu_runs_on_the_cpu(tmp_path):
+    # The tests that it runs too are in the suites of their front ends.
+    parts = ["--only", "torch_waits", "--only", "keras_steps torch", "--only", "jax_training"]
+    command = [sys.executable, gpu.FOLDER / "gpu.py", "--device", "cpu", "--output", tmp_path / "out.json", *parts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (run,) = json.loads((tmp_path / "out.json").read_text())
+    ends = [one["part"] for one in run["parts"] if one["case"] == "end"]
+    assert ends == ["torch_waits", "keras_steps on torch", "jax_training"]
+
+
+def test_a_part_of_the_gpu_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(gpu.FOLDER)}
+    findings = gpu.Findings(tmp_path / "out.json", {"device": "cuda"})
+    gpu.run_part(gpu.Part("unknown", 60), "cuda", environment, findings)
+    gpu.run_part(gpu.Part("torch_waits", 0), "cuda", environment, findings)
+    (run,) = json.loads((tmp_path / "out.json").read_text())
+    unknown, late = (one["result"]["failed"] for one in run["parts"] if one["case"] == "end")
+    assert "No module named 'on_device.unknown'" in unknown
+    assert late == "stopped after 0 s"
+    # The next run is added to the file.
+    gpu.Findings(tmp_path / "out.json", {"device": "cuda"}).add("part", "case", {})
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 2
 
 
 # Rows of the README's table, and whose figures stand in each cell.

@@ -50,6 +50,8 @@ def _design(capture, restart):
         def step(params, state, grads):
             inner, slow, count, captured = state
             slow = capture(captured == 0, slow, params)
+            if isinstance(slow, tuple):
+                slow, params = slow
             updates, inner = optimizer.update(grads, inner, params)
             fast = optax.apply_updates(params, updates)
             count = count + 1
@@ -64,6 +66,17 @@ def _design(capture, restart):
 
 def capture_by_conditional(is_stale, slow, params):
     return jax.lax.cond(is_stale, lambda slow, params: params, lambda slow, params: slow, slow, params)
+
+
+def capture_by_conditional_of_all(is_stale, slow, params):
+    """Pass the parameters through the conditional, too."""
+    barrier = jax.lax.optimization_barrier
+
+    def capture(slow, params):
+        slow, params = barrier((slow, params))
+        return jax.tree.map(jnp.copy, params), params
+
+    return jax.lax.cond(is_stale, capture, lambda slow, params: barrier((slow, params)), slow, params)
 
 
 def capture_by_choice(is_stale, slow, params):
@@ -111,6 +124,7 @@ def restart_both_by_loop(is_due, slow, fast):
 DESIGNS = {
     "conditional, choice": _design(capture_by_conditional, restart_by_choice),
     "conditional, conditional": _design(capture_by_conditional, restart_by_conditional),
+    "conditional of all, conditional": _design(capture_by_conditional_of_all, restart_by_conditional),
     "choice, choice": _design(capture_by_choice, restart_by_choice),
     "no capture, both by choice": _design(no_capture, restart_both_by_choice),
     "no capture, both by conditional": _design(no_capture, restart_both_by_conditional),

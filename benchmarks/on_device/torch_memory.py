@@ -3,7 +3,7 @@
 import torch
 
 from lookahead_optim.torch import Lookahead
-from on_device.shapes import GIB, MIB, count, transformer
+from on_device.shapes import GIB, count, transformer
 
 PERIOD = 6
 INNER = {
@@ -17,7 +17,7 @@ def cases(device):
     """Return the cases."""
     sizes = {"large": (4096, GIB), "small": (256, GIB // 4)}
     if device == "cpu":
-        sizes = {"large": (32, MIB // 8), "small": (16, MIB // 16)}
+        sizes = {"large": (32, 1), "small": (16, 1)}
     return {
         f"{inner}, {size}, {dtype}".replace("torch.", ""): lambda inner=inner, size=size, dtype=dtype: memory(
             INNER[inner], transformer(*sizes[size], dtype.itemsize), dtype, device

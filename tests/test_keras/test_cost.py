@@ -158,12 +158,10 @@ class TestTorch:
         own = {id(optimizer._iterations.value), id(optimizer._captured.value)}
         reads = []
         for method in ("__int__", "__bool__", "item", "tolist", "__index__"):
-
-            def counted(self, read=getattr(torch.Tensor, method)):
-                reads.append(id(self) in own)
-                return read(self)
-
-            monkeypatch.setattr(torch.Tensor, method, counted)
+            read = getattr(torch.Tensor, method)
+            monkeypatch.setattr(
+                torch.Tensor, method, lambda self, read=read: reads.append(id(self) in own) or read(self)
+            )
         optimizer.apply(gradients, variables)
         first = sum(reads)
         for _ in range(5):
