@@ -7,7 +7,7 @@ a tensor, which Python's `if` cannot read. TensorFlow has three kinds of control
 |---|---|
 | eager | Python's `if` |
 | in a function that XLA does not compile, all on one CPU | the `If` operation |
-| in any other graph: XLA, several devices, TensorFlow 1 | `tf.while_loop` of zero or one rounds |
+| in any other graph: XLA, several devices, a strategy, TensorFlow 1 | `tf.while_loop` of zero or one rounds |
 
 *Not `tf.cond` in functions.* It is lowered to one `Switch` and one `Merge` operation for every variable that it uses,
 which run at every step, due or not. So is `tf.while_loop`. The `If` operation, made without the attribute that asks for

@@ -99,7 +99,7 @@ def synchronize(
 
 
 def _outer_step(piece: Piece, slow_step_size: float) -> None:
-    # Nobody notes whether these weights need care, so that they are asked each time.
+    # Nobody notes whether these weights need care. So they are asked each time, where that needs no wait for a GPU.
     outer_step_apart(piece, slow_step_size, is_careful=piece.slow[0].is_cpu and is_large(piece.slow))
 
 

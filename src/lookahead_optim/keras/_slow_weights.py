@@ -25,8 +25,8 @@ class Pair(NamedTuple):
 class SlowWeights:
     """The slow weights of one wrapper. They are variables that the wrapper made, and tracks.
 
-    *Captured* is a variable of its own, 1 from the first capture on. It is saved with the slow weights. The step count
-    cannot say it: users assign to it, and checkpoints of bare optimizers have one.
+    *Captured* is a variable of its own, 1 from the first applied update on, until `forget`. It is saved with the slow
+    weights. The step count cannot say it: users assign to it, and checkpoints of bare optimizers have one.
     """
 
     def __init__(self, inner_optimizer: keras.optimizers.Optimizer) -> None:
@@ -59,7 +59,7 @@ class SlowWeights:
         return [slow for slow in self.slow_or_none if slow is not None]
 
     def named(self) -> dict[str, keras.Variable]:
-        """Return the variables by the names under which they are saved."""
+        """Return the slow weights by the names under which they are saved."""
         return {f"slow_{index}": slow for index, slow in enumerate(self.slow)}
 
     def pairs(self) -> list[Pair]:
@@ -86,7 +86,7 @@ class SlowWeights:
             self.captured.assign(0)
 
     def capture_if_first(self) -> None:
-        """Capture, in a step and before its update, if no update was applied yet.
+        """Capture, in a step and before its update, if no update was applied yet, or none since `forget`.
 
         Calls that only accumulate gradients capture, too. The last of them is the one that counts.
         """
@@ -112,7 +112,7 @@ class SlowWeights:
 
     def synchronize(self, slow_step_size: float) -> None:
         """Make the outer step now, for frozen weights too."""
-        if self._capture_to_look_at():
+        if self._is_captured_or_shown():
             backend.synchronize(self.captured, _always, self.pairs, slow_step_size)
             backend.capture(self.captured, _always, self._pairs_inside)
 
@@ -124,12 +124,15 @@ class SlowWeights:
 
     def to_swap(self) -> Sequence[tuple[keras.Variable | None, keras.Variable]]:
         """Return what a block swaps: each weight and before it its slow weight, or None if that is not captured."""
-        if self._capture_to_look_at():
+        if self._is_captured_or_shown():
             return list(zip(self.slow_or_none, self.fast))
         return [(None, fast) for fast in self.fast]
 
-    def _capture_to_look_at(self) -> bool:
-        """Return whether the slow weights were captured. If not, let them show the fast ones, until a step captures."""
+    def _is_captured_or_shown(self) -> bool:
+        """Return whether the slow weights were captured. If not, they show the fast ones from now on.
+
+        That is for those who look at them. It is no capture: the next step makes one.
+        """
         is_captured = self.is_captured()
         if self.slow and not is_captured:
             backend.capture(self.captured, _always, self.pairs)

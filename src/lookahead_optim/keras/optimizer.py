@@ -209,8 +209,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     @property
     def slow_variables(self) -> list[Any]:
         """The slow weights, a list of `keras.Variable`, shaped and typed like the variables the optimizer was built
-        with, and in their order. Undefined before the first update; empty if `sync_period` is 0. Variables that Keras
-        overwrites with their gradients, the scales of float8, have none; see `get_slot`."""
+        with, and in their order. Undefined before the first update; empty if it was built with a `sync_period` of 0.
+        Variables that Keras overwrites with their gradients, the scales of float8, have none; see `get_slot`."""
         return self._slow_weights.slow
 
     def build(self, variables: Iterable[Any]) -> None:
@@ -232,6 +232,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 f"The inner optimizer {self.inner_optimizer.name!r} was already built, for {len(built_for)} variables "
                 f"that are not the {len(variables)} given to `Lookahead`. Wrap a new inner optimizer."
             )
+        # Raises an error if its parts disagree.
         accumulation_steps(self.inner_optimizer)
         if self.sync_period:
             if self._captured is None:
@@ -335,7 +336,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         """Capture before the first applied update, let the inner optimizer make it, synchronise if that is due.
 
         An inner optimizer may count more than one update in a call, or none. A sync is due when the count has crossed
-        a multiple of the period.
+        a multiple of the period. A `LossScaleOptimizer` around does not call this for a step that it skips.
         """
         self._check_built("apply(grads)")
         check_outside_block(self._block.is_open, "apply(grads)")
@@ -517,7 +518,10 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         return {"captured": self._captured, **self._slow_weights.named()} if self.sync_period and self.built else {}
 
     def save_own_variables(self, store: Any) -> None:
-        """Save the slow weights; Keras has the inner optimizer save its own state beside them."""
+        """Save the slow weights and whether they were captured.
+
+        Keras has the inner optimizer save its own state beside them.
+        """
         for name, variable in self._own_variables().items():
             store[name] = to_numpy(variable)
 

@@ -90,9 +90,10 @@ def lookahead(
     .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
     Parameters and updates are plain trees; the slow parameters live in the state. They are captured immediately before
-    the first update and take the memory of one more copy of the parameters. `slow_params` finds them in the state of
-    any optimizer that this transformation is a part of. After a sync they are the parameters that the updates result
-    in, bit for bit, also if something behind it in an `optax.chain` has changed these updates.
+    the first update, as after a sync before the next one, and take the memory of one more copy of the parameters.
+    `slow_params` finds them in the state of any optimizer that this transformation is a part of. After a sync they are
+    the parameters that the updates result in, bit for bit, also if something behind it in an `optax.chain` has changed
+    these updates.
 
     What counts is an update that is applied. Gradients that `optax.MultiSteps` inside only accumulates, those that
     `optax.apply_if_finite` inside finds not to be finite (also those that it applies in the end, after too many), and

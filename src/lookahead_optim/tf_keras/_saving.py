@@ -47,7 +47,10 @@ class Saving(SlowWeights):
 
     @property
     def weights(self) -> list[Any]:
-        """The step count, the slow weights and the inner optimizer's state, in this order."""
+        """The step count, the slow weights and the inner optimizer's state, in this order.
+
+        With a `LossScaleOptimizer` around, the count of applied steps is the last.
+        """
         count = self._iterations
         own = [weight for weight in self._weights if weight is count or weight is not self._listed_count]
         own.sort(key=lambda weight: weight is not count)

@@ -53,9 +53,10 @@ class Lookahead(Saving):
 
     The slow weights are captured from the variables immediately before their first step. Steps are counted by
     `iterations`; with a `LossScaleOptimizer` around, which adds those that it skips to `iterations`, by a weight more,
-    the last one. At a sync every variable takes part, with or without a gradient in this step; a constraint is applied
-    to the fast weight. Weights, slots and checkpoints have the names and the order that they have in TensorFlow Addons,
-    so that those written there load here.
+    the last one. At a sync every variable that the step was given takes part, with or without a gradient; one that it
+    was not given is frozen, and its slow weight starts anew from it. A constraint is applied to the fast weight.
+    Weights, slots and checkpoints have the names and the order that they have in TensorFlow Addons, so that those
+    written there load here.
 
     A `Lookahead` may be inside another. Both count the steps of the innermost optimizer, and all weights restart from
     those that the outer one has synchronised, the inner one's slow weights too.

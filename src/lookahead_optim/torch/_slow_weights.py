@@ -4,7 +4,7 @@ Making lists of parameters and slow weights for `foreach` operations takes longe
 group's `_Lists` are kept. They are stale if the group has other parameters than before, or if a parameter that had no
 slow weight may have one now: this is looked at before each step, and capture makes new lists. At a sync they are also
 stale if a weight lies elsewhere in memory, and the same parameters and slow weights are laid out anew. A slow weight
-that comes, goes or is replaced makes all lists stale.
+that comes, goes or is assigned from outside makes all lists stale.
 """
 
 import operator
@@ -124,8 +124,8 @@ class SlowWeights:
                 del mapping[parameter]
         new = []
         for parameter in parameters:
-            is_restored = parameter in self.by_parameter and (parameter in self.captured or parameter in stepped)
-            if not is_restored and _takes_part(parameter):
+            keeps_slow = parameter in self.by_parameter and (parameter in self.captured or parameter in stepped)
+            if not keeps_slow and _takes_part(parameter):
                 self.by_parameter[parameter] = parameter.detach().clone()
                 new.append(parameter)
             if parameter in self.by_parameter:
@@ -194,7 +194,7 @@ class SlowWeights:
             lists.let_go()
 
     def _lists_of(self, index: int, group: Group) -> "_Lists":
-        """Return the lists of a group. New ones are not kept: only capture does that, for all groups at once."""
+        """Return the lists of a group. New ones are not kept: only `capture_new` does that, for all groups at once."""
         lists = self._lists.get(index)
         return self._new_lists(group) if lists is None or lists.is_stale(group["params"]) else lists
 

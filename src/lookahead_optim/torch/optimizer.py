@@ -32,10 +32,10 @@ class Lookahead(Optimizer):
     .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
     The slow weights are captured from the parameters immediately before their first step. Steps that a
-    `torch.amp.GradScaler` skips do not count. At a sync every parameter takes part, with or without a gradient, but
-    one that is frozen then (without a gradient, and `requires_grad` is `False`) gives its slow weight up: it is
-    captured again before its first step after it is unfrozen. The slow weights need the memory
-    of one more copy of the parameters that are not frozen.
+    `torch.amp.GradScaler` skips do not count. When a step synchronises, every parameter takes part, with or without a
+    gradient, but one that is frozen then (without a gradient, and `requires_grad` is `False`) gives its slow weight up:
+    it is captured again before its first step after it is unfrozen. The slow weights need the memory of one more copy
+    of the parameters that are not frozen.
 
     `param_groups` is the inner optimizer's own list. `sync_period` and `slow_step_size` are in the groups, so that they
     can differ between them, and a group's step count, `lookahead_step`, too. `state[parameter]` has the inner
@@ -189,7 +189,10 @@ class Lookahead(Optimizer):
         self._slow.replace(state.slow_by_parameter)
 
     def _adopt_groups(self) -> None:
-        """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint."""
+        """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint.
+
+        The parameters of such a group give up their slow weights, if they have any.
+        """
         for group in self.param_groups:
             if complete_group(group, self._names, self.defaults):
                 for parameter in group["params"]:
@@ -297,6 +300,8 @@ class Lookahead(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state dict, with `"slow"` for each parameter that has a slow weight.
 
+        Its groups have `sync_period`, `slow_step_size` and `lookahead_step`.
+
         As always in PyTorch, the tensors are the optimizer's own: copy them to keep them.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -356,6 +361,8 @@ class Lookahead(Optimizer):
 
     def sync(self) -> None:
         """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
+
+        Parameters that were frozen since the last sync take part.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block, or if a parameter has changed its shape.
