@@ -54,7 +54,9 @@ def deserialize(config: dict[str, Any], custom_objects: dict[str, Any] | None = 
     """Return the inner optimizer that a `Lookahead` has in its config."""
     # An HDF5 file lacks the package of an inner optimizer's name, and none of Keras' own legacy optimizers is an AdamW.
     known = keras.utils.get_registered_object("AdamW") or AdamW
-    return keras.optimizers.deserialize(config, custom_objects={"AdamW": known, **(custom_objects or {})})
+    # A scope comes before the classes that are registered for all, and an argument after them.
+    with keras.utils.custom_object_scope({"AdamW": known, **(custom_objects or {})}):
+        return keras.optimizers.deserialize(config)
 
 
 def _converted(optimizer: Any) -> Any:
