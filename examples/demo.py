@@ -83,7 +83,9 @@ def make_inner_optimizer(name: str, learning_rate: float | None) -> Any:
     return optimizer
 
 
-def train(optimizer: Any, data: list[np.ndarray], epochs: int, seed: int, end_epoch: Callable) -> tuple[Any, dict]:
+def train(
+    optimizer: Any, data: list[np.ndarray], epochs: int, seed: int, end_epoch: Callable[[], object]
+) -> tuple[Any, dict[str, Any]]:
     """Train a new network; return it with its test accuracies in % after each epoch, by the weights evaluated."""
     import keras
 
@@ -103,7 +105,7 @@ def train(optimizer: Any, data: list[np.ndarray], epochs: int, seed: int, end_ep
         # `evaluate` would draw random numbers on PyTorch, and so change the order of the training data.
         return 100 * float(np.mean(model.predict_on_batch(x_test).argmax(axis=-1) == y_test))
 
-    def on_epoch_end(epoch: int, logs: dict) -> None:
+    def on_epoch_end(epoch: int, logs: dict[str, float]) -> None:
         curves["fast" if wrapped else "bare"].append(test_accuracy())
         if wrapped:
             with optimizer.slow_weights():
@@ -135,7 +137,7 @@ def compare(options: dict[str, Any], console: Console) -> tuple[dict[str, Curves
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=(len(noisy) + 1) * 2 * options["seeds"] * options["epochs"])
         for condition, noise in {**noisy, "clean labels": 0.0}.items():
-            runs: dict[str, list] = {"bare": [], "fast": [], "slow": []}
+            runs: dict[str, list[Any]] = {"bare": [], "fast": [], "slow": []}
             for seed in range(options["seeds"]):
                 progress.update(task, description=f"{condition}, seed {seed + 1}")
                 data = [x_train, x_test, add_label_noise(y_train, noise, seed), y_test]
@@ -166,7 +168,7 @@ def resume(model: Any, x: np.ndarray, y: np.ndarray, path: Path) -> tuple[str, d
     for one in (model, loaded):
         one.fit(x, y, batch_size=BATCH_SIZE, shuffle=False, verbose=0)
 
-    def equal(variables: list, others: list) -> bool:
+    def equal(variables: list[Any], others: list[Any]) -> bool:
         pairs = zip(variables, others, strict=True)
         return all(np.asarray(one.numpy()).tobytes() == np.asarray(other.numpy()).tobytes() for one, other in pairs)
 

@@ -103,7 +103,7 @@ def operations(*done: Any) -> list[tf.Operation]:
     return [operation for operation in tf.nest.flatten(done) if operation is not None]
 
 
-def after(*done: Any) -> contextlib.AbstractContextManager:
+def after(*done: Any) -> contextlib.AbstractContextManager[None]:
     """Return a context whose operations wait for those in `done`, in a graph of TensorFlow 1 too."""
     return tf.control_dependencies([] if tf.executing_eagerly() else operations(*done))
 

@@ -146,7 +146,7 @@ class Swapping:
     def __init__(self, swap_on_epoch: bool = False) -> None:
         super().__init__()
         self.swap_on_epoch = swap_on_epoch
-        self._block: contextlib.AbstractContextManager | None = None
+        self._block: contextlib.AbstractContextManager[None] | None = None
         self._is_training = self._began_with_others = False
         if swap_on_epoch:
             # A method of the class would be called in every batch of all trainings. Keras 2 then waits for the device.

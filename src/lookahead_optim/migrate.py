@@ -27,7 +27,7 @@ _SLOTS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def load_checkpoint(path: str | os.PathLike, model: keras.Model) -> None:
+def load_checkpoint(path: str | os.PathLike[str], model: keras.Model) -> None:
     """Load a model stopped in training with `tfa.optimizers.Lookahead`, so that training goes on in Keras 3.
 
     The weights, the slow weights, the step count and the inner optimizer's state are loaded; the optimizers' settings

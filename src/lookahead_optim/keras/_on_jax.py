@@ -79,7 +79,7 @@ def read(counter: Counter) -> jax.Array:
     return jnp.asarray(counter.value if isinstance(counter, keras.Variable) else counter)
 
 
-def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager:
+def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
     """Return a context manager for a step that follows the gradients, as every step does in JAX."""
     return contextlib.nullcontext()
 

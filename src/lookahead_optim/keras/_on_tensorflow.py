@@ -57,7 +57,7 @@ def read(counter: Counter) -> Any:
     return int(value) if tf.executing_eagerly() else value
 
 
-def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager:
+def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
     """Return a context manager for a step that waits for the gradients.
 
     In a graph, `fit` asks for a batch and makes a step of it in one function. At the end of a dataset of unknown size

@@ -103,7 +103,7 @@ def _outer_step(piece: Piece, slow_step_size: float) -> None:
     outer_step_apart(piece, slow_step_size, is_careful=piece.slow[0].is_cpu and is_large(piece.slow))
 
 
-def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager:
+def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
     """Return a context manager for a step that follows the gradients, as all of PyTorch's operations do."""
     return contextlib.nullcontext()
 
