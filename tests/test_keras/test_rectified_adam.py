@@ -111,6 +111,13 @@ def test_gradients_are_accumulated(mode):
     np.testing.assert_allclose(actual[1::2], train(clipped, means), rtol=1e-5, atol=1e-6)
 
 
+def test_total_steps_are_batches_where_gradients_are_accumulated():
+    """As in every schedule of Keras."""
+    optimizer = RectifiedAdam(0.1, total_steps=4, warmup_proportion=1.0, gradient_accumulation_steps=2)
+    (*_, first, _, second) = train(optimizer, [[np.ones(1, "float32")]] * 4, start=[np.zeros(1, "float32")])[:, 0]
+    np.testing.assert_allclose([first, second], [-0.05, -0.15], rtol=1e-5)
+
+
 def test_the_base_class_averages_and_excludes():
     optimizer = RectifiedAdam(0.02, weight_decay=0.5, use_ema=True, ema_momentum=0.9)
     variables = [keras.Variable(weight, name=name) for weight, name in zip(START, ("kernel", "bias"))]
