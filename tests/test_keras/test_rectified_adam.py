@@ -102,6 +102,20 @@ def test_half_precision_is_rectified_in_the_same_steps(dtype):
     np.testing.assert_allclose(actual, expected(learning_rate=0.02, epsilon=1e-3), atol=atol)
 
 
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has float64 only on demand.")
+@pytest.mark.parametrize("mode", MODES)
+def test_float64_keeps_its_digits(mode):
+    actual = train(RectifiedAdam(1 / 64), mode=mode, dtype="float64")
+    np.testing.assert_allclose(actual, expected(learning_rate=1 / 64), rtol=1e-9, atol=1e-9)
+
+
+def test_the_square_of_a_gradient_may_be_too_large_for_float16():
+    gradients = [[np.float32(300.0 + number)[None]] for number in range(12)]
+    actual = train(RectifiedAdam(1e-3, epsilon=1e-3), gradients, start=[np.zeros(1, "float32")], dtype="float16")
+    wanted = expected(gradients, [np.zeros(1)], learning_rate=1e-3, epsilon=1e-3)
+    np.testing.assert_allclose(actual, wanted, atol=1e-2)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_are_accumulated(mode):
     optimizer = RectifiedAdam(0.02, gradient_accumulation_steps=2, clipnorm=0.7)

@@ -102,7 +102,7 @@ class RectifiedAdam(_Adam):
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Move one variable; `learning_rate` may also be what `_scalars` returns for it."""
         dtype = keras.backend.standardize_dtype(variable.dtype)
-        # In half precision the second moment would not decay: 1 - beta_2 is smaller than half a unit of 1.
+        # In float16 the square of a gradient of 256 would be infinite.
         dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
         scalars = learning_rate if isinstance(learning_rate, tuple) else self._scalars(learning_rate, dtype)
         rate, root, epsilon = (ops.cast(scalar, dtype) for scalar in scalars)
