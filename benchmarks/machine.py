@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 
@@ -42,3 +43,28 @@ def accelerator():
         return "none"
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "none"
+
+
+class Load:
+    """What other programs, and other machines on the same hardware, take of the cores since this object was made."""
+
+    def __init__(self):
+        self.start = self._seconds()
+
+    @staticmethod
+    def _seconds():
+        """Return the seconds of this process, of all else, and of the clock."""
+        try:
+            # user, nice, system, idle, iowait, irq, softirq, steal
+            ticks = [int(one) for one in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except OSError:
+            # Not Linux: nothing is known.
+            ticks = [0] * 8
+        busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+        own = time.process_time()
+        return own, busy - own if busy else 0, time.perf_counter()
+
+    def of_others(self):
+        """Return their share of all cores."""
+        _, others, clock = (now - then for now, then in zip(self._seconds(), self.start))
+        return max(0.0, others / clock / os.cpu_count())

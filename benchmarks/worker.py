@@ -16,11 +16,18 @@ import time
 from pathlib import Path
 
 from cases import Case
+from machine import Load
 from timing import in_turn, timed
+
+# Times count if other programs took no more than this of the cores. Otherwise they are taken again, so often at most.
+SHARE_OF_OTHERS, REPEATS = 0.03, 5
 
 
 def measure(programs, case):
-    """Return what a case gives: seconds per step for each cycle, seconds of the first call, sizes, by program."""
+    """Return what a case gives: seconds per step for each cycle, seconds of the first call, sizes, by program.
+
+    And what other programs took of the cores meanwhile, for each placement.
+    """
     make_program = programs.training_program if case.kind == "training" else programs.step_program
     optimizers = programs.optimizers(case)
     if case.kind == "scaling":
@@ -30,7 +37,7 @@ def measure(programs, case):
         timed(make_program(case, optimizers["bare"]), 1)
     result = {name: {"seconds": []} for name in optimizers}
     # All stay in memory, so that the later ones lie elsewhere.
-    placements, rng = [], random.Random(json.dumps(dataclasses.asdict(case)))
+    placements, rng, others = [], random.Random(json.dumps(dataclasses.asdict(case))), []
     for _ in range(case.placements):
         made = {}
         placements.append(made)
@@ -39,12 +46,19 @@ def measure(programs, case):
             made[name] = make_program(case, make)
             timed(made[name], 1)
             result[name].setdefault("first_call", time.perf_counter() - start)
-        times = in_turn(made, 1 if made["bare"].steps > 1 else case.period, case.cycles, rng)
+        calls = 1 if made["bare"].steps > 1 else case.period
+        # A program that takes a core for a moment makes all threads of a step wait, of one step or of another.
+        for _ in range(1 + REPEATS):
+            load = Load()
+            times = in_turn(made, calls, case.cycles, rng)
+            if (share := load.of_others()) <= SHARE_OF_OTHERS:
+                break
+        others.append(round(share, 3))
         for name, program in made.items():
             result[name]["seconds"] += times[name]
             result[name]["graph_size"] = program.size() if program.size else None
             result[name]["bytes_planned"] = program.bytes_planned
-    return result
+    return result, others
 
 
 def memory_of(programs, case, name):
@@ -92,15 +106,17 @@ def main(module, name=None):
     about = {"versions": installed(programs.versions()), "threads": threads()}
     for line in sys.stdin:
         case = Case(**json.loads(line))
+        others = None
         if name:
             result = memory_of(programs, case, name)
         elif case.kind == "memory":
             result = list(programs.optimizers(case))
         else:
-            result = measure(programs, case)
+            result, others = measure(programs, case)
             gc.collect()
+        answer = {"result": result, **about} if others is None else {"result": result, "others": others, **about}
         # Frameworks print, too.
-        print("\nRESULT " + json.dumps({"result": result, **about}), flush=True)
+        print("\nRESULT " + json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

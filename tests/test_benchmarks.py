@@ -152,6 +152,7 @@ def test_the_tables_of_the_gpu_are_made_of_the_committed_results(tmp_path):
         assert (docs / path.name).read_text() == path.read_text(), path.name
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of what its compiler imports
 def test_what_is_measured_on_a_gpu_can_be_measured_on_the_cpu_and_shown(tmp_path):
     names = {part.name for part in gpu.PARTS if not part.tests}
     parts = []
@@ -220,3 +221,20 @@ def test_the_figures_of_the_readme_are_those_of_the_results():
     columns = [(weights, inner) for weights in (10, 400) for inner in ("SGD", "Adam")]
     for label, programs in README.items():
         assert rows[label] == [", ".join(medians[(*one, *column)] for one in programs) for column in columns], label
+
+
+def test_the_figures_of_a_gpu_in_the_readme_are_those_of_the_results():
+    runs = report_gpu.read(GPU_RESULTS)
+    steps = report_gpu.cases_of(runs, "torch_steps")
+    columns = [steps[f"1 GiB, large, {inner}, period 6"] for inner in ("AdamW, fused", "SGD, foreach")]
+    text = (ROOT / "README.md").read_text()
+    for name in (OURS, "*timm*", "*pytorch_optimizer*"):
+        cells = [f"{column[name.strip('*')]['median']:.2f}" for column in columns]
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    training = [result[OURS]["median"] for result in report_gpu.cases_of(runs, "torch_training").values()]
+    assert f"{min(training):.2f} to {max(training):.2f} of the bare one" in " ".join(text.split())
+    syncs = report_gpu.cases_of(runs, "torch_syncs")
+    reached = [one["sync, fraction of the copy"]["median"] for name, one in syncs.items() if "large" in name]
+    assert f"reaches {min(reached):.2f} of the bandwidth" in " ".join(text.split())
+    optax = report_gpu.cases_of(runs, "jax_steps")["1 GiB, large, Adam"][OURS]["ratio"]["median"]
+    assert f"Optax on the GPU ({optax:.2f} with Adam)" in " ".join(text.split())

@@ -6,10 +6,14 @@ On the CPU, with its implementations, the same tests run.
 import contextlib
 import copy
 import io
+import sys
+import types
 
 import pytest
 import torch
 
+import cuda_graph
+from lookahead_optim import _outer_step_torch
 from lookahead_optim.torch import Lookahead
 from tests.comparison import assert_same_bits
 from tests.device import DEVICE, ON_CPU
@@ -273,3 +277,38 @@ def test_a_step_cannot_be_captured_in_a_graph():
         optimizer.step()
     train(optimizer, 2, 1)
     assert_same_bits(slow_of(optimizer), weights_of(optimizer))
+
+
+def test_the_example_with_a_cuda_graph_ends_as_the_same_run_without(capsys):
+    runs = [cuda_graph.train(DEVICE, 30, use_graph=use_graph) for use_graph in (not ON_CPU, False)]
+    assert [run.param_groups[0]["lookahead_step"] for run in runs] == [30, 30]
+    assert_same_bits(weights_of(runs[0]), weights_of(runs[1]))
+    assert_same_bits(slow_of(runs[0]), slow_of(runs[1]))
+
+
+def test_without_triton_large_weights_go_through_the_operations_of_pytorch(monkeypatch):
+    monkeypatch.setattr(_outer_step_torch, "is_large_on_gpu", lambda slow, fast: True)
+    for kernel in (None, lambda slow, fast, size: False):
+        monkeypatch.setattr(_outer_step_torch, "_kernel", lambda kernel=kernel: kernel)
+        weight = torch.nn.Parameter(torch.tensor([1.0, 2.0], device=DEVICE))
+        optimizer = Lookahead(torch.optim.SGD([weight], 1.0), 1, 0.5)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert weight.tolist() == [0.5, 1.5]
+
+
+def test_a_kernel_that_does_not_compile_is_tried_once(monkeypatch):
+    tries = []
+
+    def fails(slow, fast, size):
+        tries.append(size)
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setitem(sys.modules, "lookahead_optim._outer_step_triton", types.SimpleNamespace(outer_step=fails))
+    _outer_step_torch._kernel.cache_clear()
+    try:
+        kernel = _outer_step_torch._kernel()
+        assert [kernel(None, None, 0.5), kernel(None, None, 0.5)] == [False, False]
+        assert tries == [0.5]
+    finally:
+        _outer_step_torch._kernel.cache_clear()
