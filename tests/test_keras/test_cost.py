@@ -169,6 +169,20 @@ class TestTorch:
         assert sum(reads) == first <= 4
         assert int(optimizer.iterations) == 6
 
+    def test_weights_are_asked_once_after_a_capture_whether_they_need_care(self, monkeypatch):
+        from lookahead_optim.keras import _on_torch
+
+        optimizer, variables, gradients = wrapped(sync_period=2)
+        asked, is_large = [], _on_torch.is_large
+        monkeypatch.setattr(_on_torch, "is_large", lambda weights: asked.append(len(weights)) or is_large(weights))
+        for _ in range(8):
+            optimizer.apply(gradients, variables)
+        assert asked == [len(variables)]
+        optimizer.reset_slow_weights()
+        for _ in range(4):
+            optimizer.apply(gradients, variables)
+        assert asked == [len(variables)] * 2
+
     def test_step_count_assigned_by_others_is_noticed(self):
         optimizer, variables, gradients = wrapped(sync_period=4)
         optimizer.apply(gradients, variables)

@@ -15,7 +15,7 @@ import torch
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from lookahead_optim._outer_step_torch import is_large, outer_step_apart
-from lookahead_optim._pieces_torch import Piece, cut
+from lookahead_optim._pieces_torch import cut
 
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 
@@ -88,19 +88,27 @@ def synchronize(
         return
     found = pairs()
     free = [pair for pair in found if pair[1].constraint is None]
-    for piece in cut(*map(_native, zip(*free))) if free else ():
-        _outer_step(piece, slow_step_size)
+    if free:
+        _outer_step(_native(slow for slow, _ in free), _native(fast for _, fast in free), slow_step_size)
     for slow, fast in found:
         if fast.constraint is not None:
-            _outer_step(Piece([slow.value], [fast.value]), slow_step_size)
+            _outer_step([slow.value], [fast.value], slow_step_size)
             slow.assign(fast.constraint(slow.value))
             # In a stateless scope the assignment has made a new value.
             fast.value.copy_(slow.value)
 
 
-def _outer_step(piece: Piece, slow_step_size: float) -> None:
-    # Nobody notes whether these weights need care. So they are asked each time, where that needs no wait for a GPU.
-    outer_step_apart(piece, slow_step_size, is_careful=piece.slow[0].is_cpu and is_large(piece.slow))
+def _outer_step(slow: list[torch.Tensor], fast: list[torch.Tensor], slow_step_size: float) -> None:
+    """Make the outer step. On the CPU it is noted on slow weights that they need no care, to ask them once."""
+    is_careful = slow[0].is_cpu and any(_version_noted(weight) != weight._version for weight in slow) and is_large(slow)
+    for piece in cut(slow, fast):
+        is_careful = outer_step_apart(piece, slow_step_size, is_careful)
+    for weight in slow:
+        weight._lookahead_needs_no_care = None if is_careful else weight._version  # type: ignore[attr-defined]
+
+
+def _version_noted(weight: Any) -> int | None:
+    return getattr(weight, "_lookahead_needs_no_care", None)
 
 
 def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
