@@ -26,7 +26,7 @@ SMALL_AIMS = {
     "call by call": {"SGD": 1.40, "Adam": 1.10},
     "a graph of TensorFlow": {"SGD": 1.60, "Adam": 1.20},
     # There a copy that is only passed to a step and back costs nearly that much.
-    "compiled by XLA": {"SGD": 2.40, "Adam": 1.55},
+    "compiled by XLA": {"SGD": 2.00, "Adam": 1.55},
 }
 TRAINING_AIM = 1.02
 # How many times as long a step of TensorFlow Addons takes.
