@@ -141,7 +141,7 @@ bench-quick: .venv/.installed  ## See in two minutes that the benchmarks run, wi
 # On a machine that has PyTorch, JAX and Optax for its GPU; ARGS="--wheels FOLDER" brings what it lacks.
 GPU_PYTHON ?= $(PYTHON)
 
-gpu:  ## Find out on a GPU, in eight minutes, whether Lookahead is correct there, waits for it, and what it costs.
+gpu:  ## Find out on a GPU, in at most eight minutes, whether Lookahead is correct there, waits for it, and what it costs.
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
 
 # Those of the docs: a run on another machine makes a file of its own.

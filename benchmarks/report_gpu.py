@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cases import ARRAYS
+from gpu import PARTS, label
 from report import OURS, markdown
 from timing import limit
 
@@ -65,8 +66,9 @@ def tests(runs):
     rows = []
     for name, (commit, result) in found.items():
         failed = "; ".join(result.get("failures", {})) or "none"
-        rows.append([name, commit, str(result.get("passed", 0)), failed])
-    return markdown(["tests of", "commit", "passed", "failed"], rows)
+        skipped = "; ".join(f"{number}: {reason}" for reason, number in result.get("skipped", {}).items()) or "none"
+        rows.append([name, commit, str(result.get("passed", 0)), skipped, failed])
+    return markdown(["tests of", "commit", "passed", "skipped", "failed"], rows)
 
 
 def training(runs):
@@ -100,8 +102,10 @@ def optax_steps(runs):
             if isinstance(figures, dict) and program != "bare" and "in place" not in program:
                 share = figures["share of the time until the host goes on"]["median"]
                 bare = milliseconds(result["bare"]["seconds"])
-                rows.append([name, bare, program, shown(figures["ratio"]), f"{share:.2f}"])
-    return markdown(["weights, inner", "bare, ms", "program", "over bare", "share until the host goes on"], rows)
+                size = f"{figures['gigabytes, as planned']:.3g}"
+                rows.append([name, bare, program, shown(figures["ratio"]), f"{share:.2f}", size])
+    header = ["weights, inner", "bare, ms", "program", "over bare", "share until the host goes on", "GB planned"]
+    return markdown(header, rows)
 
 
 def syncs(runs):
@@ -186,13 +190,15 @@ def graphs(runs):
 
 
 def missing(runs):
-    """Return which parts were cut off in the last run that had them, and by what."""
+    """Return which parts were cut off in the last run that had them, or never ran to their end."""
     ends = {}
     for run in runs:
         for one in run["parts"]:
+            ends.setdefault(one["part"], "the run was cut short in it")
             if one["case"] == "end":
-                ends[one["part"]] = one["result"].get("failed", "").strip().splitlines()
-    rows = [[part, lines[-1]] for part, lines in ends.items() if lines]
+                ends[one["part"]] = (one["result"].get("failed", "").strip().splitlines() or [""])[-1]
+    reasons = {label(part): ends.get(label(part), "it was not begun") for part in PARTS}
+    rows = [[part, reason] for part, reason in reasons.items() if reason]
     return markdown(["part", "why it has no end"], rows) if rows else "None.\n"
 
 
@@ -206,8 +212,8 @@ def plot_steps(runs, path):
     panels = figure.subplots(1, len(inners), sharey=True)
     labels = list(dict.fromkeys(name.rsplit(", ", 3)[0] for name in found))
     for axes, inner in zip(panels, inners):
-        for row, label in enumerate(labels):
-            result = found.get(f"{label}, {inner}, period 6", {})
+        for row, size in enumerate(labels):
+            result = found.get(f"{size}, {inner}, period 6", {})
             for offset, (name, marker) in enumerate(((OURS, "o"), ("timm", "s"), ("pytorch_optimizer", "^"))):
                 if name in result:
                     y, color = row + 0.2 * (offset - 1), f"C{offset}"

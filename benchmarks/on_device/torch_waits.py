@@ -57,7 +57,7 @@ def calls_of(step, steps):
         # The profiler itself waits at its end.
     counts = collections.Counter()
     for event in profiler.events():
-        if event.name.startswith("cuda"):
+        if event.name.startswith("cu"):
             counts[event.name] += 1
         elif event.device_type != torch.autograd.DeviceType.CPU:
             counts["copies and sets" if event.name.startswith("Mem") else "kernels"] += 1

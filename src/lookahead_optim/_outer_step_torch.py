@@ -1,6 +1,7 @@
 """The outer step on lists of PyTorch tensors: where the slow weights go, and where the fast ones restart."""
 
 import functools
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
@@ -41,9 +42,17 @@ def _kernel() -> Callable[[Tensor, Tensor, float], bool] | None:
         if not is_broken:
             try:
                 run(slow, fast, slow_step_size)
-            except Exception:
+            except Exception as error:
                 # Triton needs a C compiler, which not every machine has. What fails, fails before anything is moved.
                 is_broken = True
+                warnings.warn(
+                    "Lookahead synchronises large weights by operations of PyTorch, which are slower than its kernel, "
+                    f"as Triton could not run that: {type(error).__name__}: {error!s:.500}",
+                    stacklevel=2,
+                )
+            else:
+                # As every operation of PyTorch does. Otherwise a backward pass would not see that its weights changed.
+                torch.autograd.graph.increment_version((slow, fast))
         return not is_broken
 
     return run_if_it_compiles

@@ -36,6 +36,8 @@ def outer_step(slow: Tensor, fast: Tensor, slow_step_size: float) -> None:
         fast: The fast weight, of the same shape, dtype and device. Both lie in memory without gaps, in one order.
         slow_step_size: The slow step size.
     """
+    # PyTorch interpolates such weights in float32, and decides in it, too.
+    is_below_half = float(torch.tensor(slow_step_size, dtype=torch.float32)) < 0.5
     with torch.cuda.device_of(slow):
         blocks = triton.cdiv(slow.numel(), _BLOCK)
-        _kernel[(blocks,)](slow, fast, slow.numel(), slow_step_size, slow_step_size < 0.5, BLOCK=_BLOCK, num_warps=8)
+        _kernel[(blocks,)](slow, fast, slow.numel(), slow_step_size, is_below_half, BLOCK=_BLOCK, num_warps=8)
