@@ -13,17 +13,18 @@ from lookahead_optim.keras._outer_step_jax import Values
 
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 
-# A count is no variable where an inner optimizer has an `iterations` of its own.
-Counter: TypeAlias = keras.Variable | jax.Array | int
+# What decides: a count, or whether the slow weights were captured. A count is no variable where an inner optimizer has
+# an `iterations` of its own.
+Scalar: TypeAlias = keras.Variable | jax.Array | int
 IsDue: TypeAlias = Callable[[jax.Array], jax.Array]
 # Pairs of a slow weight and its fast one.
 Pairs: TypeAlias = Callable[[], Sequence[tuple[keras.Variable, keras.Variable]]]
 
 
 def _update_if_due(
-    counter: Counter, is_due: IsDue, pairs: Pairs, update: Callable[[Values, keras.Variable], Values]
+    scalar: Scalar, is_due: IsDue, pairs: Pairs, update: Callable[[Values, keras.Variable], Values]
 ) -> None:
-    """Assign `update(values, fast)` to each pair of `pairs()` if `is_due(counter)`.
+    """Assign `update(values, fast)` to each pair of `pairs()` if `is_due(scalar)`.
 
     Eagerly this is Python's `if`. In a traced step it is `lax.cond`, which all other steps should not pay for. Two
     barriers see to that. Without them `lax.cond` takes every output that both branches hand on unchanged, such as the
@@ -31,7 +32,7 @@ def _update_if_due(
     optimizer, which updates it: XLA then copies it before, at every step. Behind `optimization_barrier` no output is an
     input, so that all weights pass through both branches, and donated buffers are updated in place.
     """
-    pending = is_due(read(counter))
+    pending = is_due(read(scalar))
     is_traced = isinstance(pending, jax.core.Tracer)
     if not (is_traced or pending):
         return
@@ -53,30 +54,30 @@ def _update_if_due(
         fast.assign(new.fast)
 
 
-def capture(counter: Counter, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
-    """Set every slow weight of `pairs()` to its fast one if `is_due(counter)`."""
-    _update_if_due(counter, is_due, pairs, lambda values, fast: _outer_step_jax.capture(values))
+def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
+    """Set every slow weight of `pairs()` to its fast one if `is_due(scalar)`."""
+    _update_if_due(scalar, is_due, pairs, lambda values, fast: _outer_step_jax.capture(values))
 
 
 def synchronize(
-    counter: Counter, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
+    scalar: Scalar, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
 ) -> None:
-    """Make the outer step of all `pairs()` if `is_due(counter)`."""
+    """Make the outer step of all `pairs()` if `is_due(scalar)`."""
 
     def update(values: Values, fast: keras.Variable) -> Values:
         return _outer_step_jax.outer_step(values, slow_step_size, fast.constraint)
 
-    _update_if_due(counter, is_due, pairs, update)
+    _update_if_due(scalar, is_due, pairs, update)
 
 
-def mark_captured(captured: keras.Variable, counter: Counter, is_applied: IsDue, counts_by_one: bool) -> None:
+def mark_captured(captured: keras.Variable, counter: Scalar, is_applied: IsDue, counts_by_one: bool) -> None:
     """Set `captured` to one if `is_applied(counter)`."""
     captured.assign(jnp.where(is_applied(read(counter)), 1, captured.value))
 
 
-def read(counter: Counter) -> jax.Array:
+def read(scalar: Scalar) -> jax.Array:
     """Return the value of a scalar integer: a variable, an array or a number."""
-    return jnp.asarray(counter.value if isinstance(counter, keras.Variable) else counter)
+    return jnp.asarray(scalar.value if isinstance(scalar, keras.Variable) else scalar)
 
 
 def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:

@@ -16,8 +16,9 @@ __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients",
 
 
 Variable: TypeAlias = keras.Variable | tf.Variable
-# A count is no variable where an inner optimizer has an `iterations` of its own.
-Counter: TypeAlias = Variable | tf.Tensor | int
+# What decides: a count, or whether the slow weights were captured. A count is no variable where an inner optimizer has
+# an `iterations` of its own.
+Scalar: TypeAlias = Variable | tf.Tensor | int
 IsDue: TypeAlias = Callable[[tf.Tensor], tf.Tensor | bool]
 Pairs: TypeAlias = Callable[[], Sequence[tuple[Variable, Variable]]]
 
@@ -30,19 +31,19 @@ def _native_pairs(pairs: Pairs) -> Callable[[], list[Pair]]:
     return lambda: [Pair(_native(slow), _native(fast), fast.constraint) for slow, fast in pairs()]
 
 
-def capture(counter: Counter, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
-    """Set every slow weight of `pairs()` to its fast one if `is_due(counter)`."""
-    _outer_step_tensorflow.capture(_native(counter), is_due, _native_pairs(pairs))
+def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
+    """Set every slow weight of `pairs()` to its fast one if `is_due(scalar)`."""
+    _outer_step_tensorflow.capture(_native(scalar), is_due, _native_pairs(pairs))
 
 
 def synchronize(
-    counter: Counter, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
+    scalar: Scalar, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
 ) -> None:
-    """Make the outer step of all `pairs()` if `is_due(counter)`."""
-    _outer_step_tensorflow.synchronize(_native(counter), is_due, _native_pairs(pairs), slow_step_size)
+    """Make the outer step of all `pairs()` if `is_due(scalar)`."""
+    _outer_step_tensorflow.synchronize(_native(scalar), is_due, _native_pairs(pairs), slow_step_size)
 
 
-def mark_captured(captured: Variable, counter: Counter, is_applied: IsDue, counts_by_one: bool) -> None:
+def mark_captured(captured: Variable, counter: Scalar, is_applied: IsDue, counts_by_one: bool) -> None:
     """Set `captured` to one if `is_applied(counter)`."""
     if tf.executing_eagerly():
         if not read(captured) and is_applied(read(counter)):
@@ -51,9 +52,9 @@ def mark_captured(captured: Variable, counter: Counter, is_applied: IsDue, count
         captured.assign(tf.where(is_applied(read(counter)), tf.ones_like(read(captured)), read(captured)))
 
 
-def read(counter: Counter) -> Any:
+def read(scalar: Scalar) -> Any:
     """Return the value of a scalar integer: a variable, a tensor or a number. In eager execution it is an `int`."""
-    value = tf.convert_to_tensor(_native(counter))
+    value = tf.convert_to_tensor(_native(scalar))
     return int(value) if tf.executing_eagerly() else value
 
 

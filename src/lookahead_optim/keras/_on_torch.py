@@ -19,8 +19,9 @@ from lookahead_optim._pieces_torch import cut
 
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
 
-# A count is no variable where an inner optimizer has an `iterations` of its own.
-Counter: TypeAlias = keras.Variable | torch.Tensor | int
+# What decides: a count, or whether the slow weights were captured. A count is no variable where an inner optimizer has
+# an `iterations` of its own.
+Scalar: TypeAlias = keras.Variable | torch.Tensor | int
 IsDue: TypeAlias = Callable[[int], bool]
 # Pairs of a slow weight and its fast one.
 Pairs: TypeAlias = Callable[[], Sequence[tuple[keras.Variable, keras.Variable]]]
@@ -33,13 +34,13 @@ def _native(variables: Iterable[keras.Variable]) -> list[torch.Tensor]:
     return [variable._value for variable in variables]
 
 
-def _read(counter: Counter, counts_by_one: bool = False) -> int:
+def _read(scalar: Scalar, counts_by_one: bool = False) -> int:
     """Return the value of a scalar integer, from the device only if the host cannot know it.
 
     The host notes the value on the tensor. What was noted holds until the tensor's version changes. If that has changed
     once, by a step of an optimizer that `counts_by_one`, the step has added one.
     """
-    tensor: Any = counter.value if isinstance(counter, keras.Variable) else torch.as_tensor(counter)
+    tensor: Any = scalar.value if isinstance(scalar, keras.Variable) else torch.as_tensor(scalar)
     # Private: nothing public says whether a tensor was written to.
     version = tensor._version
     noted_version, noted, noted_after_step = getattr(tensor, "_lookahead_noted", (None, 0, False))
@@ -56,13 +57,13 @@ def _note(tensor: Any, value: int, counts_by_one: bool = False) -> None:
 
 
 @torch.compiler.disable
-def read(counter: Counter) -> int:
+def read(scalar: Scalar) -> int:
     """Return the value of a scalar integer: a variable, a tensor or a number."""
-    return _read(counter)
+    return _read(scalar)
 
 
 @torch.compiler.disable
-def mark_captured(captured: keras.Variable, counter: Counter, is_applied: IsDue, counts_by_one: bool) -> None:
+def mark_captured(captured: keras.Variable, counter: Scalar, is_applied: IsDue, counts_by_one: bool) -> None:
     """Set `captured` to one if `is_applied(counter)`."""
     if not _read(captured) and is_applied(_read(counter, counts_by_one)):
         captured.assign(1)
@@ -71,9 +72,9 @@ def mark_captured(captured: keras.Variable, counter: Counter, is_applied: IsDue,
 
 @torch.compiler.disable
 @torch.no_grad()
-def capture(counter: Counter, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
-    """Set every slow weight of `pairs()` to its fast one if `is_due(counter)`."""
-    if is_due(_read(counter, counts_by_one)) and (found := pairs()):
+def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
+    """Set every slow weight of `pairs()` to its fast one if `is_due(scalar)`."""
+    if is_due(_read(scalar, counts_by_one)) and (found := pairs()):
         slow, fast = map(_native, zip(*found))
         torch._foreach_copy_(slow, fast)
 
@@ -81,10 +82,10 @@ def capture(counter: Counter, is_due: IsDue, pairs: Pairs, counts_by_one: bool =
 @torch.compiler.disable
 @torch.no_grad()
 def synchronize(
-    counter: Counter, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
+    scalar: Scalar, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
 ) -> None:
-    """Make the outer step of all `pairs()` if `is_due(counter)`."""
-    if not is_due(_read(counter, counts_by_one)):
+    """Make the outer step of all `pairs()` if `is_due(scalar)`."""
+    if not is_due(_read(scalar, counts_by_one)):
         return
     found = pairs()
     free = [pair for pair in found if pair[1].constraint is None]

@@ -42,8 +42,8 @@ def completes_step(after: optax.OptState) -> jax.Array:
     return answer
 
 
-def restarted_line_searches(state: optax.OptState, is_moved: ArrayLike) -> optax.OptState:
-    """Return a state for parameters that something else has moved, if `is_moved`.
+def restarted_line_searches(state: optax.OptState, is_moved_otherwise: ArrayLike) -> optax.OptState:
+    """Return a state for parameters that something else has moved, if `is_moved_otherwise`.
 
     Line searches keep their last value for `optax.value_and_grad_from_state`. It computes value and gradient anew where
     the one that was kept is infinite.
@@ -52,7 +52,9 @@ def restarted_line_searches(state: optax.OptState, is_moved: ArrayLike) -> optax
     def restart(node: Any) -> Any:
         if not isinstance(node, _LINE_SEARCHES):
             return node
-        return node._replace(value=jax.tree.map(lambda value: jnp.where(is_moved, jnp.inf, value), node.value))
+        return node._replace(
+            value=jax.tree.map(lambda value: jnp.where(is_moved_otherwise, jnp.inf, value), node.value)
+        )
 
     return jax.tree.map(restart, state, is_leaf=lambda node: isinstance(node, _LINE_SEARCHES))
 

@@ -15,7 +15,7 @@ from lookahead_optim.optax._count import SlowStepSize
 from lookahead_optim.optax._slow_weights import is_weight
 from lookahead_optim.optax._trees import map_at_paths_of
 
-__all__ = ["is_one", "outer_step", "restarted_params", "restarting_updates"]
+__all__ = ["is_one", "outer_step", "params_after_sync", "updates_to_sync"]
 
 
 def outer_step(slow: ArrayLike, fast: ArrayLike, slow_step_size: SlowStepSize) -> jax.Array:
@@ -65,8 +65,8 @@ def is_one(slow_step_size: SlowStepSize) -> bool:
     return isinstance(slow_step_size, float) and slow_step_size == 1
 
 
-def restarted_params(
-    is_due: jax.Array, slow: optax.Params, fast: optax.Params, updates: optax.Updates, slow_step_size: SlowStepSize
+def params_after_sync(
+    is_sync: jax.Array, slow: optax.Params, fast: optax.Params, updates: optax.Updates, slow_step_size: SlowStepSize
 ) -> optax.Params:
     """Return the parameters after the outer step, if it is due, or else the fast ones.
 
@@ -79,13 +79,13 @@ def restarted_params(
     def restart(slow: ArrayLike, fast: ArrayLike, update: ArrayLike | None) -> ArrayLike:
         if update is None or not is_weight(slow):
             return fast
-        return jnp.where(is_due, outer_step(slow, fast, slow_step_size), fast)
+        return jnp.where(is_sync, outer_step(slow, fast, slow_step_size), fast)
 
     return fast if is_one(slow_step_size) else map_at_paths_of(restart, slow, fast, updates)
 
 
-def restarting_updates(
-    is_due: jax.Array, slow: optax.Params, updates: optax.Updates, params: optax.Params, slow_step_size: SlowStepSize
+def updates_to_sync(
+    is_sync: jax.Array, slow: optax.Params, updates: optax.Updates, params: optax.Params, slow_step_size: SlowStepSize
 ) -> optax.Updates:
     """Return updates that lead to the same parameters, up to the rounding of the update and of the sum."""
 
@@ -93,15 +93,15 @@ def restarting_updates(
         if update is None or not is_weight(slow):
             return update
         update = jnp.asarray(update)
-        return jnp.where(is_due, _restarting_update(slow, update, jnp.asarray(param), slow_step_size), update)
+        return jnp.where(is_sync, _update_to_sync(slow, update, jnp.asarray(param), slow_step_size), update)
 
     return updates if is_one(slow_step_size) else map_at_paths_of(restart, slow, updates, params)
 
 
-def _restarting_update(slow: ArrayLike, update: jax.Array, param: jax.Array, slow_step_size: SlowStepSize) -> jax.Array:
+def _update_to_sync(slow: ArrayLike, update: jax.Array, param: jax.Array, slow_step_size: SlowStepSize) -> jax.Array:
     """Return the update from a parameter to where the outer step brings it, in place of the one to the fast weight."""
     if jnp.iscomplexobj(param):
-        return _by_parts(_restarting_update, slow, update, param, slow_step_size=slow_step_size)
+        return _by_parts(_update_to_sync, slow, update, param, slow_step_size=slow_step_size)
     fast = (param + update).astype(param.dtype)
     end, start = _wide(outer_step(slow, fast, slow_step_size)), _wide(param)
     # Equal infinities, such as those of a mask among the parameters, have no difference. Nothing moves them.

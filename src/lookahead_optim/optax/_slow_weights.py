@@ -79,7 +79,7 @@ def _keep(slow: optax.Params, params: optax.Params) -> optax.Params:
     return slow
 
 
-def mark_stale(state: optax.OptState, is_moved: ArrayLike) -> optax.OptState:
+def mark_stale(state: optax.OptState, is_moved_otherwise: ArrayLike) -> optax.OptState:
     """Mark the state of any optimizer as stale, if something else than an inner update has moved the parameters.
 
     That is a sync or the user. A scalar of a state may be in a node of its own, as `nnx` has it.
@@ -88,11 +88,11 @@ def mark_stale(state: optax.OptState, is_moved: ArrayLike) -> optax.OptState:
     def mark(node: Any) -> Any:
         if not isinstance(node, LookaheadState):
             return node
-        captured = jax.tree.map(lambda captured: jnp.where(is_moved, 0, captured), node.captured)
-        return node._replace(inner_state=mark_stale(node.inner_state, is_moved), captured=captured)
+        captured = jax.tree.map(lambda captured: jnp.where(is_moved_otherwise, 0, captured), node.captured)
+        return node._replace(inner_state=mark_stale(node.inner_state, is_moved_otherwise), captured=captured)
 
     state = jax.tree.map(mark, state, is_leaf=lambda node: isinstance(node, LookaheadState))
-    return restarted_line_searches(state, is_moved)
+    return restarted_line_searches(state, is_moved_otherwise)
 
 
 class Missing(NamedTuple):

@@ -15,7 +15,7 @@ from lookahead_optim.optax._arguments import (
 )
 from lookahead_optim.optax._combinators import completes_step, is_applied
 from lookahead_optim.optax._count import SlowStepSize, SyncPeriod, is_due, is_off, next_count, slow_step_size_at
-from lookahead_optim.optax._outer_step import restarted_params, restarting_updates
+from lookahead_optim.optax._outer_step import params_after_sync, updates_to_sync
 from lookahead_optim.optax._slow_weights import LookaheadState, capture_if_stale, initial, mark_stale
 from lookahead_optim.optax._trees import add_updates
 
@@ -49,6 +49,7 @@ class LookaheadTransformation(optax.GradientTransformationExtraArgs):
                 but the parameters do not have what it does to the updates afterwards.
             ValueError: as an update of `lookahead`.
         """
+        # Handled in `_Lookahead.update`; why, `_ForParams` says.
         _, step = self.update(_ForParams(grads), state, params, **extra_args)
         if not isinstance(step, _Step):
             raise TypeError(
@@ -193,10 +194,10 @@ class _Lookahead:
         if isinstance(updates, _ForParams):
             fast = add_updates(params, inner_updates)
             if not is_off(self.sync_period):
-                fast = restarted_params(is_sync, slow, fast, inner_updates, slow_step_size)
+                fast = params_after_sync(is_sync, slow, fast, inner_updates, slow_step_size)
             return None, _Step(fast, new_state)
         if not is_off(self.sync_period):
-            inner_updates = restarting_updates(is_sync, slow, inner_updates, params, slow_step_size)
+            inner_updates = updates_to_sync(is_sync, slow, inner_updates, params, slow_step_size)
         return inner_updates, new_state
 
     def _advance(
@@ -211,6 +212,7 @@ class _Lookahead:
         step = jnp.where(is_step, next_count(state.step, self.sync_period), state.step)
         is_sync = is_step & is_due(step, self.sync_period)
         captured = jnp.where(is_sync | (self.sync_period == 0), 0, 1)
+        # States of wrappers inside are marked by the first line, this one's own by `captured`.
         new_state = LookaheadState(
             inner_state=mark_stale(inner_state, is_sync),
             slow_params=slow,

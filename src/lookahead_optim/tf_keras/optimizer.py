@@ -41,6 +41,8 @@ def _clipping(name: str) -> property:
     return property(get, set_, doc=f"The wrapper's own `{name}` if it was given one, else the inner optimizer's.")
 
 
+# The protocol of Keras. Its bases, one on the other: `Saving` (files), `SlowWeights` (who has one, capture, sync) and
+# `Counting` (the step count).
 @keras.utils.register_keras_serializable(package="Addons")
 class Lookahead(Saving):
     r"""Lookahead: `k` steps forward, one step back. A drop-in for `tfa.optimizers.Lookahead`.

@@ -82,7 +82,7 @@ class Lookahead(Optimizer):
     inner_optimizer: Optimizer
     _names: Names
     # These two objects are never replaced, as tools copy an optimizer's attributes into an object of theirs.
-    _slow: SlowWeights
+    _slow_weights: SlowWeights
     _blocks: Blocks
     # Whether settings and counts were compared with those of other processes.
     _is_compared: bool
@@ -109,7 +109,7 @@ class Lookahead(Optimizer):
         # The base class' constructor is not called. It would make parameter groups and a state of its own, while those
         # of a wrapper are the inner optimizer's. What is left of it, the dictionaries of hooks, is what `__setstate__`
         # makes for an optimizer that was read from a file.
-        self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow": SlowWeights(names.slow)})
+        self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow_weights": SlowWeights(names.slow)})
         self._adopt_groups()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ class Lookahead(Optimizer):
                 setattr(self, name, state[name])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("inner_optimizer", "_names", "_slow")}
+        return {name: self.__dict__[name] for name in ("inner_optimizer", "_names", "_slow_weights")}
 
     def __getattr__(self, name: str) -> Any:
         """Return what only the inner optimizer has: `train` and `eval` of `schedulefree`, for example."""
@@ -175,7 +175,7 @@ class Lookahead(Optimizer):
     @property  # type: ignore[override]
     def state(self) -> State:
         """A live view, for each parameter the inner optimizer's entries and a copy of the slow weight, `"slow"`."""
-        inner, slow, view = self.inner_optimizer.state, self._slow, self.__dict__.get("_state")
+        inner, slow, view = self.inner_optimizer.state, self._slow_weights, self.__dict__.get("_state")
         # The same object as long as it shows the optimizer's state. One that was kept shows the state of its time.
         if view is None or view.inner is not inner or view.slow_by_parameter is not slow.by_parameter:
             view = self.__dict__["_state"] = State(inner, slow)
@@ -183,10 +183,10 @@ class Lookahead(Optimizer):
 
     @state.setter
     def state(self, state: Mapping[Any, Any]) -> None:
-        if not (isinstance(state, State) and state.slow.name == self._slow.name):
-            state = State.of(state, self._slow)
+        if not (isinstance(state, State) and state.slow.name == self._slow_weights.name):
+            state = State.of(state, self._slow_weights)
         self.inner_optimizer.state = state.inner  # type: ignore[assignment]
-        self._slow.replace(state.slow_by_parameter)
+        self._slow_weights.replace(state.slow_by_parameter)
 
     def _adopt_groups(self) -> None:
         """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint.
@@ -196,7 +196,7 @@ class Lookahead(Optimizer):
         for group in self.param_groups:
             if complete_group(group, self._names, self.defaults):
                 for parameter in group["params"]:
-                    self._slow.forget(parameter)
+                    self._slow_weights.forget(parameter)
 
     def _active_groups(self) -> list[tuple[int, Group]]:
         period = self._names.sync_period
@@ -208,8 +208,8 @@ class Lookahead(Optimizer):
         return [(index, group) for index, group in active if (group[count] + steps_ahead) % group[period] == 0]
 
     def _synchronize(self, groups: list[tuple[int, Group]]) -> None:
-        followers = [wrapper._slow for wrapper in _wrappers(self.inner_optimizer)]
-        self._slow.synchronize(groups, self._names, followers)
+        followers = [wrapper._slow_weights for wrapper in _wrappers(self.inner_optimizer)]
+        self._slow_weights.synchronize(groups, self._names, followers)
 
     @torch.compiler.disable
     def _begin_step(self) -> None:
@@ -222,11 +222,11 @@ class Lookahead(Optimizer):
         self._adopt_groups()
         for index, group in self._due_groups(steps_ahead=1):
             for wrapper in _wrappers(self):
-                wrapper._slow.check_shapes(index, group)
+                wrapper._slow_weights.check_shapes(index, group)
         if not self._is_compared:
             check_equal_on_all_ranks(self.param_groups, self._names)
             self._is_compared = True
-        self._slow.capture_new(self._active_groups(), self._names)
+        self._slow_weights.capture_new(self._active_groups(), self._names)
 
     @torch.compiler.disable
     def _end_step(self) -> None:
@@ -239,7 +239,7 @@ class Lookahead(Optimizer):
             group[count] += 1
         due = self._due_groups()
         for _, group in due:
-            self._slow.drop_frozen(group)
+            self._slow_weights.drop_frozen(group)
         if due:
             self._synchronize(due)
 
@@ -310,7 +310,9 @@ class Lookahead(Optimizer):
             self._adopt_groups()
             inner = self.inner_optimizer.state_dict()
             # In a block the parameters are the slow weights, and not what these can be captured from again.
-            state_dict = with_slow_weights(inner, self.param_groups, self._slow, keep_all=self._blocks.is_any_open())
+            state_dict = with_slow_weights(
+                inner, self.param_groups, self._slow_weights, keep_all=self._blocks.is_any_open()
+            )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -339,10 +341,10 @@ class Lookahead(Optimizer):
         with self._blocks.lock:
             self._adopt_groups()
             inner_state_dict, slow_weights = split(state_dict, self.param_groups, self._names, is_innermost)
-            inner_slow_weights = [wrapper._slow for wrapper in _wrappers(self.inner_optimizer)]
+            inner_slow_weights = [wrapper._slow_weights for wrapper in _wrappers(self.inner_optimizer)]
             load_inner(inner_state_dict, self.inner_optimizer, inner_slow_weights, self._names)
             self._adopt_groups()
-            self._slow.load(slow_weights)
+            self._slow_weights.load(slow_weights)
         self._is_compared = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -353,8 +355,8 @@ class Lookahead(Optimizer):
         The slow weights are captured now, so weights must be loaded before. Each process counts its own steps.
         """
         self._adopt_groups()
-        self._slow.capture_new(self._active_groups(), self._names)
-        for slow in self._slow.by_parameter.values():
+        self._slow_weights.capture_new(self._active_groups(), self._names)
+        for slow in self._slow_weights.by_parameter.values():
             slow.share_memory_()
         if hasattr(self.inner_optimizer, "share_memory"):
             self.inner_optimizer.share_memory()
@@ -383,8 +385,8 @@ class Lookahead(Optimizer):
             for wrapper in _wrappers(self):
                 wrapper._adopt_groups()
                 stepped = [group for _, group in wrapper._active_groups() if group[wrapper._names.lookahead_step]]
-                wrapper._slow.replace({})
-                wrapper._slow.capture([parameter for group in stepped for parameter in group["params"]], set())
+                wrapper._slow_weights.replace({})
+                wrapper._slow_weights.capture([parameter for group in stepped for parameter in group["params"]], set())
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
@@ -400,7 +402,7 @@ class Lookahead(Optimizer):
             RuntimeError: if a parameter has changed its shape, before the block or in it.
         """
         self._adopt_groups()
-        with self._blocks.block(self._slow, self.param_groups), gathered_anew(self._slow.by_parameter):
+        with self._blocks.block(self._slow_weights, self.param_groups), gathered_anew(self._slow_weights.by_parameter):
             yield
 
 
