@@ -253,7 +253,7 @@ def test_the_figures_of_a_gpu_in_the_readme_are_those_of_the_results():
         )
     ]
     sentence = (
-        "a step with Adam takes {} of the bare one, with SGD {}, and with 400 small weights {}, where `optax.lookahead` "
-        "takes {}."
+        "a step with Adam takes {} of the bare one, with SGD {}, and with 400 small weights {}, where "
+        "`optax.lookahead` takes {}."
     )
     assert sentence.format(*figures) in " ".join(text.split())
