@@ -25,6 +25,7 @@ from typing import Annotated
 import typer
 
 import machine
+import report
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -87,15 +88,8 @@ class Findings:
         with self.lock:
             self.parts.append({"part": part, "case": case, "result": result})
             runs = [*self.earlier, {**self.about, "parts": self.parts}]
-            self.path.write_text("[\n" + ",\n".join(map(written, runs)) + "\n]\n")
+            self.path.write_text(report.written(runs, by_line="parts"))
         print(f"{part}: {case}: {str(result)[:300]}", flush=True)
-
-
-def written(run: dict[str, object]) -> str:
-    """Return a run as JSON, with a line for each result."""
-    lines = ",\n".join(json.dumps(one, separators=(",", ":")) for one in run["parts"])
-    about = json.dumps({key: value for key, value in run.items() if key != "parts"})
-    return f'{about[:-1]}, "parts": [\n{lines}\n]}}'
 
 
 def label(part: Part) -> str:
@@ -109,21 +103,19 @@ def run_part(part: Part, device: str, environment: dict[str, str], findings: Fin
     start = time.monotonic()
     variables = {**environment, "LOOKAHEAD_DEVICE": device, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     variables.pop("KERAS_BACKEND", None)
-    if part.backend:
-        variables["KERAS_BACKEND"] = part.backend
+    if part.backend or not part.tests:
+        # The benchmarks' programs of JAX import Keras.
+        variables["KERAS_BACKEND"] = part.backend or "jax"
     if device == "cpu":
         variables["JAX_PLATFORMS"] = "cpu"
-    if part.name in ("jax_steps", "jax_training", "jax_memory", "jax_designs"):
-        # Of the benchmarks' programs, which import Keras.
-        variables["KERAS_BACKEND"] = "jax"
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "tests.xml"
+        xml = Path(folder) / "tests.xml"
         if part.tests:
-            options = ["-q", "-n", str(part.workers), "-p", "no:cacheprovider", "-W", "default", f"--junitxml={report}"]
+            options = ["-q", "-n", str(part.workers), "-p", "no:cacheprovider", "-W", "default", f"--junitxml={xml}"]
             command = [sys.executable, "-m", "pytest", *options, *part.tests]
         else:
             command = [sys.executable, FOLDER / "on_device" / "worker.py", part.name, device]
-        # The limits are those of a machine with a GPU, and more cores.
+        # The limits are meant for a machine with a GPU and with more cores.
         limit, lines = part.seconds if device != "cpu" else 10 * part.seconds, []
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True, **pipes) as process:
@@ -137,7 +129,7 @@ def run_part(part: Part, device: str, environment: dict[str, str], findings: Fin
         is_late = not timer.is_alive()
         timer.cancel()
         if part.tests:
-            findings.add(name, "tests", tests_of(report) if report.exists() else {"failed": "".join(lines)[-3000:]})
+            findings.add(name, "tests", tests_of(xml) if xml.exists() else {"failed": "".join(lines)[-3000:]})
     seconds = round(time.monotonic() - start, 1)
     end = {"seconds": seconds, "limit": limit}
     if is_late:
@@ -153,10 +145,10 @@ def _kill(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, 9)
 
 
-def tests_of(report: Path) -> dict[str, object]:
-    """Return how many tests passed, and what failed or was skipped, of a report of pytest."""
+def tests_of(xml: Path) -> dict[str, object]:
+    """Return how many tests passed, and what failed or was skipped, of a report of pytest in XML."""
     found: dict[str, object] = {"passed": 0, "skipped": {}, "failures": {}}
-    for case in ET.parse(report).iter("testcase"):
+    for case in ET.parse(xml).iter("testcase"):
         name = f"{case.get('classname', '').rsplit('.', 1)[-1]}::{case.get('name')}"
         outcomes = {child.tag: child for child in case if child.tag in ("failure", "error", "skipped")}
         if "skipped" in outcomes:

@@ -191,6 +191,12 @@ def small_aims(mode):
 
 def training_aims(run):
     """Return the table of aims for training steps: rows of modes, loops and forms, columns of models and optimizers."""
+    rows = training_rows(run, lambda result, name: verdict_of(result, name, TRAINING_AIM))
+    return verdicts(rows, MODELS, LARGE_AIMS)
+
+
+def training_rows(run, figure):
+    """Return `figure(result, name)` of training steps at period 6: rows of modes, columns of models and optimizers."""
     rows = {}
     for one in of_kind(run, "training"):
         case, result = one["case"], one["result"]
@@ -198,8 +204,8 @@ def training_aims(run):
             for name in result:
                 if name.startswith(OURS):
                     row = rows.setdefault(f"{case['mode']}, {case['loop']}{form(name)}", {})
-                    row[case["model"], case["inner"]] = verdict_of(result, name, TRAINING_AIM)
-    return verdicts(rows, MODELS, LARGE_AIMS)
+                    row[case["model"], case["inner"]] = figure(result, name)
+    return rows
 
 
 def verdict_of(result, name, aim):
@@ -384,14 +390,7 @@ def plot_training(run, path):
     from matplotlib.figure import Figure
 
     columns = [*itertools.product(MODELS, LARGE_AIMS)]
-    found = {}
-    for one in of_kind(run, "training"):
-        case, result = one["case"], one["result"]
-        if case["period"] == 6:
-            for name in result:
-                if name.startswith(OURS):
-                    row = found.setdefault(f"{case['mode']}, {case['loop']}{form(name)}", {})
-                    row[case["model"], case["inner"]] = ratio_of(result, name)
+    found = training_rows(run, ratio_of)
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, column in zip(figure.subplots(1, len(columns), sharey=True, sharex=True), columns):
         for index, row in enumerate(found.values()):
@@ -493,13 +492,13 @@ def read(paths):
     return sorted(runs, key=lambda run: (run["date"], run["time"]))
 
 
-def written(runs):
-    """Return runs as JSON, each in lines of its own: a line for each result."""
+def written(runs, by_line="results"):
+    """Return runs as JSON, each in lines of its own: a line for each element of its entry `by_line`."""
     texts = []
     for run in runs:
-        results = ",\n".join(json.dumps(one, separators=(",", ":")) for one in run["results"])
-        about = json.dumps({key: value for key, value in run.items() if key != "results"}, separators=(",", ":"))
-        texts.append(f'{about[:-1]},"results":[\n{results}\n]}}')
+        elements = ",\n".join(json.dumps(one, separators=(",", ":")) for one in run[by_line])
+        about = json.dumps({key: value for key, value in run.items() if key != by_line}, separators=(",", ":"))
+        texts.append(f'{about[:-1]},"{by_line}":[\n{elements}\n]}}')
     return "[" + ",\n".join(texts) + "]\n"
 
 

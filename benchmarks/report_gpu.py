@@ -100,11 +100,18 @@ def optax_steps(runs):
     for name, result in cases_of(runs, "jax_steps").items():
         for program, figures in result.items():
             if isinstance(figures, dict) and program != "bare" and "in place" not in program:
-                share = figures["share of the time until the host goes on"]["median"]
+                share = figures["share of a step after which the host continues"]["median"]
                 bare = milliseconds(result["bare"]["seconds"])
                 size = f"{figures['gigabytes, as planned']:.3g}"
                 rows.append([name, bare, program, shown(figures["ratio"]), f"{share:.2f}", size])
-    header = ["weights, inner", "bare, ms", "program", "over bare", "share until the host goes on", "GB planned"]
+    header = [
+        "weights, inner",
+        "bare, ms",
+        "program",
+        "over bare",
+        "share after which the host continues",
+        "GB planned",
+    ]
     return markdown(header, rows)
 
 

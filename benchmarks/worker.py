@@ -106,17 +106,16 @@ def main(module, name=None):
     about = {"versions": installed(programs.versions()), "threads": threads()}
     for line in sys.stdin:
         case = Case(**json.loads(line))
-        others = None
+        more = {}
         if name:
             result = memory_of(programs, case, name)
         elif case.kind == "memory":
             result = list(programs.optimizers(case))
         else:
-            result, others = measure(programs, case)
+            result, more["others"] = measure(programs, case)
             gc.collect()
-        answer = {"result": result, **about} if others is None else {"result": result, "others": others, **about}
         # Frameworks print, too.
-        print("\nRESULT " + json.dumps(answer), flush=True)
+        print("\nRESULT " + json.dumps({"result": result, **more, **about}), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 from lookahead_optim.torch import Lookahead
 
 BATCH, FEATURES = 64, 256
+# Steps before the capture.
+WARM_UP = 3
 
 
 def make_step(
@@ -46,7 +48,7 @@ def make_step(
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(WARM_UP):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -61,7 +63,7 @@ def make_step(
 def train(device: str, steps: int, use_graph: bool = True) -> torch.optim.Optimizer:
     """Make `steps` steps, and return the optimizer."""
     step, optimizer = make_step(device, use_graph=use_graph)
-    for _ in range(steps - 3 if use_graph else steps):
+    for _ in range(steps - WARM_UP if use_graph else steps):
         step()
     return optimizer
 

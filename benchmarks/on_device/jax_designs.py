@@ -49,9 +49,7 @@ def _design(capture, restart):
     def make(optimizer):
         def step(params, state, grads):
             inner, slow, count, captured = state
-            slow = capture(captured == 0, slow, params)
-            if isinstance(slow, tuple):
-                slow, params = slow
+            slow, params = capture(captured == 0, slow, params)
             updates, inner = optimizer.update(grads, inner, params)
             fast = optax.apply_updates(params, updates)
             count = count + 1
@@ -65,7 +63,7 @@ def _design(capture, restart):
 
 
 def capture_by_conditional(is_stale, slow, params):
-    return jax.lax.cond(is_stale, lambda slow, params: params, lambda slow, params: slow, slow, params)
+    return jax.lax.cond(is_stale, lambda slow, params: params, lambda slow, params: slow, slow, params), params
 
 
 def capture_by_conditional_of_all(is_stale, slow, params):
@@ -80,11 +78,11 @@ def capture_by_conditional_of_all(is_stale, slow, params):
 
 
 def capture_by_choice(is_stale, slow, params):
-    return jax.tree.map(lambda slow, param: jnp.where(is_stale, param, slow), slow, params)
+    return jax.tree.map(lambda slow, param: jnp.where(is_stale, param, slow), slow, params), params
 
 
 def no_capture(is_stale, slow, params):
-    return slow
+    return slow, params
 
 
 def restart_by_choice(is_due, slow, fast):

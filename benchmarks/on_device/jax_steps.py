@@ -59,7 +59,9 @@ def measure_steps(programs, cycles):
         found[name] = {
             "seconds": summary(times[name]),
             "ratio": summary(ratios(times[name], times["bare"])),
-            "share of the time until the host goes on": summary([program.dispatch(PERIOD) for _ in range(cycles)]),
+            "share of a step after which the host continues": summary(
+                [program.dispatch(PERIOD) for _ in range(cycles)]
+            ),
             "gigabytes, as planned": (cost[0] if isinstance(cost, list) else cost).get("bytes accessed", 0) / 1e9,
             "in the program": {
                 one: text.count(f" {one}(") for one in ("conditional", "while", "fusion", "copy", "call")

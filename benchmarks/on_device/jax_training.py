@@ -1,4 +1,4 @@
-"""Optax: whole training steps of a transformer in bfloat16, over those of the bare optimizer."""
+"""Optax: whole training steps of a transformer in bfloat16, over the same steps with the bare optimizer."""
 
 import jax
 import jax.numpy as jnp

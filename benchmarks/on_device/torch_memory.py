@@ -2,15 +2,8 @@
 
 import torch
 
-from lookahead_optim.torch import Lookahead
 from on_device.shapes import GIB, count, transformer
-
-PERIOD = 6
-INNER = {
-    "SGD, foreach": lambda weights: torch.optim.SGD(weights, 1e-3, foreach=True),
-    "AdamW, fused": lambda weights: torch.optim.AdamW(weights, 1e-3, fused=True),
-    "AdamW, foreach": lambda weights: torch.optim.AdamW(weights, 1e-3, foreach=True),
-}
+from on_device.torch_optimizers import INNER, PERIOD, WRAPPERS
 
 
 def cases(device):
@@ -38,7 +31,7 @@ def memory(make, shapes, dtype, device):
     else:
         allocated, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
         reset = torch.cuda.reset_peak_memory_stats
-    for name, wrap in {"bare": lambda one: one, "lookahead-optim": lambda one: Lookahead(one, PERIOD)}.items():
+    for name, wrap in WRAPPERS.items():
         start = allocated()
         weights = [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
         for weight in weights:

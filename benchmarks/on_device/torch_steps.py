@@ -52,9 +52,5 @@ def ratios_of(shapes, inner, period, device):
     return {
         "bare, seconds": summary(times["bare"]),
         **{name: summary(ratios(times[name], times["bare"])) for name in programs if name != "bare"},
-        "versions": {name: _version(name) for name in programs if name in of_torch.PEERS},
+        "versions": {name: importlib.metadata.version(name) for name in programs if name in of_torch.PEERS},
     }
-
-
-def _version(name):
-    return importlib.metadata.version(name)

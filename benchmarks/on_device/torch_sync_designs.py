@@ -32,8 +32,6 @@ def designs(shapes, dtype, device):
     few = slice(0, 12)
     found = {}
     for name, make in DESIGNS.items():
-        if len(shapes) > 100 and name in FOR_FEW:
-            continue
         try:
             start = time.perf_counter()
             # First on copies of some weights, to see whether the results are right.
@@ -171,4 +169,3 @@ DESIGNS = {
     "compiled, one by one": compiled_one_by_one,
     **{f"kernel, blocks of {block}, {warps} warps": kernel(block, warps) for block, warps in BLOCKS},
 }
-FOR_FEW = ("compiled, whole list",)

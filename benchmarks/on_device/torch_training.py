@@ -1,4 +1,4 @@
-"""PyTorch: whole training steps of a transformer in bfloat16 and of a ResNet-18, over those of the bare optimizer."""
+"""PyTorch: whole training steps of a transformer in bfloat16 and of a ResNet-18, over the same steps bare."""
 
 import random
 

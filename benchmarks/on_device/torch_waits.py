@@ -5,18 +5,12 @@ import warnings
 
 import torch
 
-from lookahead_optim.torch import Lookahead
-
-PERIOD = 6
+from on_device.torch_optimizers import INNER, PERIOD, WRAPPERS
 
 
 def cases(device):
     """Return the cases."""
-    inner = {
-        "SGD, foreach": lambda weights: torch.optim.SGD(weights, 1e-3, foreach=True),
-        "AdamW, foreach": lambda weights: torch.optim.AdamW(weights, 1e-3, foreach=True),
-        "AdamW, fused": lambda weights: torch.optim.AdamW(weights, 1e-3, fused=True),
-    }
+    inner = dict(INNER)
     if device != "cpu":
         inner["AdamW, capturable"] = lambda weights: torch.optim.AdamW(weights, 1e-3, capturable=True)
     return {name: lambda make=make: profile(make, device) for name, make in inner.items()} | {
@@ -34,7 +28,7 @@ def weights_on(device):
 def profile(make, device):
     """Return calls of the CUDA runtime in a step between syncs and in a step with a sync, bare and with Lookahead."""
     found = {}
-    for name, wrap in {"bare": lambda one: one, "lookahead-optim": lambda one: Lookahead(one, PERIOD)}.items():
+    for name, wrap in WRAPPERS.items():
         optimizer = wrap(make(weights_on(device)))
         for _ in range(2 * PERIOD):
             optimizer.step()
@@ -67,9 +61,9 @@ def calls_of(step, steps):
 def grad_scaler(device):
     """Return how often the host waits in a step of a `GradScaler`, bare and with Lookahead."""
     found = {}
-    for name, wrap in {"bare": lambda one: one, "lookahead-optim": lambda one: Lookahead(one, PERIOD)}.items():
+    for name, wrap in WRAPPERS.items():
         weights = weights_on(device)
-        optimizer = wrap(torch.optim.AdamW(weights, 1e-3, foreach=True))
+        optimizer = wrap(INNER["AdamW, foreach"](weights))
         scaler = torch.amp.GradScaler(device)
         scaler.scale(torch.zeros((), device=device))
         if device != "cpu":
