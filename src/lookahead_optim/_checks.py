@@ -1,10 +1,80 @@
 """Checks that several front ends make, with the messages that they raise."""
 
+import functools
 import math
 import numbers
-from typing import Any
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["check_outside_block", "check_slow_step_size", "check_sync_period"]
+__all__ = [
+    "check_outside_block",
+    "check_slow_step_size",
+    "check_sync_period",
+    "explain_other_names",
+    "warn_if_over_relaxed",
+    "warn_if_within_first_cycle",
+]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+# What others call the arguments: the paper's code, timm, pytorch_optimizer, torch_optimizer, Optax, PaddlePaddle,
+# keras-lookahead, Ranger, Ranger21, torchft's DiLoCo and programs that were written after these.
+_PERIODS = (
+    "inner_step",
+    "inner_steps",
+    "k",
+    "k_steps",
+    "la_k",
+    "la_steps",
+    "lookahead_k",
+    "lookahead_merge_time",
+    "lookahead_mergetime",
+    "lookahead_steps",
+    "sync_every",
+    "sync_steps",
+)
+_STEP_SIZES = (
+    "alpha",
+    "la_alpha",
+    "lookahead_alpha",
+    "lookahead_blending_alpha",
+    "outer_lr",
+    "slow_lr",
+    "slow_step",
+)
+_INNER_OPTIMIZERS = ("base_opt", "base_optimizer", "fast_optimizer", "inner", "inner_optimizer", "opt", "optimizer")
+
+
+def explain_other_names(
+    inner: str, error: type[Exception] = TypeError
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Return a decorator for what makes a `Lookahead`, `__init__` or a function.
+
+    It raises `error` for a keyword that is another implementation's name of an argument, before Python says that the
+    keyword is unknown or an argument is missing. The signature stays as it is.
+
+    Args:
+        inner: Name of the argument that is the inner optimizer.
+        error: Type of the error, the one that the framework raises for unknown keywords.
+    """
+    names = {**dict.fromkeys(_PERIODS, "sync_period"), **dict.fromkeys(_STEP_SIZES, "slow_step_size")}
+    names |= {name: inner for name in _INNER_OPTIMIZERS if name != inner}
+
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(function)
+        def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            wrong = {name: value for name, value in kwargs.items() if name in names}
+            if wrong:
+                wanted = " and ".join(f"`{names[name]}` for `{name}`" for name in wrong)
+                received = ", ".join(f"{name}={value!r:.100}" for name, value in wrong.items())
+                raise error(f"Write {wanted}: the arguments of Lookahead have these names here. Received: {received}")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def check_sync_period(sync_period: Any) -> int:
@@ -47,4 +117,48 @@ def check_outside_block(is_open: bool, caller: str) -> None:
         raise RuntimeError(
             f"`{caller}` was called inside a `slow_weights()` block, at whose end the fast weights come back. Call "
             "it after the block."
+        )
+
+
+def warn_if_over_relaxed(slow_step_size: float, slow_momentum: float = 0.0, *, stacklevel: int) -> None:
+    """Warn of a slow step size above 1, with `UserWarning`. Slow momentum explains one.
+
+    On a quadratic the inner optimizer multiplies the error by a factor r in each cycle: c^k, if one of the cycle's k
+    updates multiplies it by c. The slow weights go `slow_step_size` of the way from error 1 to error r. So a cycle
+    multiplies their error by 1 - slow_step_size (1 - r), which is -1 at slow_step_size = 2 / (1 - r).
+
+    Args:
+        slow_step_size: A number that was checked.
+        slow_momentum: The slow momentum, a number that was checked.
+        stacklevel: Where the warning is shown: 2 is the caller, 3 is the caller's caller.
+    """
+    if slow_step_size > 1 and not slow_momentum:
+        warnings.warn(
+            "`slow_step_size` above 1 takes the slow weights beyond the fast ones (over-relaxation). On a quadratic, "
+            "where the inner optimizer multiplies the error by r in a cycle, Lookahead converges only below "
+            "2 / (1 - r). From 2 on it cannot converge where the inner optimizer reaches the minimum in a cycle "
+            f"(r = 0). Usual are 0.5 to 0.8. Received: slow_step_size={slow_step_size!r}",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def warn_if_within_first_cycle(
+    updates: int, sync_period: int | None, slow_step_size: float, *, stacklevel: int
+) -> None:
+    """Warn, with `UserWarning`, of a `sync()` that takes the weights back towards where training began.
+
+    Args:
+        updates: How many updates were applied so far.
+        sync_period: The period, or `None` if only the caller knows that the first cycle has not ended.
+        slow_step_size: The slow step size. From 1 on nothing is taken back.
+        stacklevel: As in `warn_if_over_relaxed`.
+    """
+    is_within = updates > 0 and (sync_period is None or updates < sync_period)
+    if is_within and slow_step_size < 1:
+        period = "" if sync_period is None else f" with sync_period={sync_period}"
+        warnings.warn(
+            f"`sync()` in the first cycle takes back {1 - slow_step_size:.3g} of what training has moved the weights, "
+            "as the slow weights are still where it began. For so short a run leave `sync()` out, or choose a shorter "
+            f"`sync_period`. Received: sync() after {updates} update(s){period}",
+            stacklevel=stacklevel + 1,
         )
