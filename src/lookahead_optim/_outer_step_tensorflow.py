@@ -1,4 +1,8 @@
-"""The outer step on TensorFlow variables: pseudo-gradient, slow step, restart; and the capture of slow weights."""
+"""The outer step on TensorFlow variables: pseudo-gradient, slow step, restart; and the capture of slow weights.
+
+`_outer_step` and `_capture_one` say what is done to one pair. `update_if_due` does it to all pairs, if it is due, by
+the control flow that the place asks for.
+"""
 
 import functools
 import math
@@ -20,7 +24,7 @@ def capture(
     count: tf.Variable, is_due: Callable[[tf.Tensor], tf.Tensor | bool], pairs: Callable[[], Sequence[Pair]]
 ) -> tf.Tensor | None:
     """Set every slow weight of `pairs()` to its fast one if `is_due(count)`; return a tensor to wait for."""
-    return update_if_due(count, is_due, pairs, _captured, writes_fast=False)
+    return update_if_due(count, is_due, pairs, _capture_one, writes_fast=False)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -39,7 +43,7 @@ def synchronize(
     return update_if_due(count, is_due, pairs, update)
 
 
-def _captured(pair: Pair) -> list[tf.Operation]:
+def _capture_one(pair: Pair) -> list[tf.Operation]:
     return [pair.slow.assign(pair.fast, read_value=False)]
 
 

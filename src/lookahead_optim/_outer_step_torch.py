@@ -10,10 +10,65 @@ from torch import Tensor
 
 from lookahead_optim._pieces_torch import Piece, is_large_on_gpu
 
-__all__ = ["ask_is_large", "is_large", "outer_step", "outer_step_apart"]
+__all__ = ["ask_is_large", "is_large", "outer_step", "outer_step_unshared"]
 
 
-def outer_step_apart(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
+def outer_step(pieces: list[Piece], slow_step_sizes: list[float], is_careful: bool) -> bool:
+    """Move the slow weights of all pieces, then restart all fast weights from there.
+
+    With s = slow - fast, the pseudo-gradient, this is slow = slow - slow_step_size * s, then fast = slow. No memory is
+    needed for s: both operations in one are a linear interpolation.
+
+    All fast weights are read before the first of them is written, as some may share memory. If none do, call
+    `outer_step_unshared` piece by piece: the restart then finds the slow weights in the CPU's cache. The caller has
+    switched gradients off.
+
+    Args:
+        pieces: What `cut` returned.
+        slow_step_sizes: The slow step size of each piece.
+        is_careful: Whether some weight is not finite, or so large that a difference may overflow.
+
+    Returns:
+        Whether the next outer step must be careful.
+    """
+    is_careful_next = is_careful
+    for piece, slow_step_size in zip(pieces, slow_step_sizes):
+        is_careful_next |= _slow_step(piece, slow_step_size, is_careful)
+    for piece in pieces:
+        torch._foreach_copy_(piece.fast, piece.slow)
+    return is_careful_next
+
+
+def _slow_step(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
+    """Move slow weights towards their fast ones; return whether that has shown that the next step must be careful.
+
+    The difference of two large weights of opposite sign overflows, and the difference of equal infinities is NaN. A
+    careful step replaces what such a difference makes. It takes several times as long. So it is made if `is_large` has
+    found something at capture, and after the first step that left a weight which is not finite. That step itself can
+    only be mended where the fast weight is infinite. (A finite weight that has grown beyond a quarter of the largest
+    number since its capture may become infinite there.)
+
+    Other devices than the CPU would have to be waited for. There only `is_large` finds infinities.
+    """
+    slow, fast = piece
+    if slow_step_size == 1:
+        torch._foreach_copy_(slow, fast)
+    elif slow_step_size == 0:
+        return False
+    elif is_careful or _overflows(slow_step_size, slow):
+        for slow_weight, fast_weight in zip(slow, fast):
+            _slow_step_with_care(slow_weight, fast_weight, slow_step_size)
+    else:
+        # The usual case: slow = slow + slow_step_size * (fast - slow).
+        torch._foreach_lerp_(slow, fast, slow_step_size)
+    if is_careful or not slow[0].is_cpu or _are_finite(slow):
+        return False
+    for slow_weight, fast_weight in zip(slow, fast):
+        slow_weight.copy_(torch.where(fast_weight.isinf(), fast_weight, slow_weight))
+    return True
+
+
+def outer_step_unshared(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
     """Do `outer_step` for one piece, whose fast weights share no memory with others.
 
     A large weight on a GPU, which is a piece by itself, takes one kernel. The operations of PyTorch take two, which
@@ -56,60 +111,6 @@ def _kernel() -> Callable[[Tensor, Tensor, float], bool] | None:
         return not is_broken
 
     return run_if_it_compiles
-
-
-def outer_step(pieces: list[Piece], slow_step_sizes: list[float], is_careful: bool) -> bool:
-    """Move the slow weights of all pieces, then restart all fast weights from there.
-
-    With s = slow - fast, the pseudo-gradient, this is slow = slow - slow_step_size * s, then fast = slow. No memory is
-    needed for s: both operations in one are a linear interpolation.
-
-    All fast weights are read before the first of them is written, as some may share memory. If none do, call
-    `outer_step_apart` piece by piece: the restart then finds the slow weights in the CPU's cache. The caller has
-    switched gradients off.
-
-    Args:
-        pieces: What `cut` returned.
-        slow_step_sizes: The slow step size of each piece.
-        is_careful: Whether some weight is not finite, or so large that a difference may overflow.
-
-    Returns:
-        Whether the next outer step must be careful.
-    """
-    is_careful_next = is_careful
-    for piece, slow_step_size in zip(pieces, slow_step_sizes):
-        is_careful_next |= _slow_step(piece, slow_step_size, is_careful)
-    for piece in pieces:
-        torch._foreach_copy_(piece.fast, piece.slow)
-    return is_careful_next
-
-
-def _slow_step(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
-    """Move slow weights towards their fast ones; return whether that has shown that the next step must be careful.
-
-    The difference of two large weights of opposite sign overflows, and the difference of equal infinities is NaN. A
-    careful step replaces what such a difference makes. It takes several times as long. So it is made if `is_large` has
-    found something at capture, and after the first step that left a weight which is not finite. That step itself can
-    only be mended where the fast weight is infinite. (A finite weight that has grown beyond a quarter of the largest
-    number since its capture may become infinite there.)
-
-    Other devices than the CPU would have to be waited for. There only `is_large` finds infinities.
-    """
-    slow, fast = piece
-    if slow_step_size == 1:
-        torch._foreach_copy_(slow, fast)
-    elif slow_step_size == 0:
-        return False
-    elif is_careful or _overflows(slow_step_size, slow):
-        for slow_weight, fast_weight in zip(slow, fast):
-            _slow_step_with_care(slow_weight, fast_weight, slow_step_size)
-    else:
-        torch._foreach_lerp_(slow, fast, slow_step_size)
-    if is_careful or not slow[0].is_cpu or _are_finite(slow):
-        return False
-    for slow_weight, fast_weight in zip(slow, fast):
-        slow_weight.copy_(torch.where(fast_weight.isinf(), fast_weight, slow_weight))
-    return True
 
 
 def _slow_step_with_care(slow: Tensor, fast: Tensor, slow_step_size: float) -> None:

@@ -77,11 +77,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: keras.Model) -> None:
     variables = model.trainable_variables
     read = _read_h5 if path.endswith((".h5", ".hdf5")) else _read_checkpoint
     weights, iterations, state = read(path, model)
-    if [one.shape for one in weights] != [tuple(one.shape) for one in model.weights]:
-        raise ValueError(
-            f"`path` must have weights of the model's shapes, {[tuple(one.shape) for one in model.weights]}. "
-            f"Received: {[one.shape for one in weights]}"
-        )
+    if (shapes := [array.shape for array in weights]) != (wanted := [tuple(weight.shape) for weight in model.weights]):
+        raise ValueError(f"`path` must have weights of the model's shapes, {wanted}. Received: {shapes}")
     # Under a loss scaler, `lookahead_optim.tf_keras` writes how many of the steps were applied. In Keras 3 there is one
     # count, which also places Adam's bias correction and the learning rate schedule.
     state.pop("lookahead_step", None)
@@ -131,7 +128,9 @@ def _slots_of(inner: Any) -> Mapping[str, str]:
 def _check_layers(model: keras.Model) -> None:
     """Raise `ValueError` for a layer of layers: Keras 2 and 3 list the weights of such in different orders."""
     for layer in model.layers:
-        owners = [one for one in layer._flatten_layers() if one._trainable_variables or one._non_trainable_variables]
+        owners = [
+            part for part in layer._flatten_layers() if part._trainable_variables or part._non_trainable_variables
+        ]
         if owners not in ([], [layer]) and not (isinstance(layer, keras.layers.RNN) and len(owners) == 1):
             raise ValueError(
                 "`model` must have layers that own their weights, not layers of layers, whose weights Keras 2 and 3 "
@@ -143,7 +142,7 @@ def _check_layers(model: keras.Model) -> None:
 def _arrays_of(state: Mapping[str, list[np.ndarray]], name: str, variables: list[Any]) -> list[np.ndarray]:
     """Return the arrays of a slot, one for each variable, or raise `ValueError`."""
     arrays = state.get(name, [])
-    shapes, wanted = [tuple(np.shape(one)) for one in arrays], [tuple(one.shape) for one in variables]
+    shapes, wanted = [tuple(np.shape(array)) for array in arrays], [tuple(variable.shape) for variable in variables]
     if shapes != wanted:
         raise ValueError(
             f"`path` must be a checkpoint with {name!r} arrays of the shapes of the model's trainable variables, "
@@ -198,7 +197,7 @@ def _read_checkpoint(path: str, model: keras.Model) -> tuple[list[np.ndarray], i
     suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
     keys = {key.removesuffix(suffix) for key in reader.get_variable_to_shape_map() if key.endswith(suffix)}
     prefix = "model/" if any(key.startswith("model/layer_with_weights-") for key in keys) else ""
-    wrapper = next((one for one in ("optimizer", "model/optimizer") if f"{one}/iter" in keys), None)
+    wrapper = next((name for name in ("optimizer", "model/optimizer") if f"{name}/iter" in keys), None)
     if wrapper is None:
         raise ValueError(
             "`path` must be a checkpoint of a model and its optimizer. "
@@ -217,11 +216,11 @@ def _read_checkpoint(path: str, model: keras.Model) -> tuple[list[np.ndarray], i
                 )
             weights.append(reader.get_tensor(key + suffix))
             slots = f"{key}/.OPTIMIZER_SLOT/{wrapper}/"
-            for one in sorted(keys):
-                if one.startswith(slots):
+            for slot_key in sorted(keys):
+                if slot_key.startswith(slots):
                     # With a wrapper in the wrapper there are two of the name "slow", which are refused as such.
-                    slot = one.removeprefix(slots).rsplit("/", 1)[-1]
-                    state.setdefault(slot, []).append(reader.get_tensor(one + suffix))
+                    slot = slot_key.removeprefix(slots).rsplit("/", 1)[-1]
+                    state.setdefault(slot, []).append(reader.get_tensor(slot_key + suffix))
     if f"{wrapper}/lookahead_step" in keys:
         state["lookahead_step"] = [reader.get_tensor(f"{wrapper}/lookahead_step{suffix}")]
     return weights, int(reader.get_tensor(f"{wrapper}/iter{suffix}")), state

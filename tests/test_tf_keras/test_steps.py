@@ -96,6 +96,24 @@ def test_a_weight_that_is_not_trained_any_more_is_not_moved_and_its_slow_weight_
         assert_same_bits([one.get_slot(frozen, "slow")], fast)
 
 
+@pytest.mark.parametrize("mode", ["eager", "function"])
+def test_a_frozen_weight_starts_anew_also_where_as_many_are_listed_as_were_trained(mode):
+    frozen, trained, unused = tf.Variable([1.0, 2.0]), tf.Variable([3.0]), tf.Variable([4.0])
+    optimizer = Lookahead(legacy.SGD(0.125), 3, 0.5)
+    step = make_step(mode, optimizer, [frozen, trained])
+    step()
+    step()
+    fast = values([frozen])
+    gradient = tf.constant([1.0])
+
+    def step_without():
+        optimizer.apply_gradients([(gradient, trained), (None, unused)])
+
+    (step_without if mode == "eager" else tf.function(step_without))()
+    assert_same_bits([frozen], fast)
+    assert_same_bits([optimizer.get_slot(frozen, "slow")], fast)
+
+
 @pytest.mark.parametrize("part", ["model", "layer"])
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_a_frozen_model_is_evaluated_and_synchronised_by_what_was_captured(part, run_eagerly):
@@ -225,7 +243,7 @@ def test_to_read_the_count_makes_no_variable_but_keras_own(outer):
     assert int(outer(inner).iterations) == int(inner.iterations) == int(inner.inner_optimizer.iterations) == 0
     assert [one.name for one in inner.weights] == [inner.iterations.name]
     assert inner._applied_steps is None
-    assert inner._captured is None
+    assert inner._capture_state is None
 
 
 @pytest.mark.parametrize("aggregates", [False, True])

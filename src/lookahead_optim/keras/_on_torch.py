@@ -14,7 +14,7 @@ import torch
 # For many small weights that takes longer than a sync.
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from lookahead_optim._outer_step_torch import is_large, outer_step_apart
+from lookahead_optim._outer_step_torch import is_large, outer_step_unshared
 from lookahead_optim._pieces_torch import cut
 
 __all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
@@ -103,7 +103,7 @@ def _outer_step(slow: list[torch.Tensor], fast: list[torch.Tensor], slow_step_si
     """Make the outer step. On the CPU it is noted on slow weights that they need no care, to ask them once."""
     is_careful = slow[0].is_cpu and any(_version_noted(weight) != weight._version for weight in slow) and is_large(slow)
     for piece in cut(slow, fast):
-        is_careful = outer_step_apart(piece, slow_step_size, is_careful)
+        is_careful = outer_step_unshared(piece, slow_step_size, is_careful)
     for weight in slow:
         weight._lookahead_needs_no_care = None if is_careful else weight._version  # type: ignore[attr-defined]
 

@@ -25,8 +25,9 @@ class Pair(NamedTuple):
 class SlowWeights:
     """The slow weights of one wrapper. They are variables that the wrapper made, and tracks.
 
-    *Captured* is a variable of its own, 1 from the first applied update on, until `forget`. It is saved with the slow
-    weights. The step count cannot say it: users assign to it, and checkpoints of bare optimizers have one.
+    *Captured* is a variable of its own: 1 from the first applied update on, until `forget` or a restored checkpoint
+    without slow weights sets it to 0. It is saved with the slow weights. The step count cannot say it: users assign to
+    it, and checkpoints of bare optimizers have one.
     """
 
     def __init__(self, inner_optimizer: keras.optimizers.Optimizer) -> None:
@@ -99,6 +100,8 @@ class SlowWeights:
 
         A frozen weight is not moved. Its slow weight starts anew from it, so as not to draw it back when it is trained
         again. Nor may the slow weights of wrappers inside this one draw any weight back: they start anew, too.
+
+        Only PyTorch's backend uses `counts_by_one`, to know a count without waiting for the device.
         """
 
         def trained() -> list[Pair]:
@@ -112,7 +115,7 @@ class SlowWeights:
 
     def synchronize(self, slow_step_size: float) -> None:
         """Make the outer step now, for frozen weights too."""
-        if self._is_captured_or_shown():
+        if self._show_fast_unless_captured():
             backend.synchronize(self.captured, _always, self.pairs, slow_step_size)
             backend.capture(self.captured, _always, self._pairs_inside)
 
@@ -124,14 +127,14 @@ class SlowWeights:
 
     def to_swap(self) -> Sequence[tuple[keras.Variable | None, keras.Variable]]:
         """Return what a block swaps: each weight and before it its slow weight, or None if that is not captured."""
-        if self._is_captured_or_shown():
+        if self._show_fast_unless_captured():
             return list(zip(self.slow_or_none, self.fast))
         return [(None, fast) for fast in self.fast]
 
-    def _is_captured_or_shown(self) -> bool:
-        """Return whether the slow weights were captured. If not, they show the fast ones from now on.
+    def _show_fast_unless_captured(self) -> bool:
+        """Set the slow weights to the fast ones unless they were captured; return whether they were.
 
-        That is for those who look at them. It is no capture: the next step makes one.
+        This is for who looks at them. It is no capture: the next step makes one.
         """
         is_captured = self.is_captured()
         if self.slow and not is_captured:

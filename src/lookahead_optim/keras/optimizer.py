@@ -1,4 +1,15 @@
-"""The `Lookahead` optimizer for Keras 3."""
+"""The `Lookahead` optimizer for Keras 3: Keras' protocol around the inner optimizer and the slow weights.
+
+Where things happen:
+
+- a sync: `apply`, `_step`, `SlowWeights.synchronize_if_due` in `_slow_weights.py`, `synchronize` of the backend, which
+  ends in `outer_step` of `_outer_step_jax.py`, `_outer_step_tensorflow.py` or `_outer_step_torch.py`;
+- capture: `_step`, `SlowWeights.capture_if_first`, as long as the variable `captured` is 0; `mark_captured` sets it;
+- what is saved: `.keras` and `.weights.h5` files by name, in `_own_variables`; `get_weights` by position, in
+  `variables`; `tf.train.Checkpoint` by what `_track_own` was given;
+- a skipped update: `_step` is not called, or the count that it reads stays;
+- a frozen weight: `SlowWeights.synchronize_if_due`.
+"""
 
 import contextlib
 import operator
@@ -35,6 +46,9 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     The slow weights are captured from the model immediately before the first applied update. Updates that a loss
     scaler skips and micro-steps of gradient accumulation do not count. Everything else is the inner optimizer's:
     learning rate, schedules, clipping, weight decay, EMA, accumulation. State takes one copy of the weights.
+
+    A weight that is not `trainable` when a sync is due is frozen. The sync does not move it, and its slow weight starts
+    anew from its own value.
 
     A `Lookahead` may be inside another. Both count the updates of the innermost optimizer, and all weights restart
     from those that the outer one has synchronised, the inner one's slow weights too.
@@ -312,7 +326,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         weights, variables = self._trainable_variables, self.variables
 
         def update() -> None:
-            values = [[one.value for one in group] for group in (inner.variables, weights)]
+            values = [[variable.value for variable in group] for group in (inner.variables, weights)]
             new_weights, new_state = inner.stateless_apply(values[0], grads, values[1])
             for variable, value in zip([*weights, *inner.variables], [*new_weights, *new_state]):
                 variable.assign(value)
@@ -323,7 +337,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         mapping = [*zip(weights, trainable_variables), *zip(variables, optimizer_variables)]
         with keras.StatelessScope(state_mapping=mapping) as scope:
             self._step(list(grads), update)
-        return [scope.get_current_value(one) for one in weights], [scope.get_current_value(one) for one in variables]
+        current = scope.get_current_value
+        return list(map(current, weights)), list(map(current, variables))
 
     def _build_for(self, variables: list[Any]) -> None:
         self.build(variables)
@@ -343,8 +358,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         if not self.sync_period:
             update()
             return
-        counter, calls = counter_of(self.inner_optimizer)
-        period = self.sync_period * calls
+        counter, calls_per_update = counter_of(self.inner_optimizer)
+        period = self.sync_period * calls_per_update
         with backend.after(grads):
             self._slow_weights.capture_if_first()
             before = backend.read(counter)
@@ -353,7 +368,9 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             counter, _ = counter_of(self.inner_optimizer)
             by_one = counts_by_one(self.inner_optimizer)
             # Only now: an update that raised was none.
-            backend.mark_captured(self._captured, counter, lambda count: count // calls > before // calls, by_one)
+            backend.mark_captured(
+                self._captured, counter, lambda count: count // calls_per_update > before // calls_per_update, by_one
+            )
             if period <= np.iinfo(keras.backend.standardize_dtype(self._iterations.dtype)).max:
                 # Else the count never comes there.
                 self._slow_weights.synchronize_if_due(
@@ -514,7 +531,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     def _own_variables(self) -> dict[str, Any]:
         # Numbers for names would let a bare optimizer's momentum, of the same count and shapes, load as slow weights.
-        # Switched off, it loads into one that was made so, from its config.
+        # A wrapper that is switched off saves none, so that its file loads into a wrapper made with a period of 0.
         return {"captured": self._captured, **self._slow_weights.named()} if self.sync_period and self.built else {}
 
     def save_own_variables(self, store: Any) -> None:

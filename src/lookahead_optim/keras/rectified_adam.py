@@ -129,7 +129,7 @@ class RectifiedAdam(_Adam):
         rate, root, epsilon = learning_rate
         indices = [self._get_variable_index(variable) for variable in variables]
         m, v = ([moments[index].value for index in indices] for moments in (self._momentums, self._velocities))
-        grads = [gradient.to(one.dtype) for gradient, one in zip(grads, m)]
+        grads = [gradient.to(average.dtype) for gradient, average in zip(grads, m)]
         torch._foreach_lerp_(m, grads, 1 - self.beta_1)
         torch._foreach_mul_(v, self.beta_2)
         torch._foreach_addcmul_(v, grads, grads, value=1 - self.beta_2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lookahead_optim._checks import check_slow_step_size, check_sync_period
+from lookahead_optim._checks import check_slow_step_size, check_sync_period, warn_if_over_relaxed
 from lookahead_optim.optax._count import SlowStepSize, SyncPeriod
 from lookahead_optim.optax._slow_weights import LookaheadState, first_missing
 from lookahead_optim.optax._trees import by_path, has_node_types_of, is_array, shapes
@@ -36,11 +36,14 @@ def checked_sync_period(sync_period: Any) -> SyncPeriod:
 
 
 def checked_slow_step_size(slow_step_size: Any) -> SlowStepSize | optax.Schedule:
-    """Return a step size or a schedule, or raise `TypeError` or `ValueError`. Values of arrays are not checked."""
+    """Return a step size or a schedule, or raise `TypeError` or `ValueError`, or warn. Values of arrays are not checked."""
     if callable(slow_step_size):
         return slow_step_size
     if not is_array(slow_step_size):
-        return check_slow_step_size(slow_step_size)
+        number = check_slow_step_size(slow_step_size)
+        # This function, `lookahead`, its decorator and then the user's line.
+        warn_if_over_relaxed(number, stacklevel=4)
+        return number
     _check_scalar("slow_step_size", slow_step_size, (np.integer, np.floating), "a real")
     return slow_step_size
 

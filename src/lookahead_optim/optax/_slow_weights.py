@@ -24,13 +24,13 @@ class LookaheadState(NamedTuple):
     Attributes:
         inner_state: State of the inner transformation.
         slow_params: Tree like the parameters, with their shapes, dtypes and shardings: the slow parameters where
-            `captured` is 1. `None` for what is no number, and if Lookahead is switched off.
+            `captured` is not 0. `None` for what is no number, and if Lookahead is switched off.
         step: int32 scalar, the number of applied updates of the inner transformation. After 2^31 - 1 it goes back by
             one cycle.
         captured: int32 scalar. 0 from `init` or a sync until the next applied update: the slow parameters are the
-            parameters themselves then, and `slow_params` is set to them at the next update. Otherwise 1. (Not a
-            boolean, as some wrappers do arithmetic on states.)
-        next_slow_step_size: float scalar, the slow step size of the next sync.
+            parameters themselves then, and `slow_params` is set to them at the next update. Otherwise the number of
+            applied updates since they were captured.
+        next_slow_step_size: float scalar, the slow step size of the next sync, for `sync`, which has no settings.
     """
 
     inner_state: optax.OptState

@@ -62,7 +62,7 @@ def map_at_paths_of(function: Callable[..., Any], like: Any, tree: Any, *others:
 
     There it has what the function makes of the leaves of `like`, `tree` and the others.
     """
-    mapped = jax.tree.map(function, like, *(at_paths_of(like, one) for one in (tree, *others)))
+    mapped = jax.tree.map(function, like, *(at_paths_of(like, given) for given in (tree, *others)))
     if jax.tree.structure(tree) == jax.tree.structure(mapped):  # type: ignore[operator]
         return mapped
     leaves = by_path(mapped)

@@ -1,4 +1,13 @@
-"""The gradient transformation: Optax' protocol around the inner transformation."""
+"""The gradient transformation: Optax' protocol around the inner transformation.
+
+Where things happen:
+
+- a sync: `_Lookahead.update`, `updates_to_sync` or `params_after_sync` in `_outer_step.py`;
+- capture: `_Lookahead._advance`, `capture_if_stale` in `_slow_weights.py`, where the state's `captured` is 0;
+- what is saved: `LookaheadState` in `_slow_weights.py`;
+- a skipped update: `is_applied` and `completes_step` in `_combinators.py`;
+- a frozen weight: `updates_to_sync`, where its update is `None`.
+"""
 
 from typing import Any, NamedTuple
 
@@ -6,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lookahead_optim._checks import explain_other_names
 from lookahead_optim.optax._arguments import (
     InnerStates,
     as_transformation,
@@ -14,7 +24,7 @@ from lookahead_optim.optax._arguments import (
     checked_sync_period,
 )
 from lookahead_optim.optax._combinators import completes_step, is_applied
-from lookahead_optim.optax._count import SlowStepSize, SyncPeriod, is_due, is_off, next_count, slow_step_size_at
+from lookahead_optim.optax._count import END, SlowStepSize, SyncPeriod, is_due, is_off, next_count, slow_step_size_at
 from lookahead_optim.optax._outer_step import params_after_sync, updates_to_sync
 from lookahead_optim.optax._slow_weights import LookaheadState, capture_if_stale, initial, mark_stale
 from lookahead_optim.optax._trees import add_updates
@@ -24,6 +34,11 @@ __all__ = ["LookaheadTransformation", "lookahead"]
 
 class LookaheadTransformation(optax.GradientTransformationExtraArgs):
     """The `optax.GradientTransformationExtraArgs` that `lookahead` returns, with one function more."""
+
+    def __repr__(self) -> str:
+        rule = getattr(self.update, "__self__", None)
+        # Another function may stand in the place of `update`.
+        return repr(rule) if isinstance(rule, _Lookahead) else super().__repr__()
 
     def apply_gradients(
         self, grads: optax.Updates, state: LookaheadState, params: optax.Params, **extra_args: Any
@@ -77,6 +92,7 @@ class _Step(NamedTuple):
     state: LookaheadState
 
 
+@explain_other_names("inner")
 def lookahead(
     inner: optax.GradientTransformation,
     sync_period: jax.typing.ArrayLike = 6,
@@ -91,21 +107,24 @@ def lookahead(
     .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
     Parameters and updates are plain trees; the slow parameters live in the state. They are captured immediately before
-    the first update, as after a sync before the next one, and take the memory of one more copy of the parameters.
+    the first update, and before the first update after each sync. They take the memory of one more copy of the
+    parameters.
     `slow_params` finds them in the state of any optimizer that this transformation is a part of. After a sync they are
     the parameters that the updates result in, bit for bit, also if something behind it in an `optax.chain` has changed
     these updates.
 
     What counts is an update that is applied. Gradients that `optax.MultiSteps` inside only accumulates, those that
     `optax.apply_if_finite` inside finds not to be finite (also those that it applies in the end, after too many), and
-    the adversarial steps of `optax.contrib.sam` do not. Where such a transformation holds for a part of the parameters
-    only, in an `optax.partition`, put the `lookahead` into that too, around it.
+    the adversarial steps of `optax.contrib.sam` do not. Around the `lookahead`, the first two leave its state as it
+    is then. Where such a transformation holds for a part of the parameters only, in an `optax.partition`, put a
+    `lookahead` around it inside of the `partition`.
 
     A `lookahead` may be inside another. Both count the updates of the innermost transformation, and all parameters
     restart from those that the outer one has synchronised, the inner one's slow ones too.
 
     A weight whose update is `None` at a sync is frozen. The sync does not move it, and its slow weight starts anew from
-    its own value.
+    its own value. A weight whose update is 0, from `optax.set_to_zero` say, takes part. It stays if it has
+    not moved since the last sync.
 
     Args:
         inner: The inner transformation, or an `optax.MultiSteps`. What changes its updates belongs inside:
@@ -115,13 +134,15 @@ def lookahead(
             to 6.
         slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or an Optax schedule of the number of syncs
             so far, `step // sync_period`. (The other front ends take numbers only.) 1 recovers the inner
-            transformation. An array may be traced, and its value is not checked. Defaults to 0.5.
+            transformation. Above 1 there is a `UserWarning`. An array may be traced, and its value is not checked.
+            Defaults to 0.5.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that has `apply_gradients` too.
 
     Raises:
-        TypeError: if `inner`, `sync_period` or `slow_step_size` has the wrong type.
+        TypeError: if `inner`, `sync_period` or `slow_step_size` has the wrong type, or an argument another
+            implementation's name.
         ValueError: if a number is out of range, or, from an update, if it is not given a state of this transformation
             and parameters like those of `init`. Parameters that the state does not have are left alone.
 
@@ -165,6 +186,9 @@ class _Lookahead:
     ) -> None:
         self.inner, self.sync_period, self.slow_step_size = inner, sync_period, slow_step_size
         self.inner_states = InnerStates(inner)
+
+    def __repr__(self) -> str:
+        return f"lookahead({self.inner!r}, sync_period={self.sync_period!r}, slow_step_size={self.slow_step_size!r})"
 
     def init(self, params: optax.Params) -> LookaheadState:
         step = jnp.zeros((), jnp.int32)
@@ -211,8 +235,10 @@ class _Lookahead:
         is_step = is_moved & completes_step(inner_state)
         step = jnp.where(is_step, next_count(state.step, self.sync_period), state.step)
         is_sync = is_step & is_due(step, self.sync_period)
-        captured = jnp.where(is_sync | (self.sync_period == 0), 0, 1)
-        # States of wrappers inside are marked by the first line, this one's own by `captured`.
+        # The adversarial steps of `sam` move the parameters and complete no step.
+        since_capture = jnp.maximum(jnp.minimum(state.captured, END - 1) + is_step, 1)
+        captured = jnp.where(is_sync | (self.sync_period == 0), 0, since_capture)
+        # `mark_stale` marks the states of wrappers inside, and `captured` this one's own.
         new_state = LookaheadState(
             inner_state=mark_stale(inner_state, is_sync),
             slow_params=slow,

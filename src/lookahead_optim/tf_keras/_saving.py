@@ -1,4 +1,14 @@
-"""What is saved and how it comes back: the order of `weights`, checkpoints, and state that is made on first use."""
+"""What is saved and how it comes back: the order of `weights`, checkpoints, and state that is made on first use.
+
+| saved as | what | where |
+|---|---|---|
+| `iter` | the step count | everywhere |
+| slot `slow` | a slow weight | everywhere |
+| `lh_base_optimizer` | the inner optimizer | checkpoints, SavedModels; its weights in `weights` |
+| `lookahead_step` | `_applied_steps`, under a `LossScaleOptimizer` | everywhere |
+| `lookahead_captured` | `_capture_state` | SavedModels |
+| `sync_period`, `slow_step_size` | the settings | the config |
+"""
 
 from typing import Any
 
@@ -34,7 +44,7 @@ class Saving(SlowWeights):
         if name == "lookahead_step":
             self._create_applied_steps()
             return self._applied_steps
-        return self._capture_state if name == "lookahead_captured" else None
+        return self._create_capture_state() if name == "lookahead_captured" else None
 
     def _create_or_restore_slot_variable(
         self, slot_variable_position: Any, slot_name: str, variable: Any, *shape: Any, **kwargs: Any

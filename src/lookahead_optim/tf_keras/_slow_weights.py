@@ -22,7 +22,7 @@ from lookahead_optim.tf_keras._order import appended
 __all__ = ["SlowWeights", "wrappers_in"]
 
 # What `SlowWeights._capture_state` says of the slow weights:
-#   NEVER      at the start. A step captures.
+#   NEVER      at the start. A step captures, for all variables that have a slot.
 #   RESTORED   after slots or weights came from a file. A step captures if the file's count is 0, and not otherwise.
 #   CAPTURED   after a step.
 NEVER, RESTORED, CAPTURED = range(3)
@@ -32,7 +32,10 @@ class SlowWeights(Counting):
     """An optimizer with slow weights, which it captures and synchronises when its protocol asks for it."""
 
     sync_period: int
-    _captured: Any = None
+    # Variable with one of the three above. None before the first step or restoration, and in graphs of TensorFlow 1,
+    # where a restoration is not seen. Checkpoints are TensorFlow Addons' and lack it. A SavedModel has it, as a step
+    # may be in it.
+    _capture_state: Any = None
 
     def __init__(self, name: str, **kwargs: Any) -> None:
         super().__init__(name, **kwargs)
@@ -64,7 +67,7 @@ class SlowWeights(Counting):
         inner = self._optimizer
         self._take_count_of_wrapper_around()
         self._create_applied_steps()
-        _ = self._capture_state
+        self._create_capture_state()
         is_complete = all(id(variable) in self._complete for variable in var_list)
         keeps_order = is_complete or isinstance(inner, SlowWeights)
         with contextlib.nullcontext() if keeps_order else appended(inner, self._placed):
@@ -72,7 +75,8 @@ class SlowWeights(Counting):
         if self.sync_period:
             with contextlib.nullcontext() if is_complete else appended(self, self._placed):
                 for variable in var_list:
-                    # In a graph of TensorFlow 1 it need not have its value yet; the first step captures it.
+                    # For a variable that is new after the first step, the initial value is its capture. In a graph of
+                    # TensorFlow 1 the variable need not have its value yet; there the first step captures it.
                     self.add_slot(variable, "slow", initializer=variable if tf.executing_eagerly() else "zeros")
         self._complete.update({id(variable): variable for variable in var_list})
 
@@ -94,18 +98,13 @@ class SlowWeights(Counting):
             self._fast_variables.setdefault(id(var), var)
         return slot
 
-    @property
-    def _capture_state(self) -> Any:
-        """Variable: `NEVER`, `RESTORED` or `CAPTURED`. None in graphs of TensorFlow 1, where a restoration is not seen.
-
-        Checkpoints are TensorFlow Addons' and lack it; a SavedModel, which may have a training step in it, has it.
-        """
-        if self._captured is None and tf.compat.v1.executing_eagerly_outside_functions():
-            self._captured = self._scalar("lookahead_captured", "zeros")
-        return self._captured
+    def _create_capture_state(self) -> Any:
+        if self._capture_state is None and tf.compat.v1.executing_eagerly_outside_functions():
+            self._capture_state = self._scalar("lookahead_captured", "zeros")
+        return self._capture_state
 
     def _mark_restored(self) -> None:
-        state = self._capture_state
+        state = self._create_capture_state()
         if state is not None:
             with tf.init_scope():
                 state.assign(RESTORED)
@@ -133,8 +132,8 @@ class SlowWeights(Counting):
 
     def _capture(self) -> Any:
         """Capture the slow weights if they were not yet."""
-        state = self._capture_state
-        # An averaging wrapper around, which has a count of its own, loads slow weights without saying so.
+        state = self._create_capture_state()
+        # An averaging wrapper around has a count of its own. What it loads does not come through `set_weights` here.
         if state is None or self._listed_count is None:
             return _outer_step_tensorflow.capture(self._steps, _is_first, self._pairs)
         return _outer_step_tensorflow.capture(state, self._is_due_to_capture, self._pairs)
@@ -177,7 +176,7 @@ class SlowWeights(Counting):
         done = _outer_step_tensorflow.synchronize(
             self._steps, is_due, lambda: pairs(True), self._get_hyper("slow_step_size"), constrain_slow=False
         )
-        if trained is not None and (not tf.executing_eagerly() or len(trained) != len(self._fast_variables)):
+        if trained is not None:
             with after(done):
                 done = operations(done, _outer_step_tensorflow.capture(self._steps, is_due, lambda: pairs(False)))
         # Wrappers inside restart too. Left as they are, their slow weights would draw the fast ones back.

@@ -111,7 +111,9 @@ class AdamW(CheckedAdam):
             decay = tf.cast(decay(self.iterations), var_dtype)
         now["weight_decay"] = decay * now["lr_t"] if self.scale_by_learning_rate else tf.identity(decay)
         # A replica has a variable of its own, but all replicas have one slot.
-        now["decayed"] = None if self._decayed is None else {id(self.get_slot(one, "m")) for one in self._decayed}
+        now["decayed"] = (
+            None if self._decayed is None else {id(self.get_slot(variable, "m")) for variable in self._decayed}
+        )
 
     def _resource_apply_dense(self, grad: Any, var: Any, apply_state: Any = None) -> Any:
         with tf.control_dependencies(self._decay(var, apply_state)):

@@ -35,9 +35,9 @@ class SwapSlowWeights(Swapping, keras.callbacks.Callback):
     def _lookahead(self) -> Lookahead:
         # Under mixed precision a `LossScaleOptimizer` is around it.
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
-        for one in (self.model.optimizer, optimizer):
-            if isinstance(one, Lookahead):
-                return one
+        for candidate in (self.model.optimizer, optimizer):
+            if isinstance(candidate, Lookahead):
+                return candidate
         raise ValueError(
             "`SwapSlowWeights` needs a model compiled with a `lookahead_optim.tf_keras.Lookahead` optimizer. "
             f"Received: model.optimizer={self.model.optimizer!r}"

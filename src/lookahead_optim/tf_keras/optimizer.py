@@ -1,4 +1,14 @@
-"""The `Lookahead` optimizer."""
+"""The `Lookahead` optimizer for Keras 2: Keras' protocol around the inner optimizer and the slow weights.
+
+Where things happen:
+
+- a sync: `apply_gradients`, `SlowWeights._synchronize` in `_slow_weights.py`, `synchronize` in
+  `_outer_step_tensorflow.py`, whose `slow_step` is the arithmetic;
+- capture: `SlowWeights._create_slots`, for a new variable, and `SlowWeights._capture`, for all before the first step;
+- what is saved: `_saving.py`;
+- a skipped step: `_count.py`. `has_crossed` sees a count that stayed; a loss scaler's skipped steps are counted apart;
+- a frozen weight: `SlowWeights._synchronize`.
+"""
 
 import contextlib
 import copy
@@ -54,9 +64,11 @@ class Lookahead(Saving):
     .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
     The slow weights are captured from the variables immediately before their first step. Steps are counted by
-    `iterations`; with a `LossScaleOptimizer` around, which adds those that it skips to `iterations`, by a weight more,
-    the last one. At a sync every variable that the step was given takes part, with or without a gradient; one that it
-    was not given is frozen, and its slow weight starts anew from it. A constraint is applied to the fast weight.
+    `iterations`. A `LossScaleOptimizer` around adds the steps that it skips to `iterations`. The applied steps then
+    have a count of their own, the last of `weights`. At a sync every variable that the step was given takes part, with
+    or without a gradient. A variable that it was not given is frozen, and its slow weight starts anew from it. Under a
+    `LossScaleOptimizer`, which leaves variables out by itself, such a variable takes part. A constraint is applied to
+    the fast weight.
     Weights, slots and checkpoints have the names and the order that they have in TensorFlow Addons, so that those
     written there load here.
 
@@ -153,8 +165,8 @@ class Lookahead(Saving):
         if name == "sync_period":
             # Slots may have to be made now. Slow weights from before a time without any are none.
             self._complete.clear()
-            if not value and self._captured is not None:
-                self._captured.assign(NEVER)
+            if not value and self._capture_state is not None:
+                self._capture_state.assign(NEVER)
 
     @property
     def learning_rate(self) -> Any:
@@ -256,15 +268,17 @@ class Lookahead(Saving):
                 self._create_all_weights(variables)
             captured = self._capture()
             with after(captured):
-                before, iterations = tf.identity(self._steps), tf.identity(self.iterations)
+                steps_before, iterations_before = tf.identity(self._steps), tf.identity(self.iterations)
             # The reads come first in a graph of TensorFlow 1, too.
-            with after(captured, before, iterations):
+            with after(captured, steps_before, iterations_before):
                 applied = self._inner_step(pairs, experimental_aggregate_gradients, kwargs)
             # A step that fails, at the end of a dataset say, ends here: the count comes after all updates.
             with after(applied):
-                marked = self._count_and_mark(iterations)
+                marked = self._count_and_mark(iterations_before)
             with after(applied, *marked):
-                synchronized = self._synchronize(has_crossed(before, self.sync_period), [one for _, one in pairs])
+                synchronized = self._synchronize(
+                    has_crossed(steps_before, self.sync_period), [variable for _, variable in pairs]
+                )
             if tf.compat.v1.executing_eagerly_outside_functions():
                 return applied
             # Here nothing else makes the rest run.
@@ -273,7 +287,7 @@ class Lookahead(Saving):
     def _inner_step(self, pairs: list[Any], aggregate: bool, kwargs: dict[str, Any]) -> Any:
         """Make the inner optimizer's step, by its own `apply_gradients`, after the wrapper's own clipping."""
         inner = self._optimizer
-        clips = any(one is not None for one in (self._clipnorm, self._clipvalue, self._global_clipnorm))
+        clips = any(clip is not None for clip in (self._clipnorm, self._clipvalue, self._global_clipnorm))
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         if clips or self.gradient_transformers or self._own_aggregator:
             pairs = [pair for pair in pairs if pair[0] is not None]
@@ -294,17 +308,19 @@ class Lookahead(Saving):
         aggregate = super()._aggregate_gradients if self._own_aggregator else self._optimizer._aggregate_gradients
         return aggregate(grads_and_vars)
 
-    def _count_and_mark(self, iterations: Any) -> list[Any]:
+    def _count_and_mark(self, iterations_before: Any) -> list[Any]:
         """Count an applied step, and mark the slow weights as captured, if the inner optimizer has counted one."""
         if tf.executing_eagerly() and self._applied_steps is None and self._is_captured():
             return []
-        made = self.iterations - iterations
+        made = self.iterations - iterations_before
         # Wrappers share the count of applied steps: the innermost one adds to it.
         is_innermost = not isinstance(self._optimizer, Lookahead)
         counted = []
         if self._applied_steps is not None and is_innermost:
             counted.append(self._applied_steps.assign_add(made, read_value=False))
         return [*counted, *self._mark_captured(made)]
+
+    # Only averaging wrappers around call these three. `apply_gradients` above does not.
 
     def _resource_apply_dense(self, grad: Any, var: Any, apply_state: Any = None) -> Any:
         return step_of_one_variable(self, "_dense_apply_args", "_resource_apply_dense", var, (grad, var), apply_state)
@@ -428,7 +444,7 @@ keras.utils.get_custom_objects().setdefault("Lookahead", Lookahead)
 
 def _takes(function: Any, name: str) -> bool:
     parameters = inspect.signature(function).parameters
-    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def _check_pairs(grads_and_vars: Any) -> list[tuple[Any, Any]]:

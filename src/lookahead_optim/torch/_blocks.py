@@ -23,7 +23,7 @@ class Blocks:
     leaves them to a block that is still open.
 
     Attributes:
-        lock: Held while a step or a sync is made, and while a block begins or ends.
+        lock: Held while slow weights are read or written: by a step, a sync, a state dict, the ends of a block.
     """
 
     def __init__(self) -> None:
@@ -39,15 +39,15 @@ class Blocks:
         check_outside_block(self.is_any_open(), caller)
 
     @contextlib.contextmanager
-    def block(self, slow: SlowWeights, groups: list[Group]) -> Iterator[None]:
+    def block(self, slow_weights: SlowWeights, groups: list[Group]) -> Iterator[None]:
         """Run a block on slow weights. A block directly inside another block of the same wrapper changes nothing."""
-        block = _Block(slow.name)
+        block = _Block(slow_weights.name)
         with self.lock:
-            is_shown = bool(self._open) and self._open[-1].name == slow.name
+            is_shown = bool(self._open) and self._open[-1].name == slow_weights.name
             self._open.append(block)
             try:
                 if not is_shown:
-                    block.swap_in(slow, groups)
+                    block.swap_in(slow_weights, groups)
             except BaseException:
                 self._close(block)
                 raise
@@ -82,16 +82,17 @@ class _Block:
         self.kept: list[Tensor] = []
 
     @torch.no_grad()
-    def swap_in(self, slow: SlowWeights, groups: list[Group]) -> None:
+    def swap_in(self, slow_weights: SlowWeights, groups: list[Group]) -> None:
         for index, group in enumerate(groups):
-            slow.check_shapes(index, group)
+            slow_weights.check_shapes(index, group)
         parameters = list(dict.fromkeys(parameter for group in groups for parameter in group["params"]))
         self.fast = local([parameter for parameter in parameters if not is_lazy(parameter)])
         self.kept = [fast.detach().clone() for fast in self.fast]
-        members = [parameter for parameter in parameters if parameter in slow.by_parameter]
+        members = [parameter for parameter in parameters if parameter in slow_weights.by_parameter]
         if members:
             # Rounded, if the parameters have another dtype now; the slow weights themselves keep their own.
-            torch._foreach_copy_(local(members), local([slow.by_parameter[parameter] for parameter in members]))
+            shown = [slow_weights.by_parameter[parameter] for parameter in members]
+            torch._foreach_copy_(local(members), local(shown))
 
     @torch.no_grad()
     def swap_out(self) -> None:

@@ -17,7 +17,9 @@ __all__ = ["StateDict", "load_inner", "split", "with_slow_weights"]
 StateDict: TypeAlias = dict[str, Any]
 
 
-def with_slow_weights(state_dict: StateDict, groups: list[Group], slow: SlowWeights, keep_all: bool) -> StateDict:
+def with_slow_weights(
+    state_dict: StateDict, groups: list[Group], slow_weights: SlowWeights, keep_all: bool
+) -> StateDict:
     """Return the inner optimizer's state dict with the slow weights in it.
 
     A parameter that never had a gradient has no entry of the inner optimizer, and most optimizers refuse a state dict
@@ -29,12 +31,12 @@ def with_slow_weights(state_dict: StateDict, groups: list[Group], slow: SlowWeig
         index_of = dict(zip(group["params"], saved["params"]))
         keeps_state = any(isinstance(entries, Mapping) and entries for entries in map(state.get, index_of.values()))
         for parameter, index in index_of.items():
-            slow_weight, entries = slow.by_parameter.get(parameter), state.get(index, {})
-            if slow_weight is None or not isinstance(entries, Mapping):
+            slow, entries = slow_weights.by_parameter.get(parameter), state.get(index, {})
+            if slow is None or not isinstance(entries, Mapping):
                 continue
-            if keeps_state and not entries and not keep_all and _are_same(slow_weight, parameter):
+            if keeps_state and not entries and not keep_all and _are_same(slow, parameter):
                 continue
-            state[index] = {**entries, slow.name: slow_weight}
+            state[index] = {**entries, slow_weights.name: slow}
     return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
@@ -55,7 +57,7 @@ def split(
         )
     for saved in saved_groups:
         check_group(saved, names)
-    state, slow_weights = dict(state_dict["state"]), {}
+    state, slow_by_parameter = dict(state_dict["state"]), {}
     for group, saved in zip(groups, saved_groups):
         for parameter, index in zip(group["params"], saved["params"]):
             entries = state.get(index, {})
@@ -66,7 +68,7 @@ def split(
                 _check_shape(slow, parameter, index)
                 slow = slow.to_dense() if slow.layout is not torch.strided else slow
                 # In the dtype in which it was saved: the parameters may get it back before they are trained.
-                slow_weights[parameter] = slow.detach().to(parameter.device, copy=True)
+                slow_by_parameter[parameter] = slow.detach().to(parameter.device, copy=True)
             # The innermost wrapper removes those of any wrapper: an optimizer may take an entry with something in it
             # for one in which its own is complete.
             of_inner = {
@@ -78,18 +80,18 @@ def split(
                 state[index] = of_inner
             else:
                 state.pop(index, None)
-    return {**state_dict, "state": state}, slow_weights
+    return {**state_dict, "state": state}, slow_by_parameter
 
 
 def load_inner(
-    inner_state_dict: StateDict, inner_optimizer: Optimizer, slow_weights: list[SlowWeights], names: Names
+    inner_state_dict: StateDict, inner_optimizer: Optimizer, inner_slow_weights: list[SlowWeights], names: Names
 ) -> None:
     """Have the inner optimizer load its part. If it cannot, all inside it is as before.
 
     Args:
         inner_state_dict: The first part that `split` returned.
         inner_optimizer: The optimizer, or a `Lookahead` around it.
-        slow_weights: Those of each wrapper in `inner_optimizer`, from the outside to the inside.
+        inner_slow_weights: Those of each wrapper in `inner_optimizer`, from the outside to the inside.
         names: The names of the loading wrapper. Its settings stay where the state dict has none.
 
     Raises:
@@ -98,14 +100,14 @@ def load_inner(
     settings = [{name: group[name] for name in names.settings} for group in inner_optimizer.param_groups]
     needed = [set(group) & set(inner_optimizer.defaults) for group in inner_optimizer.param_groups]
     try:
-        with _restored_on_failure(inner_optimizer, slow_weights):
+        with _restored_on_failure(inner_optimizer, inner_slow_weights):
             inner_optimizer.load_state_dict(inner_state_dict)
             for group, keys in zip(inner_optimizer.param_groups, needed):
                 # Its next step would fail: the groups are those of another class.
                 if missing := sorted(key for key in keys - set(group) if not is_setting(key)):
                     raise ValueError(f"its groups have no {missing}")
     except Exception as error:
-        has_wrappers = bool(slow_weights)
+        has_wrappers = bool(inner_slow_weights)
         if has_wrappers and isinstance(error, (TypeError, ValueError)):
             raise
         name = type(inner_optimizer).__name__
@@ -118,25 +120,25 @@ def load_inner(
 
 
 @contextlib.contextmanager
-def _restored_on_failure(inner_optimizer: Optimizer, slow_weights: list[SlowWeights]) -> Iterator[None]:
+def _restored_on_failure(inner_optimizer: Optimizer, inner_slow_weights: list[SlowWeights]) -> Iterator[None]:
     """Give an optimizer, all that it wraps and the slow weights back what they had if the block raises an exception.
 
     A PyTorch optimizer replaces its state and groups when it loads others, so that keeping the old ones is enough.
     """
     optimizers = [inner_optimizer]
-    for _ in slow_weights:
+    for _ in inner_slow_weights:
         optimizers.append(optimizers[-1].inner_optimizer)  # type: ignore[attr-defined]
     attributes_before = [dict(vars(optimizer)) for optimizer in optimizers]
-    slow_before = [(dict(slow.by_parameter), dict(slow.captured)) for slow in slow_weights]
+    slow_before = [(dict(owner.by_parameter), dict(owner.captured)) for owner in inner_slow_weights]
     try:
         yield
     except BaseException:
         for optimizer, attributes in zip(optimizers, attributes_before):
             vars(optimizer).clear()
             vars(optimizer).update(attributes)
-        for slow, (by_parameter, captured) in zip(slow_weights, slow_before):
-            slow.replace(by_parameter)
-            slow.captured = captured
+        for owner, (by_parameter, captured) in zip(inner_slow_weights, slow_before):
+            owner.replace(by_parameter)
+            owner.captured = captured
         raise
 
 

@@ -1,11 +1,4 @@
-"""The slow weights of one wrapper: which parameters have one, their capture, where they lie, and their sync.
-
-Making lists of parameters and slow weights for `foreach` operations takes longer than checking old lists, so that a
-group's `_Lists` are kept. They are stale if the group has other parameters than before, or if a parameter that had no
-slow weight may have one now: this is looked at before each step, and capture makes new lists. At a sync they are also
-stale if a weight lies elsewhere in memory, and the same parameters and slow weights are laid out anew. A slow weight
-that comes, goes or is assigned from outside makes all lists stale.
-"""
+"""The slow weights of one wrapper: which parameters have one, their capture, where they lie, and their sync."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -15,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lookahead_optim._outer_step_torch import ask_is_large, is_large, outer_step, outer_step_apart
+from lookahead_optim._outer_step_torch import ask_is_large, is_large, outer_step, outer_step_unshared
 from lookahead_optim._pieces_torch import Piece, cut
 from lookahead_optim.torch._fsdp import local
 from lookahead_optim.torch._settings import Group, Names
@@ -62,7 +55,10 @@ class SlowWeights:
         self._lists.clear()
 
     def assign(self, parameter: Tensor, slow: object, by_parameter: dict[Tensor, Tensor]) -> None:
-        """Take a slow weight that was put into a parameter's state, unless the parameter is a new one."""
+        """Take a slow weight that was put into a parameter's state.
+
+        Not that of a new parameter, which will be captured: all parameters are new only before the first capture.
+        """
         if not isinstance(slow, Tensor):
             raise TypeError(
                 f"`state[parameter][{self.name!r}]` must be a tensor, the slow weight. Received: {slow!r} of type "
@@ -90,7 +86,10 @@ class SlowWeights:
         self.replace(by_parameter)
 
     def capture_new(self, groups: Sequence[tuple[int, Group]], names: Names) -> None:
-        """Capture the slow weights of parameters that are new, or no longer frozen, immediately before a step.
+        """Capture the slow weights of parameters that have none and take part, immediately before a step.
+
+        A parameter has none if it or its group is new, if it was frozen at a sync, if the period was 0, after a reset,
+        and if a checkpoint had none.
 
         Args:
             groups: The groups that have a sync period. The slow weights of all other parameters are dropped.
@@ -113,7 +112,7 @@ class SlowWeights:
     @torch.inference_mode(False)
     @torch.no_grad()
     def capture(self, parameters: list[Tensor], stepped: set[Tensor]) -> None:
-        """Capture the slow weights of those `parameters` that take part and have none, and drop all of others.
+        """Capture the slow weights of those `parameters` that take part and have none. Drop those of all others.
 
         A slow weight that was put into the state of an optimizer before it captured any is kept for parameters in
         `stepped`, the groups that have made steps: tools restore an optimizer so.
@@ -168,13 +167,13 @@ class SlowWeights:
         Raises:
             RuntimeError: if a parameter has changed its shape. Nothing is changed then.
         """
-        all_lists = [(slow, slow._lists_of(index, group)) for slow in (self, *followers) for index, group in groups]
-        to_lay_out = [(slow, lists) for slow, lists in all_lists if lists.has_moved()]
-        for slow in dict.fromkeys(slow for slow, _ in to_lay_out):
+        all_lists = [(owner, owner._lists_of(index, group)) for owner in (self, *followers) for index, group in groups]
+        to_lay_out = [(owner, lists) for owner, lists in all_lists if lists.has_moved()]
+        for owner in dict.fromkeys(owner for owner, _ in to_lay_out):
             for index, group in groups:
-                slow.check_shapes(index, group)
-        for slow, lists in to_lay_out:
-            lists.lay_out([slow._at(member) for member in lists.members])
+                owner.check_shapes(index, group)
+        for owner, lists in to_lay_out:
+            lists.lay_out([owner._at(member) for member in lists.members])
         while self._are_large:
             self._is_careful |= self._are_large.pop()()
         own = [lists for _, lists in all_lists[: len(groups)]]
@@ -186,7 +185,7 @@ class SlowWeights:
             self._is_careful = outer_step(pieces, step_sizes, self._is_careful)
         else:
             for piece, step_size in zip(pieces, step_sizes):
-                self._is_careful = outer_step_apart(piece, step_size, self._is_careful)
+                self._is_careful = outer_step_unshared(piece, step_size, self._is_careful)
         for _, lists in all_lists[len(groups) :]:
             for piece in lists.pieces:
                 torch._foreach_copy_(piece.slow, piece.fast)
@@ -211,6 +210,12 @@ class SlowWeights:
 
 class _Lists:
     """A group's weights, as `foreach` operations take them.
+
+    Making these lists takes longer than checking old ones, so that they are kept. They are stale if the group has other
+    parameters than before, or if a parameter that had no slow weight may have one now: this is looked at before each
+    step, and capture makes new lists. At a sync they are also stale if a weight lies elsewhere in memory, and the same
+    parameters and slow weights are laid out anew. A slow weight that comes, goes or is assigned from outside makes all
+    lists stale.
 
     Attributes:
         members: The parameters that have a slow weight, each once.

@@ -56,19 +56,19 @@ class State(_View):
     def __init__(
         self,
         inner: MutableMapping[Any, Any],
-        slow: "SlowWeights",
+        slow_weights: "SlowWeights",
         slow_by_parameter: dict[Tensor, Tensor] | None = None,
     ) -> None:
-        self.inner, self.slow = inner, slow
-        self.slow_by_parameter = slow.by_parameter if slow_by_parameter is None else slow_by_parameter
+        self.inner, self.slow_weights = inner, slow_weights
+        self.slow_by_parameter = slow_weights.by_parameter if slow_by_parameter is None else slow_by_parameter
 
     @classmethod
-    def of(cls, given: Mapping[Any, Any], slow: "SlowWeights") -> "State":
+    def of(cls, given: Mapping[Any, Any], slow_weights: "SlowWeights") -> "State":
         """Return a view of a state that a program has put in the place of an optimizer's."""
-        has_slow = any(isinstance(entries, Mapping) and slow.name in entries for entries in given.values())
+        has_slow = any(isinstance(entries, Mapping) and slow_weights.name in entries for entries in given.values())
         if isinstance(given, defaultdict) and not has_slow:
-            return cls(given, slow, {})
-        state = cls(defaultdict(dict), slow, {})
+            return cls(given, slow_weights, {})
+        state = cls(defaultdict(dict), slow_weights, {})
         state.update(given)
         return state
 
@@ -88,15 +88,15 @@ class State(_View):
 
     def __setitem__(self, key: Any, entries: Any) -> None:
         if isinstance(key, Tensor) and isinstance(entries, Mapping):
-            slow = entries.get(self.slow.name)
+            slow = entries.get(self.slow_weights.name)
             self.forget(key)
             if isinstance(entries, Entries) and entries.owner is not None:
                 # The entries themselves, as a program may change them after it has put them here.
                 entries = entries.entries
-            elif self.slow.name in entries or isinstance(entries, Entries):
-                entries = {name: value for name, value in entries.items() if name != self.slow.name}
+            elif self.slow_weights.name in entries or isinstance(entries, Entries):
+                entries = {name: value for name, value in entries.items() if name != self.slow_weights.name}
             if slow is not None:
-                self.slow.assign(key, slow, self.slow_by_parameter)
+                self.slow_weights.assign(key, slow, self.slow_by_parameter)
         self.inner[key] = entries
 
     def __delitem__(self, key: Any) -> None:
@@ -125,7 +125,7 @@ class State(_View):
 
     def forget(self, key: Any) -> None:
         """Drop the slow weight of a parameter, if there is one."""
-        self.slow.forget(key, self.slow_by_parameter)
+        self.slow_weights.forget(key, self.slow_by_parameter)
 
     def __iter__(self) -> Iterator[Any]:
         return iter([*self.inner, *(key for key in self.slow_by_parameter if key not in self.inner)])
@@ -160,7 +160,7 @@ class Entries(_View):
         return dict, (dict(self),)
 
     def _is_slow(self, name: object) -> bool:
-        return self.owner is not None and name == self.owner[0].slow.name
+        return self.owner is not None and name == self.owner[0].slow_weights.name
 
     def __getitem__(self, name: str) -> Any:
         if self.owner is not None and self._is_slow(name):
@@ -172,7 +172,7 @@ class Entries(_View):
     def __setitem__(self, name: str, value: Any) -> None:
         if self.owner is not None and self._is_slow(name):
             state, parameter = self.owner
-            state.slow.assign(parameter, value, state.slow_by_parameter)
+            state.slow_weights.assign(parameter, value, state.slow_by_parameter)
         else:
             if self.owner is not None and not self.entries and self.owner[1] not in self.owner[0].inner:
                 self.owner[0].inner[self.owner[1]] = self.entries
@@ -193,8 +193,8 @@ class Entries(_View):
 
     def __iter__(self) -> Iterator[str]:
         yield from self.entries
-        if self.owner is not None and self.owner[0].slow.name in self:
-            yield self.owner[0].slow.name
+        if self.owner is not None and self.owner[0].slow_weights.name in self:
+            yield self.owner[0].slow_weights.name
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

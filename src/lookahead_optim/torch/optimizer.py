@@ -1,4 +1,13 @@
-"""The `Lookahead` optimizer: PyTorch's protocol around the inner optimizer and the slow weights."""
+"""The `Lookahead` optimizer: PyTorch's protocol around the inner optimizer and the slow weights.
+
+Where things happen:
+
+- a sync: `step`, `_end_step`, `SlowWeights.synchronize` in `_slow_weights.py`, `outer_step` in `_outer_step_torch.py`;
+- capture: `_begin_step`, `SlowWeights.capture_new`, for each parameter without a slow weight. Slow weights are dropped
+  by `SlowWeights.drop_frozen`, `_complete_groups` (of a new group) and `reset_slow_weights`;
+- what is saved: `state_dict`, `with_slow_weights` in `_checkpoint.py`;
+- a skipped step: no call of `step`, so that nothing happens.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -110,7 +119,7 @@ class Lookahead(Optimizer):
         # of a wrapper are the inner optimizer's. What is left of it, the dictionaries of hooks, is what `__setstate__`
         # makes for an optimizer that was read from a file.
         self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow_weights": SlowWeights(names.slow)})
-        self._adopt_groups()
+        self._complete_groups()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # These belong to the inner optimizer, where their properties put them.
@@ -183,12 +192,12 @@ class Lookahead(Optimizer):
 
     @state.setter
     def state(self, state: Mapping[Any, Any]) -> None:
-        if not (isinstance(state, State) and state.slow.name == self._slow_weights.name):
+        if not (isinstance(state, State) and state.slow_weights.name == self._slow_weights.name):
             state = State.of(state, self._slow_weights)
         self.inner_optimizer.state = state.inner  # type: ignore[assignment]
         self._slow_weights.replace(state.slow_by_parameter)
 
-    def _adopt_groups(self) -> None:
+    def _complete_groups(self) -> None:
         """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint.
 
         The parameters of such a group give up their slow weights, if they have any.
@@ -219,7 +228,7 @@ class Lookahead(Optimizer):
                 "`Lookahead.step()` cannot be captured in a CUDA graph: a replay would not count its steps, so that it "
                 "would never synchronise, or always. Capture forward and backward pass, and step outside."
             )
-        self._adopt_groups()
+        self._complete_groups()
         for index, group in self._due_groups(steps_ahead=1):
             for wrapper in _wrappers(self):
                 wrapper._slow_weights.check_shapes(index, group)
@@ -233,7 +242,9 @@ class Lookahead(Optimizer):
         count = self._names.lookahead_step
         if not all(count in group for group in self.param_groups):
             # The inner optimizer got a group in its step.
-            self._adopt_groups()
+            self._complete_groups()
+        # Every call of `step` counts. Who accumulates gradients does not call it. Nor does a `GradScaler` that has
+        # found infinities; `__getattr__` says why.
         for group in self.param_groups:
             # Not in place: `ZeroRedundancyOptimizer` and users copy groups.
             group[count] += 1
@@ -295,7 +306,7 @@ class Lookahead(Optimizer):
             param_group.pop(self._names.lookahead_step, None)
             check_group(param_group, self._names)
         self.inner_optimizer.add_param_group(param_group)
-        self._adopt_groups()
+        self._complete_groups()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state dict, with `"slow"` for each parameter that has a slow weight.
@@ -307,7 +318,7 @@ class Lookahead(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         with self._blocks.lock:
-            self._adopt_groups()
+            self._complete_groups()
             inner = self.inner_optimizer.state_dict()
             # In a block the parameters are the slow weights, and not what these can be captured from again.
             state_dict = with_slow_weights(
@@ -339,11 +350,11 @@ class Lookahead(Optimizer):
             state_dict = state_dict if result is None else result
         is_innermost = not isinstance(self.inner_optimizer, Lookahead)
         with self._blocks.lock:
-            self._adopt_groups()
+            self._complete_groups()
             inner_state_dict, slow_weights = split(state_dict, self.param_groups, self._names, is_innermost)
             inner_slow_weights = [wrapper._slow_weights for wrapper in _wrappers(self.inner_optimizer)]
             load_inner(inner_state_dict, self.inner_optimizer, inner_slow_weights, self._names)
-            self._adopt_groups()
+            self._complete_groups()
             self._slow_weights.load(slow_weights)
         self._is_compared = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -354,7 +365,7 @@ class Lookahead(Optimizer):
 
         The slow weights are captured now, so weights must be loaded before. Each process counts its own steps.
         """
-        self._adopt_groups()
+        self._complete_groups()
         self._slow_weights.capture_new(self._active_groups(), self._names)
         for slow in self._slow_weights.by_parameter.values():
             slow.share_memory_()
@@ -364,14 +375,14 @@ class Lookahead(Optimizer):
     def sync(self) -> None:
         """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
 
-        Parameters that were frozen since the last sync take part.
+        Parameters that became frozen after the last sync take part.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block, or if a parameter has changed its shape.
         """
         with self._blocks.lock:
             self._blocks.check_none_is_open("sync()")
-            self._adopt_groups()
+            self._complete_groups()
             self._synchronize(self._active_groups())
 
     def reset_slow_weights(self) -> None:
@@ -383,7 +394,7 @@ class Lookahead(Optimizer):
         with self._blocks.lock:
             self._blocks.check_none_is_open("reset_slow_weights()")
             for wrapper in _wrappers(self):
-                wrapper._adopt_groups()
+                wrapper._complete_groups()
                 stepped = [group for _, group in wrapper._active_groups() if group[wrapper._names.lookahead_step]]
                 wrapper._slow_weights.replace({})
                 wrapper._slow_weights.capture([parameter for group in stepped for parameter in group["params"]], set())
@@ -401,7 +412,7 @@ class Lookahead(Optimizer):
         Raises:
             RuntimeError: if a parameter has changed its shape, before the block or in it.
         """
-        self._adopt_groups()
+        self._complete_groups()
         with self._blocks.block(self._slow_weights, self.param_groups), gathered_anew(self._slow_weights.by_parameter):
             yield
 
