@@ -219,6 +219,11 @@ def saved(name, directory):
         kept[kind] = model_state, state = get_state_dict(model, optimizer, options=options(kind))
         if kind != "full":
             dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=directory / f"{name}-{kind}")
+    with optimizer.slow_weights():
+        kept["block"] = model_state, state = get_state_dict(model, optimizer)
+        # The tensors of the model would have the fast weights after the block.
+        kept["block"] = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, kept["block"])
+        dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=directory / f"{name}-block")
     # The tensors are the optimizer's own.
     kept = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, kept)
     result = {"saved": optimizer_state(model, optimizer), "history": train(model, optimizer, SAVED_AFTER)}
@@ -239,12 +244,16 @@ def loaded(name, directory):
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     result = {}
-    for kind in ("sharded", "flat"):
+    for kind in ("sharded", "flat", "block"):
         model = make_model(seed=1)
         if dist.is_initialized():
             shard_model(model)
         optimizer = make_optimizer(name, model.parameters())
         model_state, state = get_state_dict(model, optimizer, options=options(kind))
+        if kind == "block":
+            # Only what the state dict has is loaded.
+            with optimizer.slow_weights():
+                model_state, state = get_state_dict(model, optimizer)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")
             dcp.load({"model": model_state, "optimizer": state}, checkpoint_id=directory / f"{name}-{kind}")

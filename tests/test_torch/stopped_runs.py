@@ -19,6 +19,8 @@ from lookahead_optim.torch import Lookahead
 STEPS = 15
 SAVED_AFTER = range(9)
 KILLED_IN = 7
+# What is loaded first of a checkpoint.
+FIRST = "model", "optimizer"
 
 
 class Run:
@@ -63,10 +65,19 @@ class Run:
     def save(self, path):
         torch.save(self.state(), path)
 
-    def load(self, path):
+    def save_in_block(self, path):
+        with self.optimizer.slow_weights():
+            torch.save({**self.state(), "score": self.score()}, path)
+
+    def score(self):
+        generator = torch.Generator().manual_seed(99)
+        with torch.no_grad():
+            return self.model(torch.randn(8, 3, generator=generator, dtype=self.dtype))
+
+    def load(self, path, first="model"):
         state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for part in ("model", "optimizer") if first == "model" else ("optimizer", "model"):
+            getattr(self, part).load_state_dict(state[part])
         if self.schedule:
             self.schedule.load_state_dict(state["schedule"])
         self.steps = state["steps"]
@@ -143,6 +154,15 @@ def resumed(directory):
     for path in sorted(directory.glob("*-*.pt")):
         name, _ = path.stem.split("-")
         Run(RESUMED_BY[name]).load(path).train().save(path.with_suffix(".result"))
+
+    for path in sorted(directory.glob("*-*.block")):
+        name, _ = path.stem.split("-")
+        for first in FIRST:
+            Run(RESUMED_BY[name]).load(path, first).train().save(path.with_suffix(f".{first}"))
+        # The model alone.
+        run = Run(RESUMED_BY[name])
+        run.model.load_state_dict(torch.load(path, weights_only=True)["model"])
+        torch.save(run.score(), path.with_suffix(".score"))
 
     run = Run(momentum).load(directory / "checkpoint.pt")
     torch.save(run.steps, directory / "resumed_from.result")

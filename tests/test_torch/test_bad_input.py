@@ -143,6 +143,62 @@ def test_numpy_scalars_are_numbers_and_kept_as_those_of_python():
     assert (type(group["sync_period"]), type(group["slow_step_size"])) == (int, float)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"k": 5}, "Write `sync_period` for `k`.*Received: k=5"),
+        ({"la_steps": 5, "la_alpha": 0.5}, "`sync_period` for `la_steps` and `slow_step_size` for `la_alpha`"),
+        ({"alpha": 0.5}, "Write `slow_step_size` for `alpha`"),
+        ({"momentum": 0.9}, "unexpected keyword argument 'momentum'"),
+    ],
+)
+def test_an_argument_by_the_name_of_another_implementation_is_told_the_name_here(given, message):
+    with pytest.raises(TypeError, match=message):
+        Lookahead(torch.optim.SGD(parameters((2,)), 0.1), **given)
+
+
+def test_the_inner_optimizer_by_another_name_is_told_the_name_here():
+    with pytest.raises(TypeError, match="Write `optimizer` for `base_optimizer`"):
+        Lookahead(base_optimizer=torch.optim.SGD(parameters((2,)), 0.1))
+
+
+def test_a_slow_step_size_above_1_is_warned_of_by_the_constructor_and_for_new_groups():
+    first, second, third = parameters((2,), (2,), (2,))
+    with pytest.warns(UserWarning, match="over-relaxation.*Received: slow_step_size=1.5"):
+        optimizer = Lookahead(torch.optim.SGD([{"params": first, "slow_step_size": 1.5}], 0.1))
+    optimizer.add_param_group({"params": second, "slow_step_size": 1.0})
+    with pytest.warns(UserWarning, match="Received: slow_step_size=2.5"):
+        optimizer.add_param_group({"params": third, "slow_step_size": 2.5})
+
+
+def test_a_second_wrapper_of_an_optimizer_is_warned_of_while_the_first_one_is_there():
+    inner = torch.optim.SGD(parameters((2,)), 0.1)
+    first = Lookahead(inner)
+    with pytest.warns(UserWarning, match="Another `Lookahead` is around this optimizer already.*SGD"):
+        Lookahead(inner)
+    Lookahead(first)
+    del first
+    # The second wrapper is gone, too.
+    Lookahead(inner)
+
+
+def test_a_sync_in_the_first_cycle_is_warned_of():
+    weights = parameters((2,), (2,))
+    optimizer = Lookahead(torch.optim.SGD([{"params": weights[0], "sync_period": 2}, {"params": weights[1]}], 0.1), 4)
+    # Nothing was trained yet.
+    optimizer.sync()
+    for step in range(3):
+        set_gradients(weights, step)
+        optimizer.step()
+    with pytest.warns(UserWarning, match="first cycle takes back 0.5 .*after 3 update.*sync_period=4") as caught:
+        optimizer.sync()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    set_gradients(weights, 3)
+    optimizer.step()
+    optimizer.sync()
+
+
 def test_defaults_are_those_of_tensorflow_addons():
     (group,) = Lookahead(torch.optim.SGD(parameters((1,)))).param_groups
     assert (group["sync_period"], group["slow_step_size"]) == (6, 0.5)

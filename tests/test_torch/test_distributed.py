@@ -174,7 +174,7 @@ def test_a_sharded_run_is_saved_in_mid_cycle_and_goes_on_as_one_process(two, in_
     assert_close(two[0]["saved"][name]["history"], in_one_process[name][SAVED_AFTER:])
 
 
-@pytest.mark.parametrize("kind", ["sharded", "flat", "full"])
+@pytest.mark.parametrize("kind", ["sharded", "flat", "full", "block"])
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_a_state_dict_of_a_sharded_optimizer_resumes_bit_for_bit(two, kind, name):
     for result in two:
@@ -184,7 +184,7 @@ def test_a_state_dict_of_a_sharded_optimizer_resumes_bit_for_bit(two, kind, name
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("kind", ["sharded", "flat"])
+@pytest.mark.parametrize("kind", ["sharded", "flat", "block"])
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_a_distributed_checkpoint_loads_in_another_number_of_processes(two, loaded, world_size, kind, name):
     one, other = (result["saved"][name]["saved"] for result in two)

@@ -367,6 +367,119 @@ def test_a_model_saved_in_the_block_has_the_slow_weights(tmp_path):
     assert_same_bits(
         [entry["slow"] for entry in saved["optimizer"]["state"].values()], model_with_batch_norm().parameters()
     )
+    assert_same_bits([entry["fast"] for entry in saved["optimizer"]["state"].values()], fast)
+    assert not any("fast" in entry for entry in optimizer.state_dict()["state"].values())
+
+
+def state_of_block(optimizer):
+    with optimizer.slow_weights():
+        return copy.deepcopy((weights(optimizer), optimizer.state_dict()))
+
+
+def assign(optimizer, others):
+    with torch.no_grad():
+        for parameter, other in zip(weights(optimizer), others):
+            parameter.copy_(other)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_each_level_saves_the_fast_weights_in_a_block_of_any_level(outer):
+    optimizer = train(nested(), 4)
+    fast, expected = values(weights(optimizer)), values(weights(train(nested(), 9)))
+    with optimizer.slow_weights() if outer else optimizer.inner_optimizer.slow_weights():
+        shown, state = copy.deepcopy((weights(optimizer), optimizer.state_dict()))
+        inner_state = optimizer.inner_optimizer.state_dict()
+        assert_same_bits([entry["fast"] for entry in inner_state["state"].values()], fast)
+    other = nested()
+    assign(other, shown)
+    other.load_state_dict(state)
+    assert_same_bits(weights(other), fast)
+    assert_same_bits(weights(train(other, 9, 4)), expected)
+
+
+def test_fast_weights_are_loaded_only_into_parameters_that_hold_the_slow_ones():
+    shown, state = state_of_block(train(wrapped(), 4))
+    other = wrapped()
+    started = [one + 1 for one in shown]
+    assign(other, started[:1] + shown[1:])
+    other.load_state_dict(state)
+    assert_same_bits(weights(other)[:1], started[:1])
+    assert_same_bits(weights(other)[1:], [state["state"][1]["fast"]])
+
+
+def test_a_block_or_a_sync_after_the_load_finds_the_fast_weights():
+    optimizer = train(wrapped(), 4)
+    fast, (shown, state) = values(weights(optimizer)), state_of_block(optimizer)
+    for use in (lambda other: other.sync(), lambda other: other.slow_weights().__enter__()):
+        other = wrapped()
+        other.load_state_dict(state)
+        assign(other, shown)
+        assert_same_bits([entry["fast"] for entry in other.state_dict()["state"].values()], fast)
+        use(other)
+        expected = train(wrapped(), 4)
+        use(expected)
+        assert_same_bits(weights(other), weights(expected))
+
+
+def test_after_a_reset_nothing_of_the_loaded_fast_weights_is_left():
+    shown, state = state_of_block(train(wrapped(), 4))
+    other = wrapped()
+    other.load_state_dict(state)
+    assign(other, shown)
+    other.reset_slow_weights()
+    train(other, 5, 4)
+    assert_same_bits(slow(other), shown)
+
+
+def test_gradients_computed_with_the_slow_weights_are_refused_at_the_first_step():
+    shown, state = state_of_block(train(wrapped(), 4))
+    other = wrapped()
+    other.load_state_dict(state)
+    assign(other, shown)
+    set_gradients(weights(other), 4)
+    with pytest.raises(RuntimeError, match="Load the model before the optimizer"):
+        other.step()
+    assert_same_bits(weights(other), shown)
+    assert other.param_groups[0]["lookahead_step"] == 4
+
+
+def test_the_loaded_fast_weights_wait_for_a_forward_pass_of_their_own_model():
+    model, optimizer = trained_model()
+    fast = values(model.parameters())
+    with optimizer.slow_weights():
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, other_optimizer = trained_model(steps=0)
+    other_optimizer.load_state_dict(saved[1])
+    torch.nn.Linear(2, 2)(torch.ones(1, 2))
+    other.load_state_dict(saved[0])
+    other(torch.ones(4, 3))
+    assert_same_bits(other.parameters(), fast)
+    # What is loaded later is not touched.
+    other.load_state_dict(saved[0])
+    other(torch.ones(4, 3))
+    assert_same_bits([saved[0][name] for name, _ in other.named_parameters()], other.parameters())
+
+
+def test_a_dropped_optimizer_leaves_no_hook():
+    hooks = torch.nn.modules.module._global_forward_pre_hooks
+    before = len(hooks)
+    other = wrapped()
+    other.load_state_dict(state_of_block(train(wrapped(), 4))[1])
+    assert len(hooks) == before + 1
+    del other
+    torch.nn.Linear(2, 2)(torch.ones(1, 2))
+    assert len(hooks) == before
+
+
+@pytest.mark.parametrize("fast", [torch.ones(3), 1.0])
+def test_a_fast_weight_that_does_not_fit_is_refused(fast):
+    optimizer = train(wrapped(), 4)
+    _, state = state_of_block(optimizer)
+    state["state"][0]["fast"] = fast
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match="fast weight of shape"):
+        optimizer.load_state_dict(state)
+    assert_same_bits(everything(optimizer), before)
 
 
 def test_a_copy_made_in_the_block_is_outside_of_it():

@@ -7,7 +7,7 @@ from tests import child_processes
 from tests.child_processes import finish, kill_when_reached
 from tests.test_torch import stopped_runs
 from tests.test_torch.by_hand import ByHand
-from tests.test_torch.stopped_runs import RUNS, SAVED_AFTER, STEPS, Run
+from tests.test_torch.stopped_runs import FIRST, RUNS, SAVED_AFTER, STEPS, Run
 
 TIMEOUT = 120
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,6 +27,7 @@ def directory(tmp_path_factory, one_thread):
             run = Run(make)
             for step in SAVED_AFTER:
                 run.train(step).save(directory / f"{name}-{step}.pt")
+                run.save_in_block(directory / f"{name}-{step}.block")
             run.train().save(directory / f"{name}.result")
         Run(stopped_runs.bare_adam, torch.float64).train(6).save(directory / "bare.pt")
         kill_when_reached(killed, directory / "reached", TIMEOUT)
@@ -64,6 +65,23 @@ def test_a_run_resumes_in_a_new_process_bit_for_bit(directory, name, step):
     resumed, never_stopped = read(directory / f"{name}-{step}.result"), read(directory / f"{name}.result")
     assert resumed["steps"] == STEPS
     assert_same_state(resumed, never_stopped)
+
+
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("step", SAVED_AFTER)
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_saved_in_a_block_resumes_bit_for_bit_whatever_is_loaded_first(directory, name, step, first):
+    assert_same_state(read(directory / f"{name}-{step}.{first}"), read(directory / f"{name}.result"))
+
+
+@pytest.mark.parametrize("step", SAVED_AFTER)
+@pytest.mark.parametrize("name", RUNS)
+def test_the_model_saved_in_a_block_is_the_model_that_was_scored_there(directory, name, step):
+    saved = read(directory / f"{name}-{step}.block")
+    assert torch.equal(read(directory / f"{name}-{step}.score"), saved["score"])
+    if step % 12 in (1, 2, 5):
+        # Between syncs of any group, the scored model is another one.
+        assert not torch.equal(saved["score"], Run(RUNS[name]).train(step).score())
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,14 +1,23 @@
-"""`slow_weights()` blocks: the slow weights in the parameters, and the fast ones back at the end."""
+"""`slow_weights()` blocks: the slow weights in the parameters, and the fast ones back at the end.
+
+A block keeps a copy of the fast weights. There are two ways without a copy, and both break what a block promises.
+
+- Exchange the values of slow and fast weights. A program that writes to a parameter in a block then writes to its slow
+  weight: what a block shows would be lost. And a parameter cannot hold a slow weight of a wider dtype.
+- Exchange the memory (`parameter.data = slow`). CUDA graphs, FSDP2 and other processes that share the memory go on with
+  the memory that they know.
+"""
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lookahead_optim._checks import check_outside_block
+from lookahead_optim.torch._fast_weights import LoadedFastWeights
 from lookahead_optim.torch._fsdp import local
 from lookahead_optim.torch._settings import Group
 from lookahead_optim.torch._slow_weights import SlowWeights
@@ -23,16 +32,22 @@ class Blocks:
     leaves them to a block that is still open.
 
     Attributes:
+        loaded: The fast weights of a checkpoint that was made in a block, until the parameters have them.
         lock: Held while slow weights are read or written: by a step, a sync, a state dict, the ends of a block.
     """
 
     def __init__(self) -> None:
+        self.loaded = LoadedFastWeights()
         self.lock = threading.RLock()
         self._open: list[_Block] = []
 
     def is_any_open(self) -> bool:
         """Return whether the parameters may hold slow weights."""
         return bool(self._open)
+
+    def fast_weights(self) -> Mapping[Tensor, Tensor]:
+        """Return the fast weights of parameters that may hold slow weights: in a block, or after a load."""
+        return next((block.kept for block in self._open if block.kept), self.loaded.by_parameter)
 
     def check_none_is_open(self, caller: str) -> None:
         """Raise `RuntimeError` inside a block."""
@@ -43,6 +58,7 @@ class Blocks:
         """Run a block on slow weights. A block directly inside another block of the same wrapper changes nothing."""
         block = _Block(slow_weights.name)
         with self.lock:
+            self.loaded.settle()
             is_shown = bool(self._open) and self._open[-1].name == slow_weights.name
             self._open.append(block)
             try:
@@ -62,7 +78,7 @@ class Blocks:
         self._open.remove(block)
         if later and block.kept:
             heir = next((other for other in later if other.kept), later[0])
-            heir.fast, heir.kept = block.fast, block.kept
+            heir.kept = block.kept
         else:
             block.swap_out()
 
@@ -72,22 +88,19 @@ class _Block:
 
     Attributes:
         name: What the wrapper calls its slow weights, which tells wrappers of one optimizer apart.
-        fast: All parameters; of a `DTensor` this process' shard. Empty if the block puts nothing back.
-        kept: Their values before the block.
+        kept: The values before the block of all parameters. Empty if the block puts nothing back.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.fast: list[Tensor] = []
-        self.kept: list[Tensor] = []
+        self.kept: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def swap_in(self, slow_weights: SlowWeights, groups: list[Group]) -> None:
         for index, group in enumerate(groups):
             slow_weights.check_shapes(index, group)
         parameters = list(dict.fromkeys(parameter for group in groups for parameter in group["params"]))
-        self.fast = local([parameter for parameter in parameters if not is_lazy(parameter)])
-        self.kept = [fast.detach().clone() for fast in self.fast]
+        self.kept = {parameter: parameter.detach().clone() for parameter in parameters if not is_lazy(parameter)}
         members = [parameter for parameter in parameters if parameter in slow_weights.by_parameter]
         if members:
             # Rounded, if the parameters have another dtype now; the slow weights themselves keep their own.
@@ -96,9 +109,10 @@ class _Block:
 
     @torch.no_grad()
     def swap_out(self) -> None:
-        fitting = [(fast, kept) for fast, kept in zip(self.fast, self.kept) if fast.shape == kept.shape]
+        pairs = zip(local(list(self.kept)), local(list(self.kept.values())))
+        fitting = [(parameter, kept) for parameter, kept in pairs if parameter.shape == kept.shape]
         if fitting:
-            torch._foreach_copy_([fast for fast, _ in fitting], [kept for _, kept in fitting])
+            torch._foreach_copy_([parameter for parameter, _ in fitting], [kept for _, kept in fitting])
         if len(fitting) < len(self.kept):
             raise RuntimeError(
                 "A parameter changed its shape inside a `slow_weights()` block, so that its fast weights did not "

@@ -1,4 +1,4 @@
-"""State dicts: the inner optimizer's, and a slow weight beside each parameter's entries."""
+"""State dicts: the inner optimizer's, with slow weights in each parameter's entries, and in a block fast weights."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lookahead_optim.torch._fsdp import local
-from lookahead_optim.torch._settings import Group, Names, check_group, is_setting, is_slow_weight
+from lookahead_optim.torch._settings import FAST, Group, Names, check_group, is_setting, is_slow_weight
 from lookahead_optim.torch._slow_weights import SlowWeights
 
 __all__ = ["StateDict", "load_inner", "split", "with_slow_weights"]
@@ -18,13 +18,15 @@ StateDict: TypeAlias = dict[str, Any]
 
 
 def with_slow_weights(
-    state_dict: StateDict, groups: list[Group], slow_weights: SlowWeights, keep_all: bool
+    state_dict: StateDict, groups: list[Group], slow_weights: SlowWeights, fast_weights: Mapping[Tensor, Tensor]
 ) -> StateDict:
     """Return the inner optimizer's state dict with the slow weights in it.
 
+    `fast_weights` are those that are not in the parameters, as these hold slow weights. They go into it too.
+
     A parameter that never had a gradient has no entry of the inner optimizer, and most optimizers refuse a state dict
     that has an entry for it with nothing of theirs. Such a slow weight is left out if it equals the parameter, from
-    which it can be captured again. `keep_all` keeps it too.
+    which it can be captured again.
     """
     state, saved_groups = dict(state_dict["state"]), [dict(saved) for saved in state_dict["param_groups"]]
     for group, saved in zip(groups, saved_groups):
@@ -34,16 +36,19 @@ def with_slow_weights(
             slow, entries = slow_weights.by_parameter.get(parameter), state.get(index, {})
             if slow is None or not isinstance(entries, Mapping):
                 continue
-            if keeps_state and not entries and not keep_all and _are_same(slow, parameter):
+            fast = fast_weights.get(parameter)
+            if keeps_state and not entries and _are_same(slow, parameter if fast is None else fast):
                 continue
-            state[index] = {**entries, slow_weights.name: slow}
+            state[index] = {**entries, slow_weights.name: slow, **({} if fast is None else {FAST: fast})}
     return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
 def split(
     state_dict: StateDict, groups: list[Group], names: Names, is_innermost: bool
-) -> tuple[StateDict, dict[Tensor, Tensor]]:
-    """Check a state dict; return what is the inner optimizer's in it, and copies of the slow weights by parameter.
+) -> tuple[StateDict, dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+    """Check a state dict; return what is the inner optimizer's in it, and copies of slow and fast weights by parameter.
+
+    Only a state dict that was made in a `slow_weights()` block has fast weights.
 
     Raises:
         TypeError, ValueError: if the state dict does not fit the groups.
@@ -57,30 +62,29 @@ def split(
         )
     for saved in saved_groups:
         check_group(saved, names)
-    state, slow_by_parameter = dict(state_dict["state"]), {}
+    state = dict(state_dict["state"])
+    slow_by_parameter: dict[Tensor, Tensor] = {}
+    fast_by_parameter: dict[Tensor, Tensor] = {}
     for group, saved in zip(groups, saved_groups):
         for parameter, index in zip(group["params"], saved["params"]):
             entries = state.get(index, {})
             if not isinstance(entries, Mapping):
                 continue
-            slow = entries.get(names.slow)
-            if slow is not None:
-                _check_shape(slow, parameter, index)
-                slow = slow.to_dense() if slow.layout is not torch.strided else slow
-                # In the dtype in which it was saved: the parameters may get it back before they are trained.
-                slow_by_parameter[parameter] = slow.detach().to(parameter.device, copy=True)
+            # In the dtype in which they were saved: the parameters may get it back before they are trained.
+            if entries.get(names.slow) is not None:
+                slow_by_parameter[parameter] = _weight_like(parameter, entries[names.slow], "slow", index)
+                if entries.get(FAST) is not None:
+                    fast_by_parameter[parameter] = _weight_like(parameter, entries[FAST], "fast", index)
             # The innermost wrapper removes those of any wrapper: an optimizer may take an entry with something in it
             # for one in which its own is complete.
-            of_inner = {
-                name: value
-                for name, value in entries.items()
-                if not (is_slow_weight(name) if is_innermost else name == names.slow)
-            }
+            not_of_inner = {name for name in entries if (is_slow_weight(name) if is_innermost else name == names.slow)}
+            not_of_inner |= {FAST} if not_of_inner else set()
+            of_inner = {name: value for name, value in entries.items() if name not in not_of_inner}
             if of_inner:
                 state[index] = of_inner
             else:
                 state.pop(index, None)
-    return {**state_dict, "state": state}, slow_by_parameter
+    return {**state_dict, "state": state}, slow_by_parameter, fast_by_parameter
 
 
 def load_inner(
@@ -142,13 +146,16 @@ def _restored_on_failure(inner_optimizer: Optimizer, inner_slow_weights: list[Sl
         raise
 
 
-def _check_shape(slow: object, parameter: Tensor, index: object) -> None:
-    if not isinstance(slow, Tensor) or slow.shape != parameter.shape:
-        received = f"shape {tuple(slow.shape)}" if isinstance(slow, Tensor) else repr(slow)
+def _weight_like(parameter: Tensor, weight: object, kind: str, index: object) -> Tensor:
+    """Return a copy of a slow or fast weight on the device of its parameter, or raise `ValueError`."""
+    if not isinstance(weight, Tensor) or weight.shape != parameter.shape:
+        received = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
         raise ValueError(
-            f"`state_dict` must have a slow weight of shape {tuple(parameter.shape)} for parameter {index}. "
+            f"`state_dict` must have a {kind} weight of shape {tuple(parameter.shape)} for parameter {index}. "
             f"Received: {received}"
         )
+    weight = weight.to_dense() if weight.layout is not torch.strided else weight
+    return weight.detach().to(parameter.device, copy=True)
 
 
 def _are_same(slow: Tensor, parameter: Tensor) -> bool:

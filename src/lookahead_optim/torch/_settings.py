@@ -8,10 +8,12 @@ from torch import Tensor
 
 from lookahead_optim._checks import check_slow_step_size, check_sync_period
 
-__all__ = ["Group", "Names", "check_group", "complete_group", "is_setting", "is_slow_weight"]
+__all__ = ["FAST", "Group", "Names", "check_group", "complete_group", "is_setting", "is_slow_weight"]
 
 Group: TypeAlias = dict[str, Any]
 
+# The name of a fast weight in a state dict that was made in a `slow_weights()` block, beside the slow weight.
+FAST = "fast"
 # That of an int64, in which other tools may keep it.
 _LARGEST_COUNT = 2**63
 

@@ -10,13 +10,21 @@ Where things happen:
 """
 
 import contextlib
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from lookahead_optim._checks import check_slow_step_size, check_sync_period
+from lookahead_optim._checks import (
+    check_slow_step_size,
+    check_sync_period,
+    explain_other_names,
+    warn_if_over_relaxed,
+    warn_if_within_first_cycle,
+)
 from lookahead_optim.torch._blocks import Blocks
 from lookahead_optim.torch._checkpoint import load_inner, split, with_slow_weights
 from lookahead_optim.torch._fsdp import gathered_anew
@@ -29,6 +37,8 @@ __all__ = ["Lookahead"]
 
 _OF_THE_INNER_OPTIMIZER = ("defaults", "param_groups", "state")
 _GROUP_ENTRIES = ("sync_period", "slow_step_size", "lookahead_step")
+# The last wrapper of each inner optimizer, as long as both live.
+_wrapper_of: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Optimizer]] = weakref.WeakKeyDictionary()
 
 
 class Lookahead(Optimizer):
@@ -96,6 +106,7 @@ class Lookahead(Optimizer):
     # Whether settings and counts were compared with those of other processes.
     _is_compared: bool
 
+    @explain_other_names("optimizer")
     def __init__(self, optimizer: Optimizer, sync_period: int = 6, slow_step_size: float = 0.5) -> None:
         _check_inner_optimizer(optimizer)
         names = Names.at_level(1 + sum(1 for _ in _wrappers(optimizer)))
@@ -106,6 +117,14 @@ class Lookahead(Optimizer):
         for group in optimizer.param_groups:
             if names.lookahead_step not in group:
                 check_group(group, names)
+        other = _wrapper_of.get(optimizer, lambda: None)()
+        if other is not None:
+            warnings.warn(
+                "Another `Lookahead` is around this optimizer already. It must not make steps any more: both would "
+                "count in the same groups. Use the new wrapper alone, or wrap that wrapper. "
+                f"Received: optimizer={type(optimizer).__name__}(...), which has a wrapper",
+                stacklevel=3,
+            )
         # What another wrapper of the same optimizer has left.
         for group in optimizer.param_groups:
             if names.lookahead_step in group:
@@ -120,6 +139,8 @@ class Lookahead(Optimizer):
         # makes for an optimizer that was read from a file.
         self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow_weights": SlowWeights(names.slow)})
         self._complete_groups()
+        warn_if_over_relaxed(max(group[names.slow_step_size] for group in self.param_groups), stacklevel=3)
+        _wrapper_of[optimizer] = weakref.ref(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # These belong to the inner optimizer, where their properties put them.
@@ -229,6 +250,7 @@ class Lookahead(Optimizer):
                 "would never synchronise, or always. Capture forward and backward pass, and step outside."
             )
         self._complete_groups()
+        self._blocks.loaded.settle_before_step()
         for index, group in self._due_groups(steps_ahead=1):
             for wrapper in _wrappers(self):
                 wrapper._slow_weights.check_shapes(index, group)
@@ -267,8 +289,9 @@ class Lookahead(Optimizer):
 
         Raises:
             TypeError, ValueError: if a group has an invalid setting or count.
-            RuntimeError: inside a `slow_weights()` block, in the capture of a CUDA graph, or at a sync if a parameter
-                has changed its shape.
+            RuntimeError: inside a `slow_weights()` block, in the capture of a CUDA graph, at a sync if a parameter has
+                changed its shape, or after loading a state dict that was saved in a block, if the gradients were
+                computed with the slow weights.
         """
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         for pre_hook in self._optimizer_step_pre_hooks.values():
@@ -307,11 +330,13 @@ class Lookahead(Optimizer):
             check_group(param_group, self._names)
         self.inner_optimizer.add_param_group(param_group)
         self._complete_groups()
+        warn_if_over_relaxed(self.param_groups[-1][self._names.slow_step_size], stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state dict, with `"slow"` for each parameter that has a slow weight.
 
-        Its groups have `sync_period`, `slow_step_size` and `lookahead_step`.
+        Its groups have `sync_period`, `slow_step_size` and `lookahead_step`. In a `slow_weights()` block, in which the
+        parameters are the slow weights, it also has the fast weight of each, `"fast"`, with which training goes on.
 
         As always in PyTorch, the tensors are the optimizer's own: copy them to keep them.
         """
@@ -319,10 +344,8 @@ class Lookahead(Optimizer):
             pre_hook(self)
         with self._blocks.lock:
             self._complete_groups()
-            inner = self.inner_optimizer.state_dict()
-            # In a block the parameters are the slow weights, and not what these can be captured from again.
             state_dict = with_slow_weights(
-                inner, self.param_groups, self._slow_weights, keep_all=self._blocks.is_any_open()
+                self.inner_optimizer.state_dict(), self.param_groups, self._slow_weights, self._blocks.fast_weights()
             )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
@@ -333,6 +356,9 @@ class Lookahead(Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer, or of the bare inner one: slow weights it lacks are captured again.
+
+        If it was saved in a `slow_weights()` block, parameters that hold their slow weights, as the model was saved in
+        the block too, get the fast weights: now, or before the next forward pass if the model is loaded later.
 
         Args:
             state_dict: Dictionary, as from `state_dict`. Its slow weights are copied.
@@ -351,11 +377,12 @@ class Lookahead(Optimizer):
         is_innermost = not isinstance(self.inner_optimizer, Lookahead)
         with self._blocks.lock:
             self._complete_groups()
-            inner_state_dict, slow_weights = split(state_dict, self.param_groups, self._names, is_innermost)
+            inner_state_dict, slow, fast = split(state_dict, self.param_groups, self._names, is_innermost)
             inner_slow_weights = [wrapper._slow_weights for wrapper in _wrappers(self.inner_optimizer)]
             load_inner(inner_state_dict, self.inner_optimizer, inner_slow_weights, self._names)
             self._complete_groups()
-            self._slow_weights.load(slow_weights)
+            self._slow_weights.load(slow)
+            self._blocks.loaded.load(fast, [self._slow_weights, *inner_slow_weights])
         self._is_compared = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -375,6 +402,8 @@ class Lookahead(Optimizer):
     def sync(self) -> None:
         """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
 
+        A warning tells of a group in its first cycle: its slow weights are still where training began.
+
         Parameters that became frozen after the last sync take part.
 
         Raises:
@@ -383,7 +412,12 @@ class Lookahead(Optimizer):
         with self._blocks.lock:
             self._blocks.check_none_is_open("sync()")
             self._complete_groups()
-            self._synchronize(self._active_groups())
+            self._blocks.loaded.settle()
+            groups = self._active_groups()
+            for _, group in groups:
+                settings = (group[name] for name in (self._names.lookahead_step, *self._names.settings))
+                warn_if_within_first_cycle(*settings, stacklevel=2)
+            self._synchronize(groups)
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the parameters again, after restoring the best weights, say.
@@ -393,6 +427,7 @@ class Lookahead(Optimizer):
         """
         with self._blocks.lock:
             self._blocks.check_none_is_open("reset_slow_weights()")
+            self._blocks.loaded.forget()
             for wrapper in _wrappers(self):
                 wrapper._complete_groups()
                 stepped = [group for _, group in wrapper._active_groups() if group[wrapper._names.lookahead_step]]
@@ -404,8 +439,12 @@ class Lookahead(Optimizer):
         """Context manager that runs a block, an evaluation or an export, with the slow weights in the parameters.
 
         The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
-        memory of one more set of parameters. A block inside a block changes nothing; training in one is refused. A copy
-        of model and optimizer made in a block has the slow weights alone.
+        memory of one more set of parameters. A block inside a block changes nothing; training in one is refused.
+
+        What is saved in a block has the slow weights in the model and both in the optimizer, so that it resumes bit for
+        bit; see `load_state_dict`. Tensors that are taken in a block without a copy, as `model.state_dict()` and
+        `torch.export.export` take them, hold the fast weights after it. A `copy.deepcopy` of model and optimizer made
+        in a block has the slow weights alone.
 
         A block that one thread opens while another one makes a step begins when the step has ended.
 

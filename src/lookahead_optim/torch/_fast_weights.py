@@ -1,0 +1,114 @@
+"""Fast weights from a checkpoint that was made in a `slow_weights()` block, on their way back into the parameters.
+
+In such a checkpoint the model has the slow weights, for whoever loads the model alone, and the optimizer has both.
+Training goes on bit for bit if the parameters have the fast weights before the next forward pass. If the model was
+loaded before the optimizer, they get them at once. If the model is loaded after the optimizer, nobody tells that to the
+optimizer: so a hook looks before the next forward pass of a module that has such a parameter.
+
+Only a parameter that holds a slow weight gets its fast weight. Another value comes from another file, and stays.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lookahead_optim.torch._fsdp import local
+
+if TYPE_CHECKING:
+    from lookahead_optim.torch._slow_weights import SlowWeights
+
+__all__ = ["LoadedFastWeights"]
+
+
+class LoadedFastWeights:
+    """The fast weights of a checkpoint, as long as the parameters may still need them.
+
+    Attributes:
+        by_parameter: The fast weights. Each has its parameter's shape.
+    """
+
+    def __init__(self) -> None:
+        self.by_parameter: dict[Tensor, Tensor] = {}
+        self._slow_weights: Sequence[SlowWeights] = ()
+        self._hook: Any = None
+
+    def load(self, by_parameter: dict[Tensor, Tensor], slow_weights: Sequence["SlowWeights"]) -> None:
+        """Take the fast weights of a checkpoint, and put them into the parameters if the model was loaded before.
+
+        Args:
+            by_parameter: The fast weights. Those of an earlier checkpoint are forgotten.
+            slow_weights: Those of all wrappers. The parameters had the slow weights of any of them in the block.
+        """
+        self.forget()
+        if by_parameter:
+            self.by_parameter, self._slow_weights = by_parameter, slow_weights
+            self.put_back()
+            self._watch()
+
+    def forget(self) -> None:
+        """Drop the fast weights: the parameters have those with which training goes on."""
+        self.by_parameter, self._slow_weights = {}, ()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def settle(self) -> None:
+        """Put the fast weights into the parameters, for the last time."""
+        self.put_back()
+        self.forget()
+
+    def settle_before_step(self) -> None:
+        """Put the fast weights into the parameters before a step.
+
+        Raises:
+            RuntimeError: if a parameter still holds the slow weight, and has a gradient that was computed with it.
+        """
+        if any(parameter.grad is not None for parameter in self._waiting()):
+            raise RuntimeError(
+                "The gradients were computed with the slow weights. The state dict was saved in a `slow_weights()` "
+                "block, and the model was loaded after the optimizer and not called as a module. Load the model before "
+                "the optimizer."
+            )
+        self.settle()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Put the fast weights into those parameters that hold slow weights."""
+        waiting = self._waiting()
+        if waiting:
+            torch._foreach_copy_(local(waiting), local([self.by_parameter[parameter] for parameter in waiting]))
+
+    def _waiting(self) -> list[Tensor]:
+        return [
+            parameter
+            for parameter, fast in self.by_parameter.items()
+            if any(_holds(parameter, owner.by_parameter.get(parameter)) for owner in self._slow_weights)
+            and not _holds(parameter, fast)
+        ]
+
+    def _watch(self) -> None:
+        # The hook must not keep an optimizer alive that nobody has any more.
+        reference = weakref.ref(self)
+
+        @torch.compiler.disable
+        def before_forward(module: nn.Module, args: object) -> None:
+            loaded = reference()
+            if loaded is None:
+                hook.remove()
+            elif any(parameter in loaded.by_parameter for parameter in module.parameters()):
+                loaded.settle()
+
+        # It runs before the hooks of FSDP2, which gather the weights. There is no hook of a tensor for that.
+        hook = self._hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
+
+
+def _holds(parameter: Tensor, weight: Tensor | None) -> bool:
+    """Return whether a parameter has the values of a weight, rounded to its dtype."""
+    if weight is None or weight.shape != parameter.shape:
+        return False
+    (value,), (expected,) = local([parameter]), local([weight])
+    return torch.equal(value, expected.to(value.device, value.dtype))
