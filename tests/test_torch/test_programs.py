@@ -379,6 +379,7 @@ def test_weights_that_become_infinite_in_training_stay_so(value):
     assert one.isfinite().sum() == 3
 
 
+@pytest.mark.filterwarnings("ignore:`slow_step_size` above 1")
 def test_a_large_step_size_that_is_no_number_of_the_dtype_is_the_formula_and_not_an_error():
     (one,) = parameters((4,))
     optimizer = Lookahead(torch.optim.SGD([one], 1.0), 2, 1e39)
