@@ -1,0 +1,29 @@
+"""Loops of one's own, plain and with Accelerate: the file that is saved in a block is the model that was scored."""
+
+import pytest
+import torch
+
+from tests.child_processes import finish, start
+from tests.comparison import assert_same_bits
+from tests.test_torch import loop_runs
+from tests.test_torch.loop_runs import EPOCHS, LOOPS, PERIOD, STEPS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_best_file_is_the_model_that_was_scored_and_resumes_the_run(tmp_path, name):
+    if name == "accelerate":
+        pytest.importorskip("accelerate")
+    run = LOOPS[name]()
+    run.run(tmp_path)
+    # Otherwise nothing would tell the best model from the last one, or slow weights from fast ones.
+    assert run.best_epoch + 1 < EPOCHS
+    assert (run.best_epoch + 1) * STEPS % PERIOD
+    (tmp_path / "resumed").mkdir()
+    finish(start(loop_runs, name, tmp_path, run.best_epoch + 1), timeout=120)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert set(found.pop("scores").values()) == {min(run.losses)}
+    state = run.state()
+    assert found.pop("losses") == state.pop("losses")[run.best_epoch + 1 :]
+    assert_same_bits(found, {name: dict(one) for name, one in state.items()})
