@@ -1,0 +1,158 @@
+"""A Lightning callback that validates and saves a model on its slow weights."""
+
+import contextlib
+import functools
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from lookahead_optim.torch._fsdp import local
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    # Lightning is two packages with classes of their own. The trainer of one refuses a callback of the other.
+    _callbacks = []
+    for _package in ("lightning.pytorch", "pytorch_lightning"):
+        with contextlib.suppress(ModuleNotFoundError):
+            _callbacks.append(importlib.import_module(_package).Callback)
+    if not _callbacks:
+        raise ImportError("`lookahead_optim.lightning` needs the package `lightning` or `pytorch_lightning`.")
+    Callback = type("Callback", tuple(_callbacks), {})
+
+__all__ = ["SlowWeights"]
+
+
+class SlowWeights(Callback):
+    """Validates and saves a model on the slow weights of its `lookahead_optim.torch.Lookahead` optimizers.
+
+    In `Trainer.fit` the slow weights are in the model
+
+    - in each validation. Afterwards the fast weights are back bit for bit;
+    - in each checkpoint, whoever saves it: `ModelCheckpoint`, also with `save_weights_only=True`, or
+      `trainer.save_checkpoint`. Its `state_dict` has the slow weights, so that `load_from_checkpoint` gives the model
+      that was scored. The fast weights are beside, in the optimizers' state: `fit(ckpt_path=...)` resumes bit for bit,
+      with this callback or without it;
+    - when `fit` ends, in whatever way. What is tested, predicted with or exported afterwards is what was validated.
+      Checkpoints that are saved then resume bit for bit, too.
+
+    Outside of `fit` the callback leaves the model alone: `trainer.validate`, `test` and `predict` score the weights
+    that are in it, the slow ones after `fit` or those of a checkpoint. Of several optimizers some may be others than
+    `Lookahead`, whose parameters stay as they are. Buffers, such as the statistics of BatchNorm, are not exchanged.
+
+    Raises:
+        ValueError: when `fit` begins and none of the optimizers is a `Lookahead`, or one has an `eval` method, as in
+            `schedulefree`, which puts weights of its own into the model.
+
+    Example:
+
+    >>> import lightning
+    >>> best = lightning.pytorch.callbacks.ModelCheckpoint(monitor="score")
+    >>> trainer = lightning.Trainer(callbacks=[SlowWeights(), best], accelerator="cpu", logger=False)
+
+    After `trainer.fit(module)` the file `best.best_model_path` has the slow weights that were scored best.
+
+    Reference:
+        `lightning.pytorch.callbacks.WeightAveraging`, which does the same for an average of the weights.
+    """
+
+    def __init__(self) -> None:
+        self._optimizers: list[Any] = []
+        self._validation = contextlib.ExitStack()
+        # After training, when the model has the slow weights.
+        self._fast: list[Tensor] = []
+
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        # A wrapper that has another optimizer's attributes has `slow_weights` too.
+        self._optimizers = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "slow_weights")]
+        self._fast = []
+        if not self._optimizers:
+            raise ValueError(
+                "`SlowWeights` needs a `lookahead_optim.torch.Lookahead` among the optimizers that "
+                f"`configure_optimizers` returns. Received: {trainer.optimizers!r}"
+            )
+        if any(callable(getattr(optimizer, "eval", None)) for optimizer in self._optimizers):
+            raise ValueError(
+                "`SlowWeights` needs inner optimizers without `eval()`, which puts other weights into the model for a "
+                f"validation. Received: {self._optimizers!r}"
+            )
+        if not trainer.strategy.lightning_restore_optimizer:
+            # `torch.distributed.checkpoint` loads what a new optimizer has, which is no fast weights.
+            warnings.warn(
+                "`SlowWeights` leaves the fast weights in checkpoints from which training resumes, as "
+                f"{type(trainer.strategy).__name__} could not load them from elsewhere. Those that are saved with "
+                "`save_weights_only=True` have the slow weights.",
+                stacklevel=2,
+            )
+        # There is no hook for the end of a save, and none at all for callbacks if only weights are saved.
+        trainer.save_checkpoint = functools.partial(self._save, trainer)  # type: ignore[method-assign]
+
+    def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        if self._is_training():
+            self._validation.enter_context(self._slow_weights())
+
+    def on_validation_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._validation.close()
+
+    def on_train_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        self._end()
+
+    def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        # There was no training if the checkpoint was one of its end.
+        self._end()
+
+    def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
+        self._end()
+
+    def _is_training(self) -> bool:
+        return bool(self._optimizers) and not self._fast
+
+    def _slow_weights(self) -> contextlib.ExitStack:
+        """Open a block of each optimizer."""
+        with contextlib.ExitStack() as stack:
+            for optimizer in self._optimizers:
+                stack.enter_context(optimizer.slow_weights())
+            return stack.pop_all()
+
+    def _parameters(self) -> list[Tensor]:
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        parameters = dict.fromkeys(parameter for group in groups for parameter in group["params"])
+        return local([parameter.detach() for parameter in parameters if not is_lazy(parameter)])
+
+    def _end(self) -> None:
+        """Put the slow weights into the model for good."""
+        self._validation.close()
+        if self._is_training():
+            parameters = self._parameters()
+            fast = [parameter.to("cpu", copy=True) for parameter in parameters]
+            with self._slow_weights():
+                slow = [parameter.clone() for parameter in parameters]
+            torch._foreach_copy_(parameters, slow)
+            self._fast = fast
+
+    def _save(
+        self, trainer: "Trainer", filepath: Any, weights_only: bool | None = None, storage_options: Any = None
+    ) -> None:
+        save = functools.partial(type(trainer).save_checkpoint, trainer, filepath, weights_only, storage_options)
+        has_both = weights_only or trainer.strategy.lightning_restore_optimizer
+        shown = self._slow_weights if has_both else contextlib.nullcontext
+        if self._is_training():
+            with shown():
+                return save()
+        # As in training, if the model still has the slow weights. A program may have put others there.
+        parameters = self._parameters()
+        present = [parameter.clone() for parameter in parameters]
+        torch._foreach_copy_(parameters, self._fast)
+        try:
+            with self._slow_weights():
+                is_unchanged = all(map(torch.equal, parameters, present))
+            if trainer.strategy.reduce_boolean_decision(is_unchanged):
+                with shown():
+                    return save()
+        finally:
+            torch._foreach_copy_(parameters, present)
+        return save()
