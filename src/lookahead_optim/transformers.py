@@ -89,9 +89,10 @@ class SlowWeightsMixin(_AnyTrainer):
             optimizer = self.optimizer = lookahead = Lookahead(optimizer, **(self.lookahead_kwargs or {}))
         has_own_weights = callable(getattr(lookahead, "eval", None))
         if has_own_weights or self.is_deepspeed_enabled:
+            name = type(lookahead.inner_optimizer).__name__
             raise ValueError(
                 "`SlowWeightsMixin` needs an optimizer that moves the model's own weights, the same in evaluations. "
-                f"Received: {'an optimizer with `eval()`' if has_own_weights else 'DeepSpeed'}, {lookahead!r:.200}"
+                f"Received: {name}, {'which has an `eval` method' if has_own_weights else 'with DeepSpeed'}"
             )
         return optimizer
 

@@ -1,12 +1,14 @@
 """Loops of one's own, plain and with Accelerate: the file that is saved in a block is the model that was scored."""
 
+import copy
+
 import pytest
 import torch
 
 from tests.child_processes import finish, start
 from tests.comparison import assert_same_bits
 from tests.test_torch import loop_runs
-from tests.test_torch.loop_runs import EPOCHS, LOOPS, PERIOD, STEPS
+from tests.test_torch.loop_runs import EPOCHS, INPUTS, LOOPS, PERIOD, STEPS, Plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,3 +29,18 @@ def test_the_best_file_is_the_model_that_was_scored_and_resumes_the_run(tmp_path
     state = run.state()
     assert found.pop("losses") == state.pop("losses")[run.best_epoch + 1 :]
     assert_same_bits(found, {name: dict(one) for name, one in state.items()})
+
+
+def test_what_stays_in_memory_has_slow_weights_if_it_is_a_copy():
+    run = Plain()
+    run.train_epoch()
+    fast = copy.deepcopy(run.model.state_dict())
+    with run.block():
+        slow = {name: run.optimizer.state[one]["slow"] for name, one in run.model.named_parameters()}
+        copies = copy.deepcopy(run.model).state_dict(), copy.deepcopy(run.model.state_dict())
+        references = run.model.state_dict(), torch.export.export(run.model, (INPUTS,)).state_dict
+    assert not any(torch.equal(one, slow[name]) for name, one in fast.items())
+    for weights in copies:
+        assert_same_bits(dict(weights), slow)
+    for weights in references:
+        assert_same_bits(dict(weights), dict(fast))

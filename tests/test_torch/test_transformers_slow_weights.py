@@ -382,14 +382,14 @@ class WithModes(torch.optim.SGD):
 
 def test_an_optimizer_with_weights_of_its_own_for_evaluations_is_refused(tmp_path):
     run = trainer(tmp_path, optimizer=lambda model: WithModes(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match=r"needs an optimizer that moves the model's own weights.*`eval\(\)`"):
+    with pytest.raises(ValueError, match="Received: WithModes, which has an `eval` method"):
         run.train()
 
 
 def test_deepspeed_is_refused(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     monkeypatch.setattr(run, "is_deepspeed_enabled", True)
-    with pytest.raises(ValueError, match="Received: DeepSpeed"):
+    with pytest.raises(ValueError, match="Received: AdamW, with DeepSpeed"):
         run.create_optimizer()
 
 
