@@ -15,7 +15,6 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from lookahead_optim.lightning import SlowWeights
@@ -136,12 +135,21 @@ class Sharded(Scored):
 
 
 def sharding():
+    # Not in the oldest versions of Lightning.
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+# How it trains in two processes. Older versions of PyTorch have no FSDP2 for the CPU.
+STRATEGIES = {Scored: lambda: "ddp"}
+if hasattr(torch.cpu.Stream, "record_event"):
+    STRATEGIES[Sharded] = sharding
 
 
 def two_processes(directory):
     results = {}
-    for make, strategy in ((Scored, lambda: "ddp"), (Sharded, sharding)):
+    for make, strategy in STRATEGIES.items():
         folder = directory / make.__name__
 
         def fit(epochs, make=make, strategy=strategy, folder=folder, **arguments):

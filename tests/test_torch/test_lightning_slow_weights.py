@@ -310,7 +310,7 @@ def two_processes(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("kind", ["Scored", "Sharded"])
+@pytest.mark.parametrize("kind", [make.__name__ for make in worker.STRATEGIES])
 def test_two_processes_validate_on_the_slow_weights_and_resume(two_processes, kind):
     for result in (one[kind] for one in two_processes[1]):
         # Lightning has PyTorch save and load shards, which loses fast weights that are not in the model.
@@ -323,7 +323,7 @@ def test_two_processes_validate_on_the_slow_weights_and_resume(two_processes, ki
         assert_same_bits(result["resumed_at_the_end"], [fast(steps) for steps in (4, 5)])
 
 
-@pytest.mark.parametrize("kind", ["Scored", "Sharded"])
+@pytest.mark.parametrize("kind", [make.__name__ for make in worker.STRATEGIES])
 def test_two_processes_keep_what_they_scored(two_processes, kind):
     folder, results = two_processes
     for steps, recorded in results[0][kind]["scores"].items():
