@@ -34,7 +34,8 @@ class SlowWeightsMixin(_AnyTrainer):
 
     Args:
         *args: Positional arguments of the `Trainer`.
-        lookahead_kwargs: Arguments of the `Lookahead` that is made, such as `sync_period` and `slow_step_size`.
+        lookahead_kwargs: Dictionary of arguments for `Lookahead`, such as `sync_period` and `slow_step_size`. Defaults
+            to None: the defaults of `Lookahead`.
         **kwargs: Keyword arguments of the `Trainer`.
 
     Raises:
@@ -101,7 +102,8 @@ class SlowWeightsMixin(_AnyTrainer):
         lookahead = _find_lookahead(self.optimizer)
         return contextlib.nullcontext() if lookahead is None else lookahead.slow_weights()
 
-    # A block inside a block changes nothing. `predict` and most methods `evaluate` of subclasses run the loop.
+    # A block inside a block changes nothing. In `evaluate` it is also open for the callbacks after the loop. The loop
+    # is run by `predict` too, and perhaps by an `evaluate` of a subclass.
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.slow_weights():
@@ -115,7 +117,7 @@ class SlowWeightsMixin(_AnyTrainer):
         with self.slow_weights():
             super().save_model(*args, **kwargs)
 
-    # One block for both files, model and optimizer: only in a block the optimizer's has the fast weights.
+    # One block for both files, as the optimizer's has the fast weights only if it is made in a block.
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.slow_weights():
