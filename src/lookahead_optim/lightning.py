@@ -30,19 +30,22 @@ __all__ = ["SlowWeights"]
 class SlowWeights(Callback):
     """Validates and saves a model on the slow weights of its `lookahead_optim.torch.Lookahead` optimizers.
 
-    In `Trainer.fit` the slow weights are in the model
+    The slow weights are in the model
 
-    - in each validation. Afterwards the fast weights are back bit for bit;
+    - in each validation of `Trainer.fit`. Afterwards the fast weights are back bit for bit;
     - in each checkpoint, whoever saves it: `ModelCheckpoint`, also with `save_weights_only=True`, or
       `trainer.save_checkpoint`. Its `state_dict` has the slow weights, so that `load_from_checkpoint` gives the model
       that was scored. The fast weights are beside, in the optimizers' state: `fit(ckpt_path=...)` resumes bit for bit,
       with this callback or without it;
-    - when `fit` ends, in whatever way. What is tested, predicted with or exported afterwards is what was validated.
-      Checkpoints that are saved then resume bit for bit, too.
+    - after `fit`, however it ended. A test, a prediction or an export then has the slow weights of the last step. A
+      checkpoint that is saved then resumes bit for bit, too.
 
     Outside of `fit` the callback leaves the model alone: `trainer.validate`, `test` and `predict` score the weights
     that are in it, the slow ones after `fit` or those of a checkpoint. Of several optimizers some may be others than
     `Lookahead`, whose parameters stay as they are. Buffers, such as the statistics of BatchNorm, are not exchanged.
+
+    A strategy that restores optimizers itself, such as `ModelParallelStrategy`, could not load fast weights from beside
+    the model. There the slow weights are only in checkpoints with `save_weights_only=True`, and a warning says so.
 
     Raises:
         ValueError: when `fit` begins and none of the optimizers is a `Lookahead`, or one has an `eval` method, as in
@@ -67,7 +70,7 @@ class SlowWeights(Callback):
         self._fast: list[Tensor] = []
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        # A wrapper that has another optimizer's attributes has `slow_weights` too.
+        # A wrapper that has the attributes of the optimizer inside it has `slow_weights` too.
         self._optimizers = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "slow_weights")]
         self._fast = []
         if not self._optimizers:
