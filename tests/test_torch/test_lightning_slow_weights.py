@@ -145,12 +145,14 @@ def test_accumulated_gradients_outlast_a_validation(tmp_path):
 
 def test_early_stopping_leaves_the_model_that_was_scored(tmp_path):
     module = Scored()
-    stop = callbacks.EarlyStopping("score", mode="max", patience=1)
+    # The second score is never better by so much. It is that of a step in mid-cycle.
+    stop = callbacks.EarlyStopping("score", min_delta=10, patience=1)
     fit = trainer(tmp_path, SlowWeights(), stop, max_epochs=20)
     fit.fit(module, *loaders())
-    assert fit.global_step < 20 * BATCHES
+    assert fit.global_step == 2 * BATCHES
+    assert_same_bits(weights_of(module), slow(2 * BATCHES))
     (after,) = fit.validate(module, loaders()[1], verbose=False)
-    assert after["score"] == module.scores[fit.global_step]
+    assert after["score"] == module.scores[2 * BATCHES]
 
 
 def test_after_training_the_weights_in_the_model_are_scored(tmp_path):
