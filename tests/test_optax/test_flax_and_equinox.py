@@ -160,11 +160,27 @@ def test_sync_and_reset_of_an_nnx_optimizer(synchronize):
             synchronize(model, optimizer)
             hand.sync()
         if number == 3:
-            optimizer.opt_state = reset_slow_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+            if synchronize is put_back_optimizer:
+                nnx.update(optimizer, nnx.state(reset_slow_params(optimizer, nnx.state(model, nnx.Param))))
+            else:
+                optimizer.opt_state = reset_slow_params(optimizer.opt_state, nnx.state(model, nnx.Param))
             hand.slow = hand.params
         nnx.update(other, hand.params)
         assert_close(nnx.state(model, nnx.Param), hand.params, 1e-5)
         assert_close(slow_params(optimizer.opt_state, nnx.state(model, nnx.Param)), hand.slow, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["TrainState", "nnx.Optimizer"])
+@pytest.mark.parametrize("form", ["update", "apply_gradients"])
+def test_a_step_with_what_holds_the_state_is_refused_with_the_remedy(kind, form):
+    model, optimizer = NnxModel(), wrapped()
+    params = nnx.state(model, nnx.Param)
+    if kind == "TrainState":
+        holder = TrainState.create(apply_fn=None, params=params, tx=optimizer)
+    else:
+        holder = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+    with pytest.raises(ValueError, match=rf"(?s)`opt_state` of a Flax .* pass `state.opt_state`.* type {kind[-9:]}$"):
+        getattr(optimizer, form)(params, holder, params)
 
 
 class EquinoxTraining(eqx.Module):

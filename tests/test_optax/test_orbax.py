@@ -58,7 +58,7 @@ def test_runs_resume_in_a_new_process_bit_for_bit(directory, saved, position):
 
 
 def test_the_runs_are_saved_before_the_first_step_within_a_cycle_and_right_after_a_sync(saved):
-    assert [int(saved[position]["adam"]["state"].captured) for position in SAVED_AFTER] == [0, 1, 1, 1, 0]
+    assert [int(saved[position]["adam"]["state"].captured) for position in SAVED_AFTER] == [0, 1, 2, 3, 0]
     assert not np.array_equal(saved[3]["adam"]["state"].slow_params["w"], saved[3]["adam"]["params"]["w"])
 
 

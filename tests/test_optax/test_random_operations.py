@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pytest
 from flax import serialization
 from hypothesis import stateful
 from hypothesis import strategies as st
@@ -364,6 +365,7 @@ class Operations(stateful.RuleBasedStateMachine):
                     np.testing.assert_allclose(actual[name], one, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`slow_step_size` above 1:UserWarning")
 def test_random_operations_go_as_in_the_model(tmp_path):
     Operations.folder = tmp_path
     random_operations.run(Operations, examples=40, steps=25)

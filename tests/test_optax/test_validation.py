@@ -1,7 +1,9 @@
 """What is refused, with which message; and what is right before the first step, after a reset, or with period 0."""
 
 import functools
+import inspect
 import pickle
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +86,61 @@ def test_a_bad_argument_is_refused_with_its_name_and_what_was_received(name, val
     with pytest.raises(error, match=rf"(?s){message}") as refused:
         lookahead(**{"inner": INNER, name: value})
     assert str(refused.value).startswith(f"`{name}` must be")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"k": 5}, "`sync_period` for `k`"),
+        ({"alpha": 0.5}, "`slow_step_size` for `alpha`"),
+        ({"la_steps": 5, "la_alpha": 0.5}, "`sync_period` for `la_steps` and `slow_step_size` for `la_alpha`"),
+    ],
+)
+def test_names_of_other_implementations_are_explained(arguments, names):
+    received = ", ".join(f"{name}={value}" for name, value in arguments.items())
+    with pytest.raises(TypeError, match=rf"^Write {names}: the arguments .*Received: {received}$"):
+        lookahead(INNER, **arguments)
+
+
+@pytest.mark.parametrize("name", ["fast_optimizer", "base_optimizer", "inner_optimizer", "optimizer"])
+def test_so_are_names_of_the_inner_transformation(name):
+    with pytest.raises(TypeError, match=rf"^Write `inner` for `{name}`: .*Received: {name}=GradientTransformation"):
+        lookahead(**{name: INNER}, sync_period=5)
+
+
+@pytest.mark.parametrize(("arguments", "name"), [({"momentum": 0.9}, "momentum"), ({"inner": INNER}, "inner")])
+def test_other_words_are_what_python_says_of_them(arguments, name):
+    with pytest.raises(TypeError, match=rf"lookahead\(\) got .* argument '{name}'"):
+        lookahead(INNER, **arguments)
+    with pytest.raises(TypeError, match=r"lookahead\(\) missing 1 required positional argument: 'inner'"):
+        lookahead()
+
+
+def test_the_signature_is_that_of_the_function():
+    assert list(inspect.signature(lookahead).parameters) == ["inner", "sync_period", "slow_step_size"]
+
+
+def test_a_step_size_above_1_warns_at_the_line_that_makes_the_optimizer_and_nowhere_else():
+    with pytest.warns(UserWarning, match=r"`slow_step_size` above 1 .*below 2 / \(1 - r\).*size=1.5") as warned:
+        optimizer = lookahead(INNER, 3, 1.5)
+    assert {one.filename for one in warned if one.category is UserWarning} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        params, state = train(optimizer, make_params(), range(4))
+        sync(state, params)
+        for unchecked in (np.array(1.5), jnp.array(1.5), optax.constant_schedule(1.5)):
+            lookahead(INNER, 3, unchecked)
+        jax.jit(lambda size: lookahead(INNER, 3, size).init(make_params()))(1.5)
+        injected = optax.inject_hyperparams(lookahead)(INNER, sync_period=3, slow_step_size=0.5)
+        injected.init(make_params())
+
+
+def test_repr_has_the_settings_and_the_inner_transformation():
+    optimizer = lookahead(INNER, 5, 0.3)
+    assert repr(optimizer) == f"lookahead({INNER!r}, sync_period=5, slow_step_size=0.3)"
+    assert repr(lookahead(optimizer)) == f"lookahead({optimizer!r}, sync_period=6, slow_step_size=0.5)"
+    replaced = optimizer._replace(update=jax.jit(optimizer.update))
+    assert repr(replaced).startswith("LookaheadTransformation(init=<bound method")
 
 
 @functools.cache
@@ -298,6 +355,67 @@ def test_a_second_sync_changes_nothing_and_no_sync_changes_the_count(steps):
         expected.sync()
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-6), once[0], expected.params)
     assert_same_bits(slow_params(once[1], once[0]), once[0])
+
+
+@pytest.mark.parametrize("transform", [lambda run: run, jax.vmap, lambda run: jax.jit(run)], ids=["", "vmap", "jit"])
+@pytest.mark.parametrize("inner", [INNER, OPTIMIZER], ids=["adam", "nested"])
+def test_a_sync_that_halves_a_short_training_warns(inner, transform):
+    optimizer = lookahead(inner, 6)
+
+    @transform
+    def run(params):
+        return train(optimizer, params, range(4))
+
+    params = make_params()
+    if transform is jax.vmap:
+        params = jax.tree.map(lambda one: jnp.stack([one, one]), params)
+    params, state = run(params)
+    message = r"`sync\(\)` in the first cycle takes back 0.5 of .*Received: sync\(\) after 4 update\(s\)$"
+    with pytest.warns(UserWarning, match=message) as warned:
+        params, state = sync(state, params)
+    assert {one.filename for one in warned if one.category is UserWarning} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sync(state, params)
+
+
+SYNCS_WITHOUT_WARNING = {
+    "no update": (lookahead(INNER, 6), 0),
+    "at a sync": (lookahead(INNER, 6), 6),
+    "in the second cycle": (lookahead(INNER, 6), 7),
+    "in the third cycle": (lookahead(INNER, 6), 17),
+    "period 1": (lookahead(INNER, 1), 4),
+    "off": (lookahead(INNER, 0), 4),
+    "step size 1": (lookahead(INNER, 6, 1.0), 4),
+    "the inner one of an outer one that is off": (lookahead(lookahead(INNER, 3), 0), 4),
+    "accumulating": (lookahead(optax.MultiSteps(INNER, 2), 2), 5),
+}
+
+
+@pytest.mark.parametrize("kind", SYNCS_WITHOUT_WARNING)
+def test_any_other_sync_does_not_warn(kind):
+    optimizer, steps = SYNCS_WITHOUT_WARNING[kind]
+    params, state = train(optimizer, make_params(), range(steps))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sync(state, params)
+
+
+def test_a_sync_that_is_traced_does_not_warn():
+    params, state = train(lookahead(INNER, 6), make_params(), range(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(sync)(state, params)
+
+
+@pytest.mark.parametrize(
+    ("inner", "steps"), [(OPTIMIZER, 2), (optax.MultiSteps(INNER, 2), 6)], ids=["of an outer one that is off", "micro"]
+)
+def test_what_counts_for_a_sync_are_updates_that_were_applied(inner, steps):
+    optimizer = lookahead(inner, 0 if inner is OPTIMIZER else 4)
+    params, state = train(optimizer, make_params(), range(steps))
+    with pytest.warns(UserWarning, match=rf"after {steps if inner is OPTIMIZER else steps // 2} update"):
+        sync(state, params)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])

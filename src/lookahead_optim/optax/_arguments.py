@@ -36,7 +36,10 @@ def checked_sync_period(sync_period: Any) -> SyncPeriod:
 
 
 def checked_slow_step_size(slow_step_size: Any) -> SlowStepSize | optax.Schedule:
-    """Return a step size or a schedule, or raise `TypeError` or `ValueError`, or warn. Values of arrays are not checked."""
+    """Return a step size or a schedule, or raise `TypeError` or `ValueError`. Warn of a number above 1.
+
+    Values of arrays are not checked.
+    """
     if callable(slow_step_size):
         return slow_step_size
     if not is_array(slow_step_size):
@@ -62,6 +65,11 @@ def check_update(state: Any, params: Any, is_off: bool) -> None:
         raise ValueError(
             "`params` must be given to the update of a `lookahead`, which moves them: "
             "`update(updates, state, params)`. Received: params=None"
+        )
+    if hasattr(state, "opt_state"):
+        raise ValueError(
+            "`state` must be the `opt_state` of a Flax `TrainState` or `nnx.Optimizer`, not the whole: pass "
+            f"`state.opt_state`. Received: state={state!r:.500} of type {type(state).__name__}"
         )
     if not isinstance(state, LookaheadState):
         raise ValueError(

@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from lookahead_optim._checks import warn_if_within_first_cycle
 from lookahead_optim.optax._outer_step import outer_step
 from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, is_weight, mark_stale
 from lookahead_optim.optax._trees import at_paths_of, by_path, is_array, outermost_nodes, shapes
@@ -41,6 +43,10 @@ def slow_params(state: optax.OptState, params: optax.Params) -> optax.Params:
 def sync(state: optax.OptState, params: optax.Params) -> tuple[optax.Params, optax.OptState]:
     """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
 
+    There is a `UserWarning` if the slow parameters are still those from before the first update, and the slow step size
+    is below 1: after a run shorter than `sync_period`, this call takes back a part of all that was trained. In a
+    function that JAX traces, and after `reset_slow_params`, there is none.
+
     Args:
         state: As for `slow_params`.
         params: Tree of the current parameters.
@@ -55,7 +61,10 @@ def sync(state: optax.OptState, params: optax.Params) -> tuple[optax.Params, opt
     def synchronized(state: LookaheadState, slow: Any, param: Any) -> jax.Array:
         return outer_step(slow, param, _scalar(state.next_slow_step_size, param))
 
-    return _where_captured(synchronized, state, params), mark_stale(state, True)
+    new_params = _where_captured(synchronized, state, params)
+    for lookahead_state in outermost_nodes(state, (LookaheadState,)):
+        _warn_if_within_first_cycle(lookahead_state)
+    return new_params, mark_stale(state, True)
 
 
 def reset_slow_params(state: optax.OptState, params: optax.Params) -> optax.OptState:
@@ -104,6 +113,22 @@ def _check(state: Any, params: Any) -> list[LookaheadState]:
                 f"{missing.shape} at {missing.path}. Received: parameters of shapes {shapes(params)!r:.500}"
             )
     return found
+
+
+def _warn_if_within_first_cycle(state: LookaheadState) -> None:
+    """Warn if the slow parameters were captured before the first update, from the state of `sync`."""
+    scalars = jax.tree.leaves((state.captured, state.step, state.next_slow_step_size))
+    if any(isinstance(scalar, jax.core.Tracer) for scalar in scalars):
+        return
+    # Several numbers each in states that `jax.vmap` has stacked.
+    captured, step, slow_step_size = map(np.asarray, scalars)
+    if not captured.any():
+        # It is switched off, or there is nothing to do.
+        for inside in outermost_nodes(state.inner_state, (LookaheadState,)):
+            _warn_if_within_first_cycle(inside)
+    # Later cycles have fewer updates since the capture than in all.
+    elif (captured >= step).all():
+        warn_if_within_first_cycle(int(step.max()), None, float(slow_step_size.max()), stacklevel=3)
 
 
 def _where_captured(
