@@ -56,15 +56,16 @@ endef
 test: .venv/.installed  ## Run all tests.
 	@$(share-compiled-programs); failed=; \
 	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py tests/test_experiments.py tests/test_troubleshooting.py docs/*.md docs/experiments/*.md \
-	    $(addprefix src/lookahead_optim/,torch optax tf_keras) || failed="package"; \
+	    $(addprefix src/lookahead_optim/,torch optax tf_keras lightning.py transformers.py) || failed="package"; \
 	$(call run-native-tests,$(DEV)python,,tests/test_optax tests/test_tf_keras); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md docs/keras.md)
 
 # The conformance suite has all front ends but Keras 3, of which there is PyTorch, where nothing is compiled. Tests that
 # start processes or compile much are left out.
 QUICK := tests/test_conformance.py tests/test_troubleshooting.py tests/test_torch
-LEFT_OUT := $(addprefix --ignore=tests/test_,torch/test_distributed.py torch/test_trainer.py \
-    torch/test_compile.py torch/test_resume.py keras/test_distribution.py keras/test_kills.py keras/test_saving.py)
+LEFT_OUT := $(addprefix --ignore=tests/test_,torch/test_distributed.py torch/test_trainer.py torch/test_compile.py \
+    torch/test_resume.py torch/test_lightning_slow_weights.py torch/test_transformers_slow_weights.py \
+    torch/test_kept_by_loops.py keras/test_distribution.py keras/test_kills.py keras/test_kept.py keras/test_saving.py)
 
 test-quick: .venv/.installed  ## Run the conformance suite and the tests of PyTorch, in less than two minutes.
 	@$(share-compiled-programs); failed=; \

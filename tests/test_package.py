@@ -41,6 +41,18 @@ def test_the_pytorch_front_end_imports_pytorch_alone():
     assert imported("import lookahead_optim.torch") == [{"torch"}]
 
 
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
+def test_what_is_for_a_trainer_of_pytorch_imports_what_that_does_and_nothing_more(name):
+    # Both packages of Lightning are there, and the callback is one of either.
+    theirs = {
+        "lightning": "import lightning.pytorch, pytorch_lightning",
+        "transformers": "from transformers import Trainer",
+    }
+    alone, with_module = imported(theirs[name], f"import lookahead_optim.{name}")
+    assert with_module == alone
+    assert "torch" in with_module
+
+
 def test_the_optax_front_end_imports_optax_and_jax_alone():
     assert imported("import lookahead_optim.optax") == [{"jax", "optax"}]
 
@@ -78,7 +90,7 @@ def test_no_runtime_dependency_beyond_the_extras():
     requires = importlib.metadata.requires("lookahead-optim")
     assert all("extra ==" in requirement for requirement in requires)
     extras = importlib.metadata.metadata("lookahead-optim").get_all("Provides-Extra")
-    assert set(extras) == {"keras", "tf-keras", "torch", "optax"}
+    assert set(extras) == {"keras", "tf-keras", "torch", "optax", "lightning", "transformers"}
 
 
 def test_wheel_holds_every_module_the_type_marker_and_the_license(tmp_path):
