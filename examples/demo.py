@@ -260,23 +260,40 @@ def prepare(options: dict[str, Any]) -> None:
         text = f"{options['inner']!r} is not momentum or a Keras optimizer's name, such as sgd, adam, adamw or rmsprop."
         raise typer.BadParameter(text, param_hint="'--inner'") from error
     options["learning_rate"] = float(f"{float(optimizer.learning_rate):.6g}")
+    updates = options["epochs"] * STEPS_PER_EPOCH
+    if options["sync_period"] > updates:
+        text = f"{options['sync_period']} is longer than the run of {updates} updates, which would never synchronise."
+        raise typer.BadParameter(text, param_hint="'--sync-period'")
     try:
         Path(options["output"]).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise typer.BadParameter(f"The folder cannot be made: {error}", param_hint="'--output'") from error
 
 
-def finite(value: float | None) -> float | None:
+def finite(value: float) -> float:
     """Refuse infinity, and NaN where the range of an option does not do so."""
-    if value is not None and not math.isfinite(value):
+    if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not finite.")
     return value
+
+
+def finite_or_none(value: float | None) -> float | None:
+    return None if value is None else finite(value)
+
+
+def at_most_1(slow_step_size: float) -> float:
+    """Refuse over-relaxation, and what is not finite."""
+    if finite(slow_step_size) > 1:
+        raise typer.BadParameter(
+            f"{slow_step_size:g} is above 1: the slow weights would go beyond the fast ones. Usual are 0.5 to 0.8."
+        )
+    return slow_step_size
 
 
 INNER = "Inner optimizer: sgd, adam, adamw, rmsprop or another of Keras; momentum is SGD with momentum 0.9."
 LEARNING_RATE = "The inner optimizer's learning rate, constant."
 LEARNING_RATES = "0.1 for sgd and momentum, else the optimizer's own"
-STEP_SIZE = "The part of the way to the fast weights that the slow ones go at a synchronisation (alpha)."
+STEP_SIZE = "The part of the way to the fast weights that the slow ones go at a synchronisation (alpha), 0 to 1."
 NOISE = "Share of the training labels to replace by random ones."
 
 
@@ -284,10 +301,10 @@ def main(
     context: typer.Context,
     inner: Annotated[str, typer.Option(help=INNER)] = "momentum",
     learning_rate: Annotated[
-        float | None, typer.Option(help=LEARNING_RATE, min=0, callback=finite, show_default=LEARNING_RATES)
+        float | None, typer.Option(help=LEARNING_RATE, min=0, callback=finite_or_none, show_default=LEARNING_RATES)
     ] = None,
     sync_period: Annotated[int, typer.Option(help="Updates between synchronisations (k).", min=1)] = 5,
-    slow_step_size: Annotated[float, typer.Option(help=STEP_SIZE, min=0, callback=finite)] = 0.5,
+    slow_step_size: Annotated[float, typer.Option(help=STEP_SIZE, min=0, callback=at_most_1)] = 0.5,
     noise: Annotated[float, typer.Option(help=NOISE, min=0, max=1, callback=finite)] = 0.3,
     epochs: Annotated[int, typer.Option(help="Epochs of each run.", min=1)] = 28,
     seeds: Annotated[int, typer.Option(help="Runs of each kind.", min=1)] = 5,

@@ -138,8 +138,12 @@ def test_help_lists_every_option_with_its_default():
         ("learning-rate", "nan"),
         ("sync-period", "0"),
         ("sync-period", "2.5"),
+        # One epoch has 22 updates.
+        ("sync-period", "23"),
         ("slow-step-size", "-1"),
         ("slow-step-size", "inf"),
+        ("slow-step-size", "nan"),
+        ("slow-step-size", "3"),
         ("noise", "-0.1"),
         ("noise", "1.1"),
         ("noise", "nan"),
