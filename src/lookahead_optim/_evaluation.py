@@ -23,92 +23,127 @@ class Block:
         self, value_of: Callable[[Any], Any], copy_of: Callable[[Any], Any], are_all: Callable[[Any], Any]
     ) -> None:
         self._value_of, self._copy_of, self._are_all = value_of, copy_of, are_all
-        self._put_back: Callable[[], None] | None = None
-        self._count = 0
         self._pairs: Sequence[Any] = ()
-        self._kept: Sequence[Any] = ()
+        self._kept: Sequence[Any] | None = None
+        self._count = 0
         # The number of steps at which a call, and no step, made fast and slow weights equal.
         self.made_equal_at: int | None = None
+        # The fast weights of a file that was saved in a block: variable and value, by the `id` of the variable.
+        self.loaded: dict[int, tuple[Any, Any]] = {}
+        # Which file: in Keras 3 its number of steps, in Keras 2 TensorFlow's number of the restoration.
+        self.loaded_at: int | None = None
 
     def note_made_equal(self, count: Callable[[], int]) -> None:
         """Note that a call has made fast and slow weights equal. In a function that is compiled it has no number."""
+        self.loaded = {}
         with contextlib.suppress(Exception):
             self.made_equal_at = count()
 
     @property
     def is_open(self) -> bool:
-        return self._put_back is not None
+        return self._kept is not None
+
+    def copies(self, pairs: Sequence[Any]) -> list[Any]:
+        """Return copies of the fast weights."""
+        return [self._copy_of(fast) for _, fast, *_ in pairs]
+
+    def have(self, pairs: Sequence[Any], values: Sequence[Any]) -> bool:
+        """Return whether the fast weights have these values."""
+        return all(self.are_equal(fast, value) for (_, fast, *_), value in zip(pairs, values))
 
     @contextlib.contextmanager
     def run(self, pairs: Sequence[Any], count: int) -> Iterator[None]:
-        """Run a block. `pairs` begin with slow and fast variable, `count` is the number of steps so far.
-
-        In place of a slow variable there may be None: the block then only keeps the fast one.
-        """
-        kept = [self._copy_of(fast) for _, fast, *_ in pairs]
-
-        def put_back() -> None:
-            self.keep()
-            for (_, fast, *_), value in zip(pairs, kept):
-                fast.assign(value)
-
-        self._put_back, self._count, self._pairs, self._kept = put_back, count, pairs, kept
+        """Open a block, and end it unless it has been ended from outside."""
+        kept = self.copies(pairs)
         try:
-            for slow, fast, *_ in pairs:
-                if slow is not None:
-                    fast.assign(self._copy_of(slow))
+            self.open(pairs, kept, count)
             yield
         finally:
-            if self._put_back is put_back:
-                put_back()
+            if self._kept is kept:
+                self.end()
+                for (_, fast, *_), value in zip(pairs, kept):
+                    fast.assign(value)
 
-    def keep(self) -> None:
-        """End a block from outside, with the weights that are in the model."""
-        self._put_back, self._pairs, self._kept = None, (), ()
+    def open(self, pairs: Sequence[Any], kept: Sequence[Any], count: int) -> None:
+        """Put the slow weights into the model.
 
-    def leave(self, count: int) -> None:
-        """End a block from outside, such as that of an evaluation that was interrupted.
-
-        The fast weights come back, unless the model was trained meanwhile: then these would be lost.
+        Args:
+            pairs: Sequences that begin with slow and fast variable. In place of a slow variable there may be None: the
+                block then only keeps the fast one.
+            kept: Copies of the fast weights.
+            count: The number of steps so far.
         """
-        if self._put_back is None:
-            return
-        if count == self._count:
-            self._put_back()
-        else:
-            self.keep()
+        self._pairs, self._kept, self._count = pairs, kept, count
+        for slow, fast, *_ in pairs:
+            if slow is not None:
+                fast.assign(self._copy_of(slow))
+
+    def end(self) -> None:
+        """End the block with the weights that are in the model."""
+        self._pairs, self._kept = (), None
+
+    def leave(self, count: int, averages: Mapping[int, Any], is_last: bool) -> None:
+        """End a block from outside, as a callback does.
+
+        The fast weights come back, unless the model was trained meanwhile: then these would be lost. See `_settle` for
+        the other arguments.
+        """
+        if self.is_open and count != self._count:
+            self.end()
             warnings.warn(
                 "The model was trained with the slow weights in it, as a `slow_weights()` block or an evaluation with "
                 "`SwapSlowWeights` had not ended. It keeps the weights that this training gave it.",
                 stacklevel=4,
             )
+        elif self.is_open:
+            self._settle(averages, is_last)
 
-    def settle(self, averages: Mapping[int, Any], is_last: bool) -> bool:
-        """End a block in which others may have put weights into the model; return whether it has ended.
+    def _settle(self, averages: Mapping[int, Any], is_last: bool) -> None:
+        """End a block in which others may have put weights into the model.
 
         What the slow weights have displaced belongs where they are now: in the model, or in the inner optimizer's
         `averages` (by the `id` of the weight), with which `SwapEMAWeights` exchanges the model's weights. If they are
         in neither, another callback has put other weights into the model. Either they are what it kept when it began,
-        before this block: then they stay. Or it began after this block, and will put back the slow weights: then the
-        block must stay open, for one more look, unless this one `is_last`.
+        before this block, or the weights with which training shall continue: then they stay. Or it began after this
+        block, and will put back the slow weights: then the block must stay open, for one more look, unless this one
+        `is_last`.
         """
-        if self._put_back is None:
-            return True
-        entries = [(slow, fast, kept) for (slow, fast, *_), kept in zip(self._pairs, self._kept)]
+        entries = self._entries()
         averaged = [entry for entry in entries if id(entry[1]) in averages]
         is_settled = True
         for group in (averaged, [entry for entry in entries if id(entry[1]) not in averages]):
-            if all(self.are_equal(kept if slow is None else slow, fast) for slow, fast, kept in group):
+            if all(self.are_equal(shown, fast) for shown, fast, _ in group):
                 for _, fast, kept in group:
                     fast.assign(kept)
-            elif group is averaged and all(self.are_close(slow, averages[id(fast)], fast) for slow, fast, _ in group):
+            elif group is averaged and all(self.are_close(shown, averages[id(fast)], fast) for shown, fast, _ in group):
                 for _, fast, kept in group:
                     averages[id(fast)].assign(kept)
             else:
                 is_settled = False
         if is_settled or is_last:
-            self.keep()
-        return not self.is_open
+            self.end()
+
+    def _entries(self) -> list[tuple[Any, Any, Any]]:
+        """Return for each weight what the block shows in the model, its variable, and what the block keeps."""
+        return [
+            (kept if slow is None else slow, fast, kept)
+            for (slow, fast, *_), kept in zip(self._pairs, self._kept or ())
+        ]
+
+    def is_undisturbed(self) -> bool:
+        """Return whether the block is open and nobody else has put weights into the model."""
+        return self.is_open and all(self.are_equal(shown, fast) for shown, fast, _ in self._entries())
+
+    def fast_weights(self) -> dict[int, Any]:
+        """Return the fast weights that are not in the model, by the `id` of their variable."""
+        return {id(fast): kept for (slow, fast, *_), kept in zip(self._pairs, self._kept or ()) if slow is not None}
+
+    def put_back(self, values: Mapping[int, Any], pairs: Sequence[Any]) -> None:
+        """Put the fast weights of a file into the model, if that has all slow weights of the file."""
+        found = [(slow, fast) for slow, fast, *_ in pairs if slow is not None]
+        if all(id(fast) in values and self.are_equal(slow, fast) for slow, fast in found):
+            for _, fast in found:
+                fast.assign(values[id(fast)])
 
     def are_equal(self, one: Any, other: Any) -> bool:
         """Return whether two variables or tensors are equal, NaN to NaN too. Nothing is copied to the host."""
@@ -130,6 +165,9 @@ class Block:
 class Swapping:
     """The methods of a Keras callback that swaps; `_lookahead` returns the model's optimizer, or raises.
 
+    In `fit` the slow weights stay in the model from its validation until training goes on, so that all callbacks find
+    the weights that were scored at the end of the epoch, whatever their order.
+
     Keras calls the ends of callbacks in the order of their beginnings, so that two that swap do not nest. This one
     therefore puts the slow weights into the model at the first batch of an evaluation, when all others have begun.
     Those before it in the list then end before it, and those after it end after it:
@@ -138,7 +176,11 @@ class Swapping:
       what it found: all is as it was;
     - a callback before it does so first. This one sees that the slow weights are gone, and leaves the model alone.
 
-    It cannot see that where the fast weights are equal to the slow ones, after a sync: then it refuses to be second.
+    Beside such a callback the slow weights leave the model at the end of the validation, and come back at the end of
+    the epoch, for the callbacks after this one.
+
+    It cannot see whether slow weights are gone where the fast weights are equal to the slow ones, after a sync: then it
+    refuses to be second.
     """
 
     _lookahead: Callable[[], Any]
@@ -146,15 +188,17 @@ class Swapping:
     def __init__(self, swap_on_epoch: bool = False) -> None:
         super().__init__()
         self.swap_on_epoch = swap_on_epoch
-        self._block: contextlib.AbstractContextManager[None] | None = None
         self._is_training = self._began_with_others = False
-        if swap_on_epoch:
-            # A method of the class would be called in every batch of all trainings. Keras 2 then waits for the device.
-            self.on_train_batch_begin = self._on_first_batch
-
-    def _averages(self) -> dict[int, Any]:
-        """Return the moving averages that other callbacks may exchange with weights, by the `id` of the weight."""
-        return {}
+        # An evaluation has begun, and its first batch has not.
+        self._is_due = False
+        # The weights that this callback found when a validation began, until its first batch.
+        self._found: list[Any] | None = None
+        # This callback has put slow weights into the model, and has not taken them out.
+        self._has_swapped = False
+        # No other callback has put weights into the model for this validation.
+        self._is_alone = False
+        # The slow weights were validated in this epoch.
+        self._is_scored = False
 
     def set_model(self, model: Any) -> None:
         super().set_model(model)  # type: ignore[misc]
@@ -170,7 +214,7 @@ class Swapping:
         count = optimizer._count()
         if count % optimizer.sync_period and count != optimizer._block.made_equal_at:
             return False
-        averages = self._averages()
+        averages = optimizer._averages()
         return not all(
             slow is None or optimizer._block.are_close(slow, fast, averages.get(id(fast), fast))
             for slow, fast, *_ in optimizer._pairs_to_swap()
@@ -178,7 +222,7 @@ class Swapping:
 
     def _is_free(self, optimizer: Any) -> bool:
         # A block that is open is another callback's, which will end it.
-        return self._block is None and not optimizer._block.is_open and optimizer._has_slow_weights()
+        return not self._has_swapped and not optimizer._block.is_open and optimizer._has_slow_weights()
 
     def _check_is_first(self) -> None:
         optimizer = self._lookahead()
@@ -194,32 +238,32 @@ class Swapping:
     def _swap_in(self) -> None:
         optimizer = self._lookahead()
         if self._is_free(optimizer):
-            block = optimizer.slow_weights()
-            block.__enter__()
-            self._block = block
+            self._has_swapped = True
+            optimizer._enter_slow_weights()
 
     def _swap_out(self, is_last: bool = True) -> None:
-        if self._block is not None and self._lookahead()._block.settle(self._averages(), is_last):
-            block, self._block = self._block, None
-            block.__exit__(None, None, None)
+        if self._has_swapped:
+            optimizer = self._lookahead()
+            optimizer._leave_slow_weights(is_last)
+            self._has_swapped = optimizer._block.is_open
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._is_training = True
-        block, self._block = self._block, None
-        if block is not None:
-            block.__exit__(None, None, None)
+        self._is_training, self._has_swapped = True, False
         # An interrupted evaluation does not reach `on_test_end`.
         self._lookahead()._leave_slow_weights()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._is_scored = False
         # A callback after this one may put the slow weights back. At the first batch it has.
         self._swap_out(is_last=False)
+        # Only now has every callback loaded what it loads, in `on_train_begin`.
+        self._lookahead()._take_loaded_fast_weights()
 
-    def _on_first_batch(self, batch: int, logs: Any = None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._swap_out()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self.swap_on_epoch:
+        if self.swap_on_epoch or self._is_scored:
             self._check_is_first()
             self._swap_in()
 
@@ -230,18 +274,30 @@ class Swapping:
         # An evaluation that was interrupted has not ended.
         self._swap_out()
         self._check_is_first()
+        self._is_due, self._found = True, None
+        optimizer = self._lookahead()
+        if self._is_training and self._is_free(optimizer):
+            self._found = optimizer._block.copies(optimizer._pairs_to_swap())
 
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+        # In later batches even to ask for the model would cost: on JAX Keras then takes its state out of the step.
+        if not self._is_due:
+            return
+        self._is_due, optimizer = False, self._lookahead()
+        self._is_alone = self._found is not None and optimizer._block.have(optimizer._pairs_to_swap(), self._found)
+        self._found = None
         self._swap_in()
 
     def on_test_end(self, logs: Any = None) -> None:
-        self._swap_out()
+        self._is_due, self._is_scored = False, self._is_training and self._has_swapped
+        if not (self._is_scored and self._is_alone and self._lookahead()._block.is_undisturbed()):
+            self._swap_out()
 
     def on_predict_begin(self, logs: Any = None) -> None:
         self.on_test_begin()
 
     def on_predict_batch_begin(self, batch: int, logs: Any = None) -> None:
-        self._swap_in()
+        self.on_test_batch_begin(batch)
 
     def on_predict_end(self, logs: Any = None) -> None:
-        self._swap_out()
+        self.on_test_end()

@@ -82,6 +82,9 @@ def load_checkpoint(path: str | os.PathLike[str], model: keras.Model) -> None:
     # Under a loss scaler, `lookahead_optim.tf_keras` writes how many of the steps were applied. In Keras 3 there is one
     # count, which also places Adam's bias correction and the learning rate schedule.
     state.pop("lookahead_step", None)
+    # A file that was written while the slow weights were in the model: training goes on from the fast ones.
+    fast = _arrays_of(state, "fast", variables) if "fast" in state else []
+    state.pop("fast", None)
     arrays = {"slow": _arrays_of(state, "slow", variables)}
     unknown = set(state) - {"slow"} - set(slots)
     if unknown:
@@ -100,7 +103,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: keras.Model) -> None:
             )
         if target:
             targets[name], arrays[name] = target, _arrays_of(state, name, variables)
-    for variable, value in zip(model.weights, weights):
+    for variable, value in [*zip(model.weights, weights), *zip(variables, fast)]:
         variable.assign(value)
     for name, target in targets.items():
         for variable, value in zip(target, arrays[name]):

@@ -8,7 +8,7 @@ import pytest
 
 from lookahead_optim.keras import Lookahead, SwapSlowWeights
 from tests.comparison import assert_same_bits
-from tests.test_keras.helpers import BACKEND, data, values
+from tests.test_keras.helpers import BACKEND, data, differ, values
 
 
 class UserSwap(keras.callbacks.Callback):
@@ -148,6 +148,24 @@ class UntilLastEpoch(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if self.is_last:
             self.state = state(self.model)
+
+
+class AtEnd(keras.callbacks.Callback):
+    """Compares the weights in the model with the slow ones at the end of every epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.are_slow = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.are_slow.append(not differ(self.model.trainable_variables, self.model.optimizer.slow_variables))
+
+
+@pytest.mark.parametrize("callbacks", [("ours", "user"), ("ours", "ema"), ("user", "ours"), ("ema", "ours")], ids=str)
+def test_callbacks_after_it_find_the_slow_weights_at_the_end_of_an_epoch_beside_others_too(callbacks):
+    at_end = AtEnd()
+    train([*map(make, callbacks), at_end])
+    assert at_end.are_slow == [True] * 3
 
 
 @pytest.mark.parametrize("batches", BATCHES)

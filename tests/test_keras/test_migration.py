@@ -1,5 +1,6 @@
 """Checkpoints that `tfa.optimizers.Lookahead` wrote, continued in Keras 3."""
 
+import contextlib
 import importlib.util
 import json
 import warnings
@@ -64,7 +65,8 @@ def test_training_goes_on_as_it_would_have_with_tensorflow_addons(name, kind):
 
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="One backend is enough.")
 @pytest.mark.parametrize("kind", ["h5", "checkpoint"])
-def test_a_loss_scaled_run_of_keras_2_goes_on(kind, tmp_path):
+@pytest.mark.parametrize("is_in_block", [False, True])
+def test_a_loss_scaled_run_of_keras_2_goes_on(kind, is_in_block, tmp_path):
     tf, keras_2 = pytest.importorskip("tensorflow"), pytest.importorskip("tf_keras")
     from lookahead_optim.tf_keras import Lookahead as Lookahead2
 
@@ -78,10 +80,10 @@ def test_a_loss_scaled_run_of_keras_2_goes_on(kind, tmp_path):
         old.train_on_batch(batches[0][0], np.full_like(batches[0][1], np.inf))
     for x, y in batches[:4]:
         old.train_on_batch(x, y)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), inner.slow_weights() if is_in_block else contextlib.nullcontext():
         warnings.filterwarnings("ignore", "You are saving your model as an HDF5 file", UserWarning)
         old.save(tmp_path / "old.h5")
-    tf.train.Checkpoint(model=old, optimizer=old.optimizer).write(str(tmp_path / "old"))
+        tf.train.Checkpoint(model=old, optimizer=old.optimizer).write(str(tmp_path / "old"))
 
     model = keras.Sequential([keras.Input((4,)), *(keras.layers.Dense(size, name=name) for name, size in layers)])
     lookahead = Lookahead(keras.optimizers.Adam(0.01), 3)

@@ -292,15 +292,17 @@ def test_reset_captures_the_slow_weights_from_the_model():
 
 
 class Record(keras.callbacks.Callback):
-    """Records fast weights, slow weights and validation loss at the end of every epoch; comes before a swap."""
+    """Records the fast and the slow weights of every epoch, before its validation, and the validation loss."""
 
     def __init__(self):
         super().__init__()
         self.fast, self.slow, self.losses = [], [], []
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_test_begin(self, logs=None):
         self.fast.append(values(self.model.trainable_variables))
         self.slow.append(values(find_lookahead(self.model.optimizer).slow_variables))
+
+    def on_epoch_end(self, epoch, logs=None):
         self.losses.append(logs.get("val_loss"))
 
 
@@ -377,10 +379,11 @@ def test_evaluate_before_any_training_sees_the_models_weights():
     assert_same_bits(resuming.state(model), resuming.state(other))
 
 
-def test_model_checkpoint_after_the_callback_saves_the_slow_weights_of_the_best_epoch(tmp_path):
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+def test_model_checkpoint_saves_the_slow_weights_of_the_best_epoch(tmp_path, swap_on_epoch):
     model = RUNS["float32"]()
     checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", save_best_only=True, monitor="val_loss")
-    record = fit(model, SwapSlowWeights(swap_on_epoch=True), checkpoint)
+    record = fit(model, SwapSlowWeights(swap_on_epoch), checkpoint)
     best = int(np.argmin(record.losses))
     loaded = keras.saving.load_model(tmp_path / "best.keras")
     assert_same_bits(loaded.trainable_variables, record.slow[best])
@@ -393,20 +396,19 @@ def test_model_checkpoint_after_the_callback_saves_the_slow_weights_of_the_best_
 
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 @pytest.mark.parametrize("swap_first", [False, True])
-def test_early_stopping_restores_what_it_saw_at_the_end_of_the_best_epoch(swap_on_epoch, swap_first):
+def test_early_stopping_restores_the_slow_weights_of_the_best_epoch(swap_on_epoch, swap_first):
     swap = SwapSlowWeights(swap_on_epoch)
     worst = keras.callbacks.EarlyStopping("val_loss", mode="max", patience=1, restore_best_weights=True)
     model = RUNS["float32"]()
     record = fit(model, *([swap, worst] if swap_first else [worst, swap]), epochs=4)
     assert len(record.losses) == 2
     assert worst.best_epoch == 0
-    seen = record.slow if swap_first and swap_on_epoch else record.fast
-    assert_same_bits(model.trainable_variables, seen[0])
+    assert_same_bits(model.trainable_variables, record.slow[0])
     lookahead = model.optimizer
     assert_same_bits(lookahead.slow_variables, record.slow[1])
     lookahead.reset_slow_weights()
     with lookahead.slow_weights():
-        assert_same_bits(model.trainable_variables, seen[0])
+        assert_same_bits(model.trainable_variables, record.slow[0])
 
 
 @pytest.mark.parametrize("swap_on_epoch", [False, True])

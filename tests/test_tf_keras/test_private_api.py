@@ -106,3 +106,20 @@ def test_a_variable_says_in_which_strategy_it_was_made():
     with strategy.scope():
         variable = tf.Variable(1.0)
     assert getattr(variable, "_distribute_strategy", None) is strategy, message("`Variable._distribute_strategy`")
+
+
+def test_a_position_in_a_checkpoint_tells_one_restoration_from_another():
+    from tensorflow.python.checkpoint.restore import CheckpointPosition
+
+    assert hasattr(CheckpointPosition, "restore_uid"), message("`CheckpointPosition.restore_uid`")
+
+
+def test_history_is_the_last_callback_of_a_fit_and_an_attribute_of_its_model():
+    class Last(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            # It records the epoch in its own `on_epoch_end`.
+            assert self.model.history.epoch == [], message("`History` as the last callback")
+
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    assert model.fit(tf.ones((1, 1)), tf.ones((1, 1)), callbacks=[Last()], verbose=0).epoch == [0]

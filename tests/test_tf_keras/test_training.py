@@ -300,15 +300,17 @@ SWAPPED = {
 
 
 class EpochRecorder(keras.callbacks.Callback):
-    """Records fast weights, slow weights and validation loss at the end of every epoch; comes before a swap."""
+    """Records the fast and the slow weights of every epoch, before its validation, and the validation loss."""
 
     def __init__(self):
         super().__init__()
         self.fast, self.slow, self.losses = [], [], []
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_test_begin(self, logs=None):
         self.fast.append(values(self.model.trainable_variables))
         self.slow.append(slow_of(self.model, unscaled(self.model.optimizer)))
+
+    def on_epoch_end(self, epoch, logs=None):
         self.losses.append(logs["val_loss"])
 
 
@@ -361,11 +363,12 @@ def test_evaluate_before_any_training_sees_the_models_weights():
     assert_same_bits(model.weights, start)
 
 
-def test_model_checkpoint_after_the_callback_saves_the_slow_weights_of_the_best_epoch(tmp_path):
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+def test_model_checkpoint_saves_the_slow_weights_of_the_best_epoch(tmp_path, swap_on_epoch):
     checkpoint = keras.callbacks.ModelCheckpoint(
         str(tmp_path / "best"), save_best_only=True, save_weights_only=True, monitor="val_loss"
     )
-    model, record = fit_with(Lookahead(adam(), 4), SwapSlowWeights(swap_on_epoch=True), checkpoint)
+    model, record = fit_with(Lookahead(adam(), 4), SwapSlowWeights(swap_on_epoch), checkpoint)
     loaded = mlp(seed=3)
     loaded.load_weights(tmp_path / "best").expect_partial()
     assert_same_bits(loaded.trainable_variables, record.slow[int(np.argmin(record.losses))])
@@ -373,12 +376,12 @@ def test_model_checkpoint_after_the_callback_saves_the_slow_weights_of_the_best_
 
 
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
-def test_early_stopping_restores_what_it_saw_at_the_end_of_the_best_epoch(swap_on_epoch):
+def test_early_stopping_restores_the_slow_weights_of_the_best_epoch(swap_on_epoch):
     worst = keras.callbacks.EarlyStopping("val_loss", mode="max", patience=1, restore_best_weights=True)
     model, record = fit_with(Lookahead(adam(), 4), SwapSlowWeights(swap_on_epoch), worst, epochs=4)
     assert worst.best_epoch == 0
     assert len(record.losses) == 2
-    assert_same_bits(model.trainable_variables, (record.slow if swap_on_epoch else record.fast)[0])
+    assert_same_bits(model.trainable_variables, record.slow[0])
 
 
 def test_the_callback_refuses_a_model_without_lookahead():

@@ -12,23 +12,28 @@ __all__ = ["SwapSlowWeights"]
 
 
 class SwapSlowWeights(Swapping, keras.callbacks.Callback):
-    """Evaluates and predicts on the slow weights of a `Lookahead` optimizer.
+    """Evaluates and predicts on the slow weights of a `Lookahead` optimizer, and lets callbacks keep what was scored.
 
-    `fit(validation_data=...)`, `evaluate` and `predict` then see the slow weights; afterwards the fast ones are back
-    bit for bit. Shaped like `keras.callbacks.SwapEMAWeights`.
+    `fit(validation_data=...)`, `evaluate` and `predict` see the slow weights. Afterwards the fast ones are back bit for
+    bit. Shaped like `keras.callbacks.SwapEMAWeights`.
+
+    In `fit` the slow weights stay in the model from the validation until the next epoch begins. All callbacks find them
+    at the end of the epoch, before or after this one in `callbacks`: `ModelCheckpoint` saves the weights that were
+    scored, and `EarlyStopping(restore_best_weights=True)` restores them. The fast weights are in the file too, beside
+    the slow ones. `fit` with this callback resumes from them, so that `BackupAndRestore` continues bit for bit.
 
     Before the first training step nothing is swapped. Give this callback before others that put weights into the model
-    for an evaluation.
+    for an evaluation. A callback that changes weights at the end of an epoch changes those in the model, the slow ones,
+    and training continues from them.
 
     While the slow weights are in the model, a copy of the fast ones takes the memory of one more set of weights.
 
     Args:
-        swap_on_epoch: Boolean, whether the slow weights also stay in the model from the end of each epoch (after its
-            validation) to the beginning of the next, so that `ModelCheckpoint` and other callbacks find them there.
-            Give this callback before those in `callbacks`. A model saved so has no fast weights in its file: training
-            that goes on from it restarts from the slow ones. Defaults to `False`.
+        swap_on_epoch: Boolean, whether the slow weights also are in the model at the end of an epoch without a
+            validation. Give this callback then before those in `callbacks` that shall find them. Defaults to `False`.
 
     Raises:
+        TypeError: when `fit`, `evaluate` or `predict` begins, for a model of Keras 2.
         ValueError: at the first swap, when the model is not compiled with a `Lookahead` optimizer.
         RuntimeError: right after a sync, when another callback has put weights into the model before this one.
 
@@ -41,14 +46,15 @@ class SwapSlowWeights(Swapping, keras.callbacks.Callback):
     >>> loss = model.evaluate(x, y, callbacks=[SwapSlowWeights()], verbose=0)
     """
 
-    def _averages(self) -> dict[int, Any]:
-        averages: dict[int, Any] = {}
-        for optimizer in optimizers_in(self.model.optimizer):
-            if not isinstance(optimizer, Lookahead) and optimizer.use_ema and optimizer.built:
-                # Private: `SwapEMAWeights` takes them by these names too, and there are no others.
-                found = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average)
-                averages |= {id(weight): average for weight, average in found if average is not None}
-        return averages
+    def set_model(self, model: Any) -> None:
+        """Take the model that Keras trains or evaluates."""
+        # PyTorch's `DistributedDataParallel` may be around it.
+        if not isinstance(getattr(model, "module", model), keras.Model):
+            raise TypeError(
+                "`lookahead_optim.keras.SwapSlowWeights` is for models of Keras 3. For Keras 2 there is "
+                f"`lookahead_optim.tf_keras.SwapSlowWeights`. Received: model={model!r} of type {type(model)}"
+            )
+        super().set_model(model)
 
     def _lookahead(self) -> Lookahead:
         for optimizer in optimizers_in(self.model.optimizer):

@@ -355,6 +355,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         """
         self._check_built("apply(grads)")
         check_outside_block(self._block.is_open, "apply(grads)")
+        # Training goes on from the weights in the model. In `fit` the callback has put these back before.
+        self._block.loaded = {}
         if not self.sync_period:
             update()
             return
@@ -439,9 +441,12 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         """Context manager that runs a block, an evaluation or an export, with the slow weights in the model.
 
         The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
-        memory of one more set of weights. A block inside a block changes nothing; do not train in one. A model saved
-        in the block has the slow weights; training that resumes from such a file starts from them. Before the first
+        memory of one more set of weights. A block inside a block changes nothing; do not train in one. Before the first
         applied update the block runs on the model's own weights.
+
+        A model saved in the block has the slow weights. A `.keras` or `.weights.h5` file has the fast ones beside them:
+        `fit` with the callback `SwapSlowWeights` resumes from these, bit for bit. Other training that resumes from such
+        a file starts from the slow weights.
         """
         if self._block.is_open or not self.built:
             yield
@@ -450,15 +455,41 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         with self._block.run(self._pairs_to_swap(), self._count()):
             yield
 
+    # What the callback `SwapSlowWeights` asks for.
+
+    def _enter_slow_weights(self) -> None:
+        pairs = self._pairs_to_swap()
+        self._block.open(pairs, self._block.copies(pairs), self._count())
+
     def _pairs_to_swap(self) -> Sequence[tuple[Any, Any]]:
         return self._slow_weights.to_swap()
 
     def _has_slow_weights(self) -> bool:
         return self._slow_weights.is_captured()
 
-    def _leave_slow_weights(self) -> None:
+    def _leave_slow_weights(self, is_last: bool = True) -> None:
         if self._block.is_open:
-            self._block.leave(self._count())
+            self._block.leave(self._count(), self._averages(), is_last)
+
+    def _averages(self) -> dict[int, Any]:
+        """Return the averages that `SwapEMAWeights` may exchange with weights, by the `id` of the weight."""
+        averages: dict[int, Any] = {}
+        for optimizer in optimizers_in(self.inner_optimizer):
+            if not isinstance(optimizer, Lookahead) and optimizer.use_ema and optimizer.built:
+                # Private: `SwapEMAWeights` takes them by these names too, and there are no others.
+                found = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average)
+                averages |= {id(weight): average for weight, average in found if average is not None}
+        return averages
+
+    def _loaded_fast_weights(self) -> dict[int, Any]:
+        """Return the fast weights of the file that was loaded last, unless an update was applied since."""
+        loaded = {key: value for key, (_, value) in self._block.loaded.items()}
+        return loaded if loaded and self._count() == self._block.loaded_at else {}
+
+    def _take_loaded_fast_weights(self) -> None:
+        if loaded := self._loaded_fast_weights():
+            self._block.put_back(loaded, self._pairs_to_swap())
+        self._block.loaded = {}
 
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Let the inner optimizer end the training, at the end of `fit`: with its EMA in the model, say."""
@@ -524,6 +555,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         self._check_built("set_weights(weights)")
         check_outside_block(self._block.is_open, "set_weights(weights)")
         arrays = checked(self.variables, weights, "set_weights(weights)")
+        self._block.loaded = {}
         own = len(self._variables)
         self.inner_optimizer.set_weights(arrays[own:])
         for variable, array in zip(self._variables, arrays):
@@ -537,22 +569,36 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     def save_own_variables(self, store: Any) -> None:
         """Save the slow weights and whether they were captured.
 
-        Keras has the inner optimizer save its own state beside them.
+        Keras has the inner optimizer save its own state beside them. While the slow weights are in the model, the fast
+        ones are saved, too, and the number of updates after which they are right.
         """
         for name, variable in self._own_variables().items():
             store[name] = to_numpy(variable)
+        fast = self._loaded_fast_weights() or self._block.fast_weights()
+        if fast and self._own_variables():
+            store["fast_count"] = np.asarray(self._count())
+            for index, pair in enumerate(self._slow_weights.pairs()):
+                store[f"fast_{index}"] = keras.ops.convert_to_numpy(fast[id(pair.fast)])
 
     def load_own_variables(self, store: Any) -> None:
         """Load what `save_own_variables` saved."""
+        caller = "load_own_variables(store)"
         variables = self._own_variables()
-        if set(store.keys()) != set(variables) and not self.built:
+        self._block.loaded = {}
+        saved = set(store.keys())
+        fast = [f"fast_{index}" for index in range(len(self.slow_variables))]
+        if saved >= {"fast_count", *fast}:
+            saved -= {"fast_count", *fast}
+        else:
+            fast = []
+        if saved != set(variables) and not self.built:
             warnings.warn(
                 f"Skipping the state of optimizer {self.name!r}, which is not built yet. To load it, call "
                 "`optimizer.build(model.trainable_variables)` before.",
                 stacklevel=2,
             )
             return
-        if set(store.keys()) != set(variables):
+        if saved != set(variables):
             warnings.warn(
                 f"Skipping the state of optimizer {self.name!r}, which has {len(self.slow_variables)} slow weights, as "
                 f"what was saved is another optimizer's state ({len(store.keys())} variables). The slow weights start "
@@ -561,7 +607,13 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             )
             self._slow_weights.forget()
             return
-        assign(list(variables.values()), [store[name] for name in variables], "load_own_variables(store)")
+        count = int(np.asarray(store["fast_count"])) if fast else 0
+        values = checked(self.slow_variables if fast else [], [store[name] for name in fast], caller)
+        assign(list(variables.values()), [store[name] for name in variables], caller)
+        self._block.loaded_at = count
+        self._block.loaded = {
+            id(pair.fast): (pair.fast, value) for pair, value in zip(self._slow_weights.pairs(), values)
+        }
 
     def get_config(self) -> dict[str, Any]:
         """Return the config, from which `from_config` makes the same optimizer, without its state."""

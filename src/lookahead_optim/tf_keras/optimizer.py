@@ -256,6 +256,8 @@ class Lookahead(Saving):
             RuntimeError: inside a `slow_weights()` block, or in a cross-replica context.
         """
         check_outside_block(self._block.is_open, "apply_gradients(grads_and_vars)")
+        # Training goes on from the weights in the model. In `fit` the callback has put these back before.
+        self._block.loaded = {}
         pairs = _check_pairs(grads_and_vars)
         if name is not None:
             kwargs["name"] = name
@@ -376,8 +378,11 @@ class Lookahead(Saving):
 
         The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
         memory of one more set of weights. A block inside a block changes nothing. Training in one is refused; a step
-        that was compiled before does not notice the block, and what it does is lost at its end. A model saved in the
-        block has the slow weights; training that goes on from such a file starts from them.
+        that was compiled before does not notice the block, and what it does is lost at its end.
+
+        A model saved in the block has the slow weights. The fast ones are beside them: slots `"fast"` of a checkpoint,
+        the end of `weights` in an `.h5` file. `fit` with the callback `SwapSlowWeights` resumes from these, bit for
+        bit. Other training that resumes from such a file starts from the slow weights.
 
         Raises:
             RuntimeError: in a graph of TensorFlow 1.
@@ -391,15 +396,35 @@ class Lookahead(Saving):
         with self._block.run(self._pairs_to_swap(), self._count()):
             yield
 
+    # What the callback `SwapSlowWeights` asks for.
+
+    def _enter_slow_weights(self) -> None:
+        self._check_eager("slow_weights()")
+        self._capture()
+        pairs = self._pairs_to_swap()
+        self._block.open(pairs, self._block.copies(pairs), self._count())
+
     def _pairs_to_swap(self) -> list[Any]:
         return self._pairs()
 
     def _count(self) -> int:
         return 0 if self._iterations is None else to_int(self._steps)
 
-    def _leave_slow_weights(self) -> None:
+    def _leave_slow_weights(self, is_last: bool = True) -> None:
         if self._block.is_open:
-            self._block.leave(self._count())
+            self._block.leave(self._count(), self._averages(), is_last)
+
+    def _averages(self) -> dict[int, Any]:
+        """Return none: there is no `SwapEMAWeights` in Keras 2."""
+        return {}
+
+    def _take_loaded_fast_weights(self) -> None:
+        if loaded := self._loaded_fast_weights():
+            slots = {id(pair.fast): pair.slow for pair in self._pairs()}
+            variables = [variable for variable, _ in self._block.loaded.values()]
+            # Slots that a checkpoint restores in `fit` are made by its first step: there is nothing to compare with.
+            self._block.put_back(loaded, [(slots.get(id(variable), variable), variable) for variable in variables])
+        self._block.loaded = {}
 
     def _check_eager(self, caller: str) -> None:
         if not tf.compat.v1.executing_eagerly_outside_functions():
