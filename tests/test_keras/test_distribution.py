@@ -14,6 +14,7 @@ from lookahead_optim.keras import Lookahead, RectifiedAdam, SwapSlowWeights
 from tests.child_processes import start
 from tests.comparison import assert_same_bits
 from tests.test_keras import distribution_worker as worker
+from tests.test_keras import kept
 from tests.test_keras.distribution_worker import (
     BATCH,
     BATCHES,
@@ -362,6 +363,31 @@ def test_mirrored_callback_validates_on_the_slow_weights(strategy):
         expected = model.evaluate(x_test, y_test, verbose=0)
     assert logs["val_loss"] == [pytest.approx(expected, rel=1e-6)]
     assert model.evaluate(x_test, y_test, verbose=0) != pytest.approx(expected, rel=1e-3)
+
+
+class _Interrupt(keras.callbacks.Callback):
+    """Interrupts the third epoch, whose weights before it are in a backup."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == kept.KILLED_IN:
+            raise KeyboardInterrupt
+
+
+@on_tensorflow
+def test_mirrored_backup_with_the_slow_weights_in_the_model_resumes_bit_for_bit(strategy, tmp_path):
+    def run(*callbacks):
+        with strategy.scope():
+            model = kept.make_model()
+        last = kept.LastBatch()
+        losses = kept.fit(model, [*kept.callbacks(["backup", "swap"], tmp_path), last, *callbacks])
+        return losses, last.states[-1]
+
+    losses, state = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(_Interrupt())
+    resumed_losses, resumed_state = run()
+    assert resumed_losses == losses[kept.KILLED_IN :]
+    assert_same_bits(resumed_state, state)
 
 
 @on_tensorflow

@@ -12,7 +12,9 @@ import tensorflow as tf
 from lookahead_optim.tf_keras import AdamW, Lookahead, RectifiedAdam
 from lookahead_optim.tf_keras._keras import keras
 from tests.child_processes import start
+from tests.comparison import assert_same_bits
 from tests.test_tf_keras import distribution_worker as worker
+from tests.test_tf_keras import kept
 from tests.test_tf_keras.distribution_worker import BATCHES, OPTIMIZERS, STOPPED_AT, History, fit
 from tests.test_tf_keras.resuming import checkpoint_of, mlp, momentum, slow_of, values
 
@@ -284,3 +286,28 @@ def test_a_graph_on_two_devices_equals_one_device(devices):
     assert "While" in types
     assert others.count("If") == 2
     assert "While" not in others
+
+
+class _Interrupt(keras.callbacks.Callback):
+    """Interrupts the third epoch, whose weights before it are in a backup."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == kept.KILLED_IN:
+            raise KeyboardInterrupt
+
+
+def test_mirrored_backup_with_the_slow_weights_in_the_model_resumes_bit_for_bit(strategy, tmp_path):
+    def run(*callbacks):
+        with strategy.scope():
+            model = kept.make_model()
+        weights = []
+        look = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: weights.append(model.get_weights()))
+        losses = kept.fit(model, [*kept.callbacks(["backup", "swap"], tmp_path), look, *callbacks])
+        return losses, weights[-1]
+
+    losses, weights = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(_Interrupt())
+    resumed_losses, resumed_weights = run()
+    assert resumed_losses == losses[kept.KILLED_IN :]
+    assert_same_bits(resumed_weights, weights)
