@@ -25,31 +25,32 @@ class Adapter:
 
     `oracle_settings` make the oracle's inner optimizers like the framework's. Where a sync is not `exact`, it ends one
     rounding beside the slow weights that it computes. Some inner optimizers take no missing gradients. What is here
-    suits the optimizers of Keras.
+    suits the optimizers of Keras. An adapter that `has_momentum` takes `slow_momentum` and `slow_nesterov`, too.
     """
 
     oracle_settings: ClassVar = {}
     exact = True
+    has_momentum = False
     inner_without_missing_gradients: ClassVar = set()
 
-    def __init__(self, weights, inner, settings, sync_period, slow_step_size):
-        self._start(weights, inner, settings, [(sync_period, slow_step_size)])
+    def __init__(self, weights, inner, settings, sync_period, slow_step_size, **outer):
+        self._start(weights, inner, settings, [(sync_period, slow_step_size)], [outer])
 
     @classmethod
     def bare(cls, weights, inner, settings):
         return cls.nested(weights, inner, settings, [], [])
 
     @classmethod
-    def nested(cls, weights, inner, settings, periods, slow_step_sizes):
+    def nested(cls, weights, inner, settings, periods, slow_step_sizes, outer=({}, {})):
         run = cls.__new__(cls)
-        run._start(weights, inner, settings, zip(periods, slow_step_sizes))
+        run._start(weights, inner, settings, zip(periods, slow_step_sizes), outer)
         return run
 
-    def _start(self, weights, inner, settings, wrappers):
+    def _start(self, weights, inner, settings, wrappers, outer):
         self.set_weights(weights)
         self.optimizer = self.make_inner(inner, settings)
-        for period, step_size in wrappers:
-            self.optimizer = self.lookahead(self.optimizer, period, step_size)
+        for (period, step_size), more in zip(wrappers, outer):
+            self.optimizer = self.lookahead(self.optimizer, period, step_size, **more)
         self.build()
 
     @staticmethod
@@ -118,6 +119,7 @@ if _joins("torch"):
     class Torch(Adapter):
         oracle_settings: ClassVar = {"adam": {"pytorch": True}}
         lookahead = lookahead_optim.torch.Lookahead
+        has_momentum = True
         implementation: ClassVar = {}
 
         def set_weights(self, weights):
@@ -144,7 +146,7 @@ if _joins("torch"):
         def slow(self):
             states = [self.optimizer.state[parameter] for parameter in self.parameters]
             # That of the outermost wrapper.
-            name = max(key for key in states[0] if key.startswith("slow"))
+            name = max(key for key in states[0] if key.startswith("slow") and "momentum" not in key)
             return [state[name].cpu().numpy().copy() for state in states]
 
         @torch.no_grad()

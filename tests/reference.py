@@ -1,5 +1,7 @@
 """The oracle: Lookahead (arXiv 1907.08610, Algorithm 1) over three inner optimizers, in float64 NumPy.
 
+With slow momentum it is the outer step of SNOO (arXiv 2510.15830) and, on one worker, DiLoCo (arXiv 2311.08105).
+
     oracle = Lookahead(Adam(0.1), sync_period=5, slow_step_size=0.5).start(weights)
     oracle.apply(gradients)
 
@@ -69,30 +71,50 @@ class Adam(Optimizer):
 
 
 class Lookahead:
-    """After every `sync_period` updates:  slow <- slow + slow_step_size (fast - slow);  fast <- slow."""
+    """The outer step after every `sync_period` updates."""
 
-    def __init__(self, inner, sync_period=6, slow_step_size=0.5):
+    def __init__(self, inner, sync_period=6, slow_step_size=0.5, slow_momentum=0.0, slow_nesterov=True):
         self.inner, self.sync_period, self.slow_step_size = inner, sync_period, slow_step_size
+        self.slow_momentum, self.slow_nesterov = slow_momentum, slow_nesterov
 
     def start(self, weights):
         self.inner.start(weights)
-        self.slow = [weight.copy() for weight in self.weights]
         self.t = 0
+        self.reset()
         return self
 
     @property
     def weights(self):
         return self.inner.weights
 
+    def reset(self):
+        """Capture the slow weights, and forget the momentum."""
+        self.slow = [weight.copy() for weight in self.weights]
+        self.b = [np.zeros_like(weight) for weight in self.weights]
+        self.t_of_sync = self.t
+
     def restart(self, weights):
+        """Go on from weights that a wrapper around has synchronised. The momentum stays."""
         self.slow = [weight.copy() for weight in weights]
         self.inner.restart(weights)
+        self.t_of_sync = self.t
 
     def apply(self, gradients):
         self.inner.apply(gradients)
         self.t += 1
         if self.sync_period and self.t % self.sync_period == 0:
-            self.sync()
+            self.outer_step()
 
     def sync(self):
-        self.restart([slow + self.slow_step_size * (fast - slow) for slow, fast in zip(self.slow, self.weights)])
+        """Make the outer step now. Without an update since the last one there is nothing to do."""
+        if self.t != self.t_of_sync:
+            self.outer_step()
+
+    def outer_step(self):
+        new = []
+        for index, (slow, fast) in enumerate(zip(self.slow, self.weights)):
+            s = slow - fast
+            b = self.b[index] = self.slow_momentum * self.b[index] + s
+            d = s + self.slow_momentum * b if self.slow_nesterov else b
+            new.append(slow - self.slow_step_size * d)
+        self.restart(new)

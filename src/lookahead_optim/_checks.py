@@ -8,7 +8,10 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 __all__ = [
+    "OVER_RELAXATION",
     "check_outside_block",
+    "check_slow_momentum",
+    "check_slow_nesterov",
     "check_slow_step_size",
     "check_sync_period",
     "explain_other_names",
@@ -111,6 +114,32 @@ def check_slow_step_size(slow_step_size: Any) -> float:
     return value
 
 
+def check_slow_momentum(slow_momentum: Any) -> float:
+    """Return `slow_momentum` as a `float` in [0, 1), or raise `TypeError` or `ValueError`."""
+    if isinstance(slow_momentum, bool) or not isinstance(slow_momentum, numbers.Real):
+        raise TypeError(
+            "`slow_momentum` must be a real number, the factor of the momentum on the pseudo-gradient (0 for none). "
+            f"Received: slow_momentum={slow_momentum!r} of type {type(slow_momentum).__name__}"
+        )
+    value = float(slow_momentum)
+    if not 0 <= value < 1:
+        raise ValueError(
+            "`slow_momentum` must be >= 0 and < 1, usually 0.4 to 0.9: at 1 the momentum would never decay. "
+            f"Received: slow_momentum={slow_momentum!r:.100}"
+        )
+    return value
+
+
+def check_slow_nesterov(slow_nesterov: Any) -> bool:
+    """Return `slow_nesterov`, a `bool`, or raise `TypeError`."""
+    if not isinstance(slow_nesterov, bool):
+        raise TypeError(
+            "`slow_nesterov` must be True (Nesterov's momentum) or False (heavy ball). "
+            f"Received: slow_nesterov={slow_nesterov!r} of type {type(slow_nesterov).__name__}"
+        )
+    return slow_nesterov
+
+
 def check_outside_block(is_open: bool, caller: str) -> None:
     """Raise `RuntimeError` if a `slow_weights()` block is open, in which `caller` must not be called."""
     if is_open:
@@ -118,6 +147,10 @@ def check_outside_block(is_open: bool, caller: str) -> None:
             f"`{caller}` was called inside a `slow_weights()` block, at whose end the fast weights come back. Call "
             "it after the block."
         )
+
+
+# The beginning of the warning, for filters.
+OVER_RELAXATION = "`slow_step_size` above 1"
 
 
 def warn_if_over_relaxed(slow_step_size: float, slow_momentum: float = 0.0, *, stacklevel: int) -> None:
@@ -130,7 +163,8 @@ def warn_if_over_relaxed(slow_step_size: float, slow_momentum: float = 0.0, *, s
     Args:
         slow_step_size: A number that was checked.
         slow_momentum: The slow momentum, a number that was checked.
-        stacklevel: Where the warning is shown: 2 is the caller, 3 is the caller's caller.
+        stacklevel: As if the caller called `warnings.warn`. `explain_other_names` adds a call between an `__init__` and
+            the user's line, which is 3 there.
     """
     if slow_step_size > 1 and not slow_momentum:
         warnings.warn(

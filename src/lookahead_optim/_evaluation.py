@@ -28,6 +28,8 @@ class Block:
         self._count = 0
         # The number of steps at which a call, and no step, made fast and slow weights equal.
         self.made_equal_at: int | None = None
+        # The number of steps at which the sync period was set: whether the last of them was a sync, is not known then.
+        self.period_set_at: int | None = None
         # The fast weights of a file that was saved in a block: variable and value, by the `id` of the variable.
         self.loaded: dict[int, tuple[Any, Any]] = {}
         # Which file: in Keras 3 its number of steps, in Keras 2 TensorFlow's number of the restoration.
@@ -38,6 +40,11 @@ class Block:
         self.loaded = {}
         with contextlib.suppress(Exception):
             self.made_equal_at = count()
+
+    def note_period_set(self, count: Callable[[], int]) -> None:
+        """Note that the sync period was set. In a function that is compiled the count has no number."""
+        with contextlib.suppress(Exception):
+            self.period_set_at = count()
 
     @property
     def is_open(self) -> bool:
@@ -212,7 +219,8 @@ class Swapping:
         if not optimizer.sync_period:
             return False
         count = optimizer._count()
-        if count % optimizer.sync_period and count != optimizer._block.made_equal_at:
+        block = optimizer._block
+        if (count % optimizer.sync_period or count == block.period_set_at) and count != block.made_equal_at:
             return False
         averages = optimizer._averages()
         return not all(

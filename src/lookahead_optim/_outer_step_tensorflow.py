@@ -118,12 +118,13 @@ def _slow_step_in_place(slow: tf.Variable, fast: tf.Variable, slow_step_size: St
 
     is_number = isinstance(slow_step_size, float)
     if tf.executing_eagerly():
-        is_usual = math.isfinite(size) and (is_number or float(step_size) != 1)
+        is_usual = math.isfinite(size) and (is_number or float(step_size) not in (0, 1))
         (usual if is_usual else at_the_ends)()
         return []
     is_usual = tf.math.is_finite(size)
     if not is_number:
-        is_usual = is_usual & tf.not_equal(step_size, 1)
+        # Adding 0 times something would make 0 of -0.
+        is_usual = is_usual & tf.not_equal(step_size, 0) & tf.not_equal(step_size, 1)
     return [tf.cond(is_usual, lambda: _done(usual()), lambda: _done(at_the_ends()))]
 
 

@@ -4,20 +4,34 @@ import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lookahead_optim._pieces_torch import Piece, is_large_on_gpu
 
-__all__ = ["ask_is_large", "is_large", "outer_step", "outer_step_unshared"]
+__all__ = ["OuterStep", "ask_is_large", "is_large", "outer_step", "outer_step_unshared"]
 
 
-def outer_step(pieces: list[Piece], slow_step_sizes: list[float], is_careful: bool) -> bool:
-    """Move the slow weights of all pieces, then restart all fast weights from there.
+class OuterStep(NamedTuple):
+    """The settings of an outer step."""
 
-    With s = slow - fast, the pseudo-gradient, this is slow = slow - slow_step_size * s, then fast = slow. No memory is
-    needed for s: both operations in one are a linear interpolation.
+    slow_step_size: float
+    slow_momentum: float = 0.0
+    slow_nesterov: bool = True
+
+
+def outer_step(pieces: list[Piece], steps: list[OuterStep], is_careful: bool) -> bool:
+    """Make the outer step of all pieces: move the slow weights, then restart all fast weights from there.
+
+    With slow momentum b, of factor mu, and the slow step size eta, this is for each weight
+
+        s = slow - fast
+        b = mu * b + s
+        d = s + mu * b with Nesterov's momentum, else b
+        slow = slow - eta * d
+        fast = slow
 
     All fast weights are read before the first of them is written, as some may share memory. If none do, call
     `outer_step_unshared` piece by piece: the restart then finds the slow weights in the CPU's cache. The caller has
@@ -25,22 +39,73 @@ def outer_step(pieces: list[Piece], slow_step_sizes: list[float], is_careful: bo
 
     Args:
         pieces: What `cut` returned.
-        slow_step_sizes: The slow step size of each piece.
+        steps: The settings for each piece.
         is_careful: Whether some weight is not finite, or so large that a difference may overflow.
 
     Returns:
         Whether the next outer step must be careful.
     """
+    moves = [_moves(piece) if _needs_moves(piece) else None for piece in pieces]
     is_careful_next = is_careful
-    for piece, slow_step_size in zip(pieces, slow_step_sizes):
-        is_careful_next |= _slow_step(piece, slow_step_size, is_careful)
+    for piece, step, move in zip(pieces, steps, moves):
+        if move is None:
+            is_careful_next |= _interpolate(piece, step.slow_step_size, is_careful)
+        else:
+            _descend(piece, step, move)
     for piece in pieces:
         torch._foreach_copy_(piece.fast, piece.slow)
     return is_careful_next
 
 
-def _slow_step(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
+def _needs_moves(piece: Piece) -> bool:
+    """Return whether an outer step is more than an interpolation, which needs no memory for the pseudo-gradient."""
+    return bool(piece.momentum) or (bool(piece.slow) and piece.slow[0].dtype != piece.fast[0].dtype)
+
+
+def _moves(piece: Piece, in_place_of_fast: bool = False) -> list[Tensor]:
+    """Return how far the weights moved since the last restart: the pseudo-gradients, with their signs turned.
+
+    A fast weight started from the slow weight rounded to its dtype. Measured from there, a fast weight that did not
+    move leaves a slow weight of a wider dtype alone, bit for bit.
+    """
+    slow, fast, _ = piece
+    if slow[0].dtype == fast[0].dtype:
+        if not in_place_of_fast:
+            return list(torch._foreach_sub(fast, slow))
+        torch._foreach_sub_(fast, slow)
+        return fast
+    started = [torch.empty_like(fast_weight) for fast_weight in fast]
+    torch._foreach_copy_(started, slow)
+    wide_started, moves = ([torch.empty_like(slow_weight) for slow_weight in slow] for _ in range(2))
+    torch._foreach_copy_(wide_started, started)
+    torch._foreach_copy_(moves, fast)
+    torch._foreach_sub_(moves, wide_started)
+    return moves
+
+
+def _descend(piece: Piece, step: OuterStep, moves: list[Tensor]) -> None:
+    """Move slow weights by momentum on their pseudo-gradients, which are `moves` with their signs turned."""
+    slow, fast, momentum = piece
+    slow_step_size, slow_momentum, slow_nesterov = step
+    if not momentum:
+        if slow_step_size == 1:
+            torch._foreach_copy_(slow, fast)
+        else:
+            torch._foreach_add_(slow, moves, alpha=slow_step_size)
+        return
+    torch._foreach_mul_(momentum, slow_momentum)
+    torch._foreach_sub_(momentum, moves)
+    if slow_nesterov:
+        torch._foreach_add_(slow, moves, alpha=slow_step_size)
+        torch._foreach_add_(slow, momentum, alpha=-slow_step_size * slow_momentum)
+    else:
+        torch._foreach_add_(slow, momentum, alpha=-slow_step_size)
+
+
+def _interpolate(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
     """Move slow weights towards their fast ones; return whether that has shown that the next step must be careful.
+
+    Without momentum the outer step is a linear interpolation, which is a single operation.
 
     The difference of two large weights of opposite sign overflows, and the difference of equal infinities is NaN. A
     careful step replaces what such a difference makes. It takes several times as long. So it is made if `is_large` has
@@ -50,7 +115,7 @@ def _slow_step(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
 
     Other devices than the CPU would have to be waited for. There only `is_large` finds infinities.
     """
-    slow, fast = piece
+    slow, fast, _ = piece
     if slow_step_size == 1:
         torch._foreach_copy_(slow, fast)
     elif slow_step_size == 0:
@@ -59,7 +124,7 @@ def _slow_step(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
         for slow_weight, fast_weight in zip(slow, fast):
             _slow_step_with_care(slow_weight, fast_weight, slow_step_size)
     else:
-        # The usual case: slow = slow + slow_step_size * (fast - slow).
+        # The usual case: slow = slow - slow_step_size * (slow - fast).
         torch._foreach_lerp_(slow, fast, slow_step_size)
     if is_careful or not slow[0].is_cpu or _are_finite(slow):
         return False
@@ -68,18 +133,23 @@ def _slow_step(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
     return True
 
 
-def outer_step_unshared(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
+def outer_step_unshared(piece: Piece, step: OuterStep, is_careful: bool) -> bool:
     """Do `outer_step` for one piece, whose fast weights share no memory with others.
 
     A large weight on a GPU, which is a piece by itself, takes one kernel. The operations of PyTorch take two, which
     move five arrays where four do.
     """
-    if len(piece.slow) == 1 and not is_careful and 0 < slow_step_size < 1:
-        (slow,), (fast,) = piece
+    if _needs_moves(piece):
+        # The fast weights are read once. Then their memory is free for the moves, until the restart.
+        _descend(piece, step, _moves(piece, in_place_of_fast=bool(piece.momentum)))
+        torch._foreach_copy_(piece.fast, piece.slow)
+        return is_careful
+    if len(piece.slow) == 1 and not is_careful and 0 < step.slow_step_size < 1:
+        (slow,), (fast,), _ = piece
         kernel = _kernel() if is_large_on_gpu(slow, fast) else None
-        if kernel is not None and kernel(slow, fast, slow_step_size):
+        if kernel is not None and kernel(slow, fast, step.slow_step_size):
             return False
-    return outer_step([piece], [slow_step_size], is_careful)
+    return outer_step([piece], [step], is_careful)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Lists of slow and fast weights of PyTorch, cut so that the CPU finds in its cache what an outer step needs twice."""
+"""Lists of weights of PyTorch, cut so that the CPU finds in its cache what an outer step needs more than once."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor
 
 __all__ = ["Piece", "cut", "is_large_on_gpu"]
 
-# An outer step goes over the slow weights twice. On the CPU a `foreach` operation is a loop over its weights. So both
-# operations are made on as many weights as one core's cache holds, before the next weights.
+# An outer step goes over the slow weights twice, and more often with momentum. On the CPU a `foreach` operation is a
+# loop over its weights. So all operations are made on as many weights as one core's cache holds, before the next
+# weights.
 _BYTES_PER_THREAD = 2**18
 # From here on a GPU needs longer for a weight than the host to launch a kernel for it alone.
 _BYTES_OF_LARGE = 2**24
@@ -19,36 +20,43 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Piece(NamedTuple):
-    """Slow weights and their fast ones, in one order. All are on the CPU, or all on one other device."""
+    """Slow weights, their fast ones and their slow momentum, in one order.
+
+    All are on the CPU, or all on one other device. Without slow momentum the last list is empty.
+    """
 
     slow: list[Tensor]
     fast: list[Tensor]
+    momentum: list[Tensor]
 
 
-def cut(slow: list[Tensor], fast: list[Tensor]) -> list[Piece]:
-    """Cut lists of slow and fast weights into pieces for `outer_step`.
+def cut(slow: list[Tensor], fast: list[Tensor], momentum: Sequence[Tensor] = ()) -> list[Piece]:
+    """Cut lists of slow weights, fast weights and, if there is any, slow momentum into pieces for `outer_step`.
 
     On the CPU several small weights make one piece, and a large weight makes several, which are views of it, if it is
-    contiguous. On other devices a large weight makes a piece, if a kernel can take it, and all others of one device
-    and dtype make one, as their `foreach` operations ask for.
+    contiguous. On other devices a large weight makes a piece, and all others of one device and dtype make one, as their
+    `foreach` operations ask for.
     """
+    # Each row is a slow weight, its fast one, and its momentum if there is any.
+    rows = list(zip(slow, fast, momentum) if momentum else zip(slow, fast))
     if not all(fast_weight.is_cpu for fast_weight in fast):
-        by_kind: dict[object, Piece] = defaultdict(lambda: Piece([], []))
-        for slow_weight, fast_weight in zip(slow, fast):
-            is_alone = is_large_on_gpu(slow_weight, fast_weight)
-            kind = by_kind[id(fast_weight) if is_alone else (fast_weight.device, fast_weight.dtype)]
-            kind.slow.append(slow_weight)
-            kind.fast.append(fast_weight)
+        by_kind: dict[object, Piece] = defaultdict(_empty)
+        for row in rows:
+            slow_weight, fast_weight = row[:2]
+            is_alone = fast_weight.is_cuda and fast_weight.nbytes >= _BYTES_OF_LARGE
+            kind = id(fast_weight) if is_alone else (fast_weight.device, fast_weight.dtype, slow_weight.dtype)
+            _append(by_kind[kind], row)
         return list(by_kind.values())
-    pieces, size, limit = [Piece([], [])], 0, _BYTES_PER_THREAD * torch.get_num_threads()
-    for slow_weight, fast_weight in zip(slow, fast):
-        for slow_part, fast_part in _parts(slow_weight, fast_weight, limit):
-            if size >= limit:
-                pieces.append(Piece([], []))
+    pieces, size, limit = [_empty()], 0, _BYTES_PER_THREAD * torch.get_num_threads()
+    for row in rows:
+        for part in _parts(row, limit):
+            if size >= limit or (
+                pieces[-1].slow and _is_wide(*part) != _is_wide(pieces[-1].slow[0], pieces[-1].fast[0])
+            ):
+                pieces.append(_empty())
                 size = 0
-            pieces[-1].slow.append(slow_part)
-            pieces[-1].fast.append(fast_part)
-            size += slow_part.nbytes
+            _append(pieces[-1], part)
+            size += part[0].nbytes
     return pieces if fast else []
 
 
@@ -64,10 +72,25 @@ def is_large_on_gpu(slow: Tensor, fast: Tensor) -> bool:
     )
 
 
-def _parts(slow: Tensor, fast: Tensor, limit: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Return a slow weight and its fast one, both in parts if they are larger than a piece."""
-    is_plain = type(fast) in _PLAIN and fast.is_contiguous() and slow.is_contiguous()
+def _empty() -> Piece:
+    return Piece([], [], [])
+
+
+def _append(piece: Piece, row: Sequence[Tensor]) -> None:
+    for weights, weight in zip(piece, row):
+        weights.append(weight)
+
+
+def _is_wide(slow: Tensor, fast: Tensor, *momentum: Tensor) -> bool:
+    """Return whether a slow weight has another dtype than its fast one. In a piece, all have or none has."""
+    return slow.dtype != fast.dtype
+
+
+def _parts(row: Sequence[Tensor], limit: int) -> Iterable[Sequence[Tensor]]:
+    """Return a slow weight, its fast one and its momentum, all in parts if they are larger than a piece."""
+    slow, fast = row[:2]
+    is_plain = type(fast) in _PLAIN and all(weight.is_contiguous() for weight in row)
     if slow.nbytes <= limit or not is_plain:
-        return [(slow, fast)]
+        return [row]
     elements = limit // slow.element_size()
-    return zip(slow.view(-1).split(elements), fast.view(-1).split(elements))
+    return zip(*(weight.view(-1).split(elements) for weight in row))

@@ -85,6 +85,23 @@ def test_bad_optimizer_is_refused(optimizer, error, message):
         Lookahead(optimizer)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras 2 is TensorFlow's")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda keras_2: keras_2.optimizers.legacy.SGD(),
+        lambda keras_2: keras_2.optimizers.Adam(),
+        lambda keras_2: keras_2.optimizers.Adam,
+        lambda keras_2: type("Mine", (keras_2.optimizers.legacy.SGD,), {})(),
+    ],
+    ids=["legacy", "newer", "class", "own class"],
+)
+def test_an_optimizer_of_keras_2_is_refused_and_the_message_names_the_front_end_for_it(make):
+    keras_2 = pytest.importorskip("tf_keras")
+    with pytest.raises(TypeError, match=r"For one of Keras 2 use `lookahead_optim.tf_keras.Lookahead`. Received: opt"):
+        Lookahead(make(keras_2))
+
+
 def test_loss_scale_optimizer_inside_is_refused():
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
     with pytest.raises(ValueError, match=r"cannot be inside `Lookahead`.*LossScaleOptimizer\(Lookahead\(inner\)\)"):
@@ -272,11 +289,13 @@ def test_period_zero_has_no_slow_weights():
         optimizer.get_slot(model.trainable_variables[0], "slow")
 
 
-def test_variables_are_captured_the_slow_weights_and_the_inner_optimizers():
+def test_variables_are_captured_the_slow_weights_the_settings_and_the_inner_optimizers():
     _, optimizer = built()
     assert optimizer.variables == [
         optimizer._captured,
         *optimizer.slow_variables,
+        optimizer._sync_period.variable,
+        optimizer._slow_step_size.variable,
         *optimizer.inner_optimizer.variables,
     ]
     assert optimizer.weights == optimizer.variables

@@ -18,10 +18,10 @@ def wrapped(count=3, **kwargs):
     return optimizer, variables, gradients
 
 
-def test_state_is_one_copy_of_the_weights_and_a_count():
+def test_state_is_one_copy_of_the_weights_and_three_numbers():
     optimizer, variables, _ = wrapped()
     own = optimizer.variables[: len(optimizer.variables) - len(optimizer.inner_optimizer.variables)]
-    assert sum(np.prod(variable.shape) for variable in own) == 1 + sum(np.prod(one.shape) for one in variables)
+    assert sum(np.prod(variable.shape) for variable in own) == 3 + sum(np.prod(one.shape) for one in variables)
 
 
 def test_own_state_is_saved_once(tmp_path):

@@ -157,9 +157,10 @@ def test_get_weights_gives_the_variables_in_their_order():
     weights = model.optimizer.get_weights()
     assert all(type(weight) is np.ndarray for weight in weights)
     assert_same_bits(weights, model.optimizer.variables)
-    assert (weights[0], weights[5]) == (1, 3)
+    assert (weights[0], weights[7]) == (1, 3)
     assert_same_bits(weights[1:5], model.optimizer.slow_variables)
-    assert_same_bits(weights[5:], model.optimizer.inner_optimizer.variables)
+    assert weights[5:7] == [4, 0.5]
+    assert_same_bits(weights[7:], model.optimizer.inner_optimizer.variables)
 
 
 def test_get_weights_gives_copies():
@@ -423,6 +424,8 @@ def test_another_period_keeps_the_state(tmp_path):
     saved.save_weights(tmp_path / "model.weights.h5")
     model = trained(Lookahead(keras.optimizers.Adam(0.02), 6), 1)
     model.load_weights(tmp_path / "model.weights.h5")
+    assert model.optimizer.sync_period == 6
+    saved.optimizer.sync_period = 6
     assert_same_bits(resuming.state(model), resuming.state(saved))
 
 

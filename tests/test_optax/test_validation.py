@@ -401,6 +401,18 @@ def test_any_other_sync_does_not_warn(kind):
         sync(state, params)
 
 
+@pytest.mark.parametrize("steps", range(1, 6))
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_a_sync_after_a_reset_does_not_warn(steps, more):
+    optimizer = lookahead(INNER, 6)
+    params, state = train(optimizer, make_params(), range(steps))
+    state = reset_slow_params(state, params)
+    params, state = train(optimizer, params, range(steps, steps + more), state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sync(state, params)
+
+
 def test_a_sync_that_is_traced_does_not_warn():
     params, state = train(lookahead(INNER, 6), make_params(), range(4))
     with warnings.catch_warnings():

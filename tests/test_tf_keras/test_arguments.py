@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import warnings
 
 import numpy as np
 import pytest
@@ -202,6 +203,52 @@ def test_numpy_scalars_are_numbers_and_the_defaults_those_of_the_original():
     assert type(optimizer.get_config()["slow_step_size"]) is float
     config = Lookahead("sgd").get_config()
     assert (config["sync_period"], config["slow_step_size"], config["name"]) == (6, 0.5, "Lookahead")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"k": 5}, "`sync_period` for `k`"),
+        ({"alpha": 0.5}, "`slow_step_size` for `alpha`"),
+        ({"la_steps": 5, "la_alpha": 0.5}, "`sync_period` for `la_steps` and `slow_step_size` for `la_alpha`"),
+        ({"slow_step": 0.5}, "`slow_step_size` for `slow_step`"),
+    ],
+)
+def test_names_of_other_implementations_are_explained(arguments, names):
+    received = ", ".join(f"{name}={value}" for name, value in arguments.items())
+    with pytest.raises(TypeError, match=rf"^Write {names}: the arguments .*Received: {received}$"):
+        Lookahead("sgd", **arguments)
+
+
+@pytest.mark.parametrize("name", ["base_optimizer", "inner_optimizer", "fast_optimizer", "inner"])
+def test_so_are_names_of_the_inner_optimizer(name):
+    with pytest.raises(TypeError, match=rf"^Write `optimizer` for `{name}`: .*Received: {name}='sgd'$"):
+        Lookahead(**{name: "sgd"})
+
+
+def test_a_step_size_above_1_warns_at_the_line_that_sets_it_and_nowhere_else():
+    message = r"`slow_step_size` above 1 .*below 2 / \(1 - r\).*slow_step_size="
+    with pytest.warns(UserWarning, match=f"{message}1.5") as warned:
+        optimizer = Lookahead("sgd", 2, 1.5)
+    assert {one.filename for one in warned if one.category is UserWarning} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(optimizer)
+        optimizer.sync()
+        Lookahead.from_config(optimizer.get_config())
+        copy.deepcopy(optimizer)
+        optimizer.slow_step_size = 1.0
+        Lookahead("sgd", 2, tf.Variable(1.5))
+    with pytest.warns(UserWarning, match=f"{message}3.0") as warned:
+        optimizer.slow_step_size = 3
+    assert {one.filename for one in warned if one.category is UserWarning} == {__file__}
+
+
+def test_repr_has_the_settings_and_the_inner_optimizer():
+    optimizer = Lookahead(legacy.Adam(name="mine"), 5, 0.3)
+    assert repr(optimizer) == "Lookahead(<Adam 'mine'>, sync_period=5, slow_step_size=0.3)"
+    train(optimizer, 1)
+    assert repr(Lookahead(optimizer, 2)) == f"Lookahead({optimizer!r}, sync_period=2, slow_step_size=0.5)"
 
 
 NEWER = keras.optimizers

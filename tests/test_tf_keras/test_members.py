@@ -2,12 +2,13 @@
 
 import copy
 import json
+import warnings
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from lookahead_optim.tf_keras import Lookahead
+from lookahead_optim.tf_keras import Lookahead, SwapSlowWeights
 from lookahead_optim.tf_keras._keras import keras
 from tests import reference
 
@@ -526,6 +527,68 @@ def test_a_bad_value_set_is_refused_and_the_old_one_stays(name, value, error):
     with pytest.raises(error, match=rf"`{name}` must be .*Received: {name}={value!r}"):
         setattr(optimizer, name, value)
     assert (optimizer.sync_period, optimizer.slow_step_size) == (4, 0.25)
+
+
+def test_a_sync_that_halves_a_short_training_warns():
+    optimizer, variables = make(6), two_variables()
+    step(optimizer, variables, 4)
+    expected = oracle(START, 4, 6)
+    expected.sync()
+    message = r"`sync\(\)` in the first cycle takes back 0.5 of .*Received: sync\(\) after 4 .* with sync_period=6"
+    with pytest.warns(UserWarning, match=message) as warned:
+        optimizer.sync()
+    assert {one.filename for one in warned if one.category is UserWarning} == {__file__}
+    assert_equal(variables, expected.weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.sync()
+        step(optimizer, variables)
+        optimizer.sync()
+
+
+def test_after_a_reset_a_sync_does_not_warn():
+    optimizer, variables = make(6), two_variables()
+    step(optimizer, variables, 2)
+    optimizer.reset_slow_weights()
+    step(optimizer, variables, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.sync()
+
+
+@pytest.mark.parametrize(
+    ("steps", "sync_period", "slow_step_size"),
+    [(0, 6, 0.5), (6, 6, 0.5), (7, 6, 0.5), (13, 6, 0.5), (4, 6, 1.0), (4, 0, 0.5), (4, 1, 0.5)],
+)
+def test_any_other_sync_does_not_warn(steps, sync_period, slow_step_size):
+    optimizer, variables = make(sync_period, slow_step_size), two_variables()
+    step(optimizer, variables, steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.sync()
+
+
+def test_a_sync_in_a_function_does_not_warn():
+    optimizer, variables = make(6), two_variables()
+    step(optimizer, variables, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tf.function(optimizer.sync)()
+
+
+def test_the_callback_does_not_take_a_new_period_for_a_sync():
+    class Change(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            # 4 is a multiple of 2, but no sync was due then.
+            if batch == 3:
+                self.model.optimizer.sync_period = 2
+
+    model = keras.Sequential([keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros", input_shape=(1,))])
+    model.compile(Lookahead(legacy.SGD(0.125), 3), loss=lambda labels, outputs: outputs)
+    ones = np.ones((4, 1), "float32")
+    callbacks = [Change(), SwapSlowWeights()]
+    history = model.fit(ones, ones, batch_size=1, validation_data=(ones, ones), callbacks=callbacks, verbose=0)
+    assert history.history["val_loss"] == [-1.5 * 0.125]
 
 
 def test_the_inner_optimizer_transforms_gradients_before_they_are_aggregated_too():

@@ -438,5 +438,6 @@ class Keras2(RuleBasedStateMachine):
                 assert counts == [self.model.calls, self.model.t]
 
 
+@pytest.mark.filterwarnings("ignore:`slow_step_size` above 1:UserWarning")
 def test_random_operations():
     random_operations.run(Keras2, examples=30, steps=30)

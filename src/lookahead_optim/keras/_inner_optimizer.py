@@ -45,6 +45,11 @@ def _get(optimizer: Any) -> Any:
                 "`optimizer` must be a Keras 3 optimizer, or a name or config that `keras.optimizers.get` takes. "
                 f"Received: optimizer={optimizer!r}"
             ) from error
+    elif _is_of_keras_2(optimizer):
+        raise TypeError(
+            "`optimizer` must be an optimizer of Keras 3. For one of Keras 2 use `lookahead_optim.tf_keras.Lookahead`. "
+            f"Received: optimizer={optimizer!r} of type {type(optimizer)}"
+        )
     else:
         raise TypeError(
             "`optimizer` must be an instance of `keras.optimizers.Optimizer` (Keras 3), or a name or config that "
@@ -62,6 +67,11 @@ def _get(optimizer: Any) -> Any:
             f"'mixed_float16' policy. Received: optimizer={optimizer!r}"
         )
     return inner_optimizer
+
+
+def _is_of_keras_2(optimizer: Any) -> bool:
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    return any(base.__module__.partition(".")[0] == "tf_keras" for base in kind.__mro__)
 
 
 def deserialize(config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:

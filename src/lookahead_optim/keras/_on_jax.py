@@ -11,7 +11,19 @@ import keras
 from lookahead_optim.keras import _outer_step_jax
 from lookahead_optim.keras._outer_step_jax import Values
 
-__all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
+__all__ = [
+    "Tracked",
+    "after",
+    "capture",
+    "check_scope",
+    "copy_of",
+    "gradients",
+    "mark_captured",
+    "number_of",
+    "read",
+    "synchronize",
+    "traced",
+]
 
 # What decides: a count, or whether the slow weights were captured. A count is no variable where an inner optimizer has
 # an `iterations` of its own.
@@ -60,7 +72,7 @@ def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = F
 
 
 def synchronize(
-    scalar: Scalar, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
+    scalar: Scalar, is_due: IsDue, pairs: Pairs, slow_step_size: float | jax.Array, counts_by_one: bool = False
 ) -> None:
     """Make the outer step of all `pairs()` if `is_due(scalar)`."""
 
@@ -78,6 +90,19 @@ def mark_captured(captured: keras.Variable, counter: Scalar, is_applied: IsDue, 
 def read(scalar: Scalar) -> jax.Array:
     """Return the value of a scalar integer: a variable, an array or a number."""
     return jnp.asarray(scalar.value if isinstance(scalar, keras.Variable) else scalar)
+
+
+def number_of(variable: keras.Variable) -> float | None:
+    """Return the value of a scalar variable, or None if it has none: in a traced step, in `fit`, after a donation."""
+    # Private: in `fit` Keras takes the values out of the variables, and no public attribute says so.
+    if variable._value is None or traced(variable) is not None or variable.value.is_deleted():
+        return None
+    return variable.value.item()
+
+
+def traced(variable: keras.Variable) -> jax.Array | None:
+    """Return the array of a scalar variable in a traced step, or None elsewhere."""
+    return variable.value if isinstance(variable.value, jax.core.Tracer) else None
 
 
 def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:

@@ -9,11 +9,22 @@ import tensorflow as tf
 
 from lookahead_optim import _outer_step_tensorflow
 from lookahead_optim._control_flow_tensorflow import is_compiled_by_xla
-from lookahead_optim._outer_step_tensorflow import Pair
+from lookahead_optim._outer_step_tensorflow import Pair, StepSize
 from lookahead_optim.keras._wrappers import optimizers_in
 
-__all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
-
+__all__ = [
+    "Tracked",
+    "after",
+    "capture",
+    "check_scope",
+    "copy_of",
+    "gradients",
+    "mark_captured",
+    "number_of",
+    "read",
+    "synchronize",
+    "traced",
+]
 
 Variable: TypeAlias = keras.Variable | tf.Variable
 # What decides: a count, or whether the slow weights were captured. A count is no variable where an inner optimizer has
@@ -37,7 +48,7 @@ def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = F
 
 
 def synchronize(
-    scalar: Scalar, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
+    scalar: Scalar, is_due: IsDue, pairs: Pairs, slow_step_size: StepSize, counts_by_one: bool = False
 ) -> None:
     """Make the outer step of all `pairs()` if `is_due(scalar)`."""
     _outer_step_tensorflow.synchronize(_native(scalar), is_due, _native_pairs(pairs), slow_step_size)
@@ -56,6 +67,16 @@ def read(scalar: Scalar) -> Any:
     """Return the value of a scalar integer: a variable, a tensor or a number. In eager execution it is an `int`."""
     value = tf.convert_to_tensor(_native(scalar))
     return int(value) if tf.executing_eagerly() else value
+
+
+def number_of(variable: Variable) -> float | None:
+    """Return the value of a scalar variable, or None in a graph."""
+    return tf.convert_to_tensor(_native(variable)).numpy().item() if tf.executing_eagerly() else None
+
+
+def traced(variable: Variable) -> tf.Tensor | None:
+    """Return the tensor of a scalar variable in a graph, or None in eager execution."""
+    return None if tf.executing_eagerly() else tf.convert_to_tensor(_native(variable))
 
 
 def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:

@@ -14,10 +14,22 @@ import torch
 # For many small weights that takes longer than a sync.
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-from lookahead_optim._outer_step_torch import is_large, outer_step_unshared
+from lookahead_optim._outer_step_torch import OuterStep, is_large, outer_step_unshared
 from lookahead_optim._pieces_torch import cut
 
-__all__ = ["Tracked", "after", "capture", "check_scope", "copy_of", "gradients", "mark_captured", "read", "synchronize"]
+__all__ = [
+    "Tracked",
+    "after",
+    "capture",
+    "check_scope",
+    "copy_of",
+    "gradients",
+    "mark_captured",
+    "number_of",
+    "read",
+    "synchronize",
+    "traced",
+]
 
 # What decides: a count, or whether the slow weights were captured. A count is no variable where an inner optimizer has
 # an `iterations` of its own.
@@ -34,8 +46,8 @@ def _native(variables: Iterable[keras.Variable]) -> list[torch.Tensor]:
     return [variable._value for variable in variables]
 
 
-def _read(scalar: Scalar, counts_by_one: bool = False) -> int:
-    """Return the value of a scalar integer, from the device only if the host cannot know it.
+def _read(scalar: Scalar, counts_by_one: bool = False) -> Any:
+    """Return the value of a scalar, from the device only if the host cannot know it.
 
     The host notes the value on the tensor. What was noted holds until the tensor's version changes. If that has changed
     once, by a step of an optimizer that `counts_by_one`, the step has added one.
@@ -47,7 +59,7 @@ def _read(scalar: Scalar, counts_by_one: bool = False) -> int:
     if counts_by_one and version - 1 == noted_version and noted < torch.iinfo(tensor.dtype).max:
         noted += 1
     elif version != noted_version or counts_by_one > noted_after_step:
-        noted = int(tensor)
+        noted = tensor.item()
     _note(tensor, noted, counts_by_one)
     return noted
 
@@ -60,6 +72,16 @@ def _note(tensor: Any, value: int, counts_by_one: bool = False) -> None:
 def read(scalar: Scalar) -> int:
     """Return the value of a scalar integer: a variable, a tensor or a number."""
     return _read(scalar)
+
+
+@torch.compiler.disable
+def number_of(variable: keras.Variable) -> float:
+    """Return the value of a scalar variable."""
+    return _read(variable)
+
+
+def traced(variable: keras.Variable) -> None:
+    """Return None: no step is traced as far as here."""
 
 
 @torch.compiler.disable
@@ -103,7 +125,7 @@ def _outer_step(slow: list[torch.Tensor], fast: list[torch.Tensor], slow_step_si
     """Make the outer step. On the CPU it is noted on slow weights that they need no care, to ask them once."""
     is_careful = slow[0].is_cpu and any(_version_noted(weight) != weight._version for weight in slow) and is_large(slow)
     for piece in cut(slow, fast):
-        is_careful = outer_step_unshared(piece, slow_step_size, is_careful)
+        is_careful = outer_step_unshared(piece, OuterStep(slow_step_size), is_careful)
     for weight in slow:
         weight._lookahead_needs_no_care = None if is_careful else weight._version  # type: ignore[attr-defined]
 

@@ -41,15 +41,15 @@ class SlowWeights:
     def create_captured(self, wrapper: keras.optimizers.Optimizer) -> None:
         """Make the variable that says whether the slow weights were captured."""
         self.captured = wrapper.add_variable(
-            (), "zeros", dtype="int", aggregation="only_first_replica", name=f"{self._label()}_captured"
+            (), "zeros", dtype="int", aggregation="only_first_replica", name=f"{self.label()}_captured"
         )
 
     def create(self, wrapper: keras.optimizers.Optimizer, weights: list[keras.Variable]) -> None:
         """Make a slow weight for each weight. A weight that Keras overwrites with its gradient has none."""
         self.fast = weights
-        self.slow_or_none = wrapper.add_optimizer_variables(weights, f"{self._label()}_slow")
+        self.slow_or_none = wrapper.add_optimizer_variables(weights, f"{self.label()}_slow")
 
-    def _label(self) -> str:
+    def label(self) -> str:
         """Return a name for variables that two wrappers in one optimizer do not share."""
         inside = optimizers_in(self._inner_optimizer)
         return "_".join(optimizer.name for optimizer in inside if not hasattr(optimizer, "optimizers"))
@@ -86,15 +86,16 @@ class SlowWeights:
         if self.captured is not None:
             self.captured.assign(0)
 
-    def capture_if_first(self) -> None:
-        """Capture, in a step and before its update, if no update was applied yet, or none since `forget`.
+    def capture_if_due(self, is_due: Callable[[Any], Any]) -> None:
+        """Capture, in a step and before its update, if `is_due(captured)`: if no update was applied yet, or none since
+        `forget`.
 
         Calls that only accumulate gradients capture, too. The last of them is the one that counts.
         """
-        backend.capture(self.captured, lambda captured: captured == 0, self.pairs)
+        backend.capture(self.captured, is_due, self.pairs)
 
     def synchronize_if_due(
-        self, counter: Any, is_due: Callable[[Any], Any], slow_step_size: float, counts_by_one: bool
+        self, counter: Any, is_due: Callable[[Any], Any], slow_step_size: Any, counts_by_one: bool
     ) -> None:
         """Make the outer step, in a step and after its update, if `is_due(counter)`.
 
@@ -113,7 +114,7 @@ class SlowWeights:
         backend.synchronize(counter, is_due, trained, slow_step_size, counts_by_one)
         backend.capture(counter, is_due, others, counts_by_one)
 
-    def synchronize(self, slow_step_size: float) -> None:
+    def synchronize(self, slow_step_size: Any) -> None:
         """Make the outer step now, for frozen weights too."""
         if self._show_fast_unless_captured():
             backend.synchronize(self.captured, _always, self.pairs, slow_step_size)

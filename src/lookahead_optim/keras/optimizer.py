@@ -2,12 +2,14 @@
 
 Where things happen:
 
-- a sync: `apply`, `_step`, `SlowWeights.synchronize_if_due` in `_slow_weights.py`, `synchronize` of the backend, which
-  ends in `outer_step` of `_outer_step_jax.py`, `_outer_step_tensorflow.py` or `_outer_step_torch.py`;
-- capture: `_step`, `SlowWeights.capture_if_first`, as long as the variable `captured` is 0; `mark_captured` sets it;
+- a sync: `apply`, `_step`, `SlowWeights.synchronize_if_due` in `_slow_weights.py`, `synchronize` in `_on_jax.py`,
+  `_on_tensorflow.py` or `_on_torch.py`. The arithmetic is `_slow_step` in `_outer_step_jax.py` here, `slow_step` and
+  `_slow_step_in_place` in `../_outer_step_tensorflow.py`, `_interpolate` in `../_outer_step_torch.py`;
+- capture: `_step`, `SlowWeights.capture_if_due`, as long as the variable `captured` is 0; `mark_captured` sets it;
 - what is saved: `.keras` and `.weights.h5` files by name, in `_own_variables`; `get_weights` by position, in
   `variables`; `tf.train.Checkpoint` by what `_track_own` was given;
-- a skipped update: `_step` is not called, or the count that it reads stays;
+- a skipped update: a loss scaler around does not call `_step`. A micro-step of accumulation raises the count of calls,
+  but not the count of updates, at which `Due` looks. It captures, too: the last capture before an update counts;
 - a frozen weight: `SlowWeights.synchronize_if_due`.
 """
 
@@ -20,10 +22,20 @@ from typing import Any
 import keras
 import numpy as np
 
-from lookahead_optim._checks import check_outside_block, check_slow_step_size, check_sync_period
+from lookahead_optim._checks import (
+    OVER_RELAXATION,
+    check_outside_block,
+    check_slow_step_size,
+    check_sync_period,
+    explain_other_names,
+    warn_if_over_relaxed,
+    warn_if_within_first_cycle,
+)
 from lookahead_optim._evaluation import Block
 from lookahead_optim.keras._backend import backend
+from lookahead_optim.keras._due import Due
 from lookahead_optim.keras._inner_optimizer import deserialize, make_inner_optimizer
+from lookahead_optim.keras._settings import Setting
 from lookahead_optim.keras._slow_weights import SlowWeights
 from lookahead_optim.keras._state import assign, checked, to_numpy
 from lookahead_optim.keras._wrappers import accumulation_steps, counter_of, counts_by_one, optimizers_in
@@ -48,7 +60,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     learning rate, schedules, clipping, weight decay, EMA, accumulation. State takes one copy of the weights.
 
     A weight that is not `trainable` when a sync is due is frozen. The sync does not move it, and its slow weight starts
-    anew from its own value.
+    anew from its own value. A `sync()` by hand does move it.
 
     A `Lookahead` may be inside another. Both count the updates of the innermost optimizer, and all weights restart
     from those that the outer one has synchronised, the inner one's slow weights too.
@@ -58,8 +70,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             `keras.optimizers.get` takes. A `LossScaleOptimizer` goes around `Lookahead`, not inside.
         sync_period: Integer >= 0, inner updates per slow step ($k$). 0 switches Lookahead off: the wrapper then
             behaves as the inner optimizer and holds no slow weights. Defaults to 6.
-        slow_step_size: Finite float >= 0, the slow step size ($\alpha$). 1 recovers the inner optimizer. There is no
-            schedule for it; only the Optax front end takes one. Defaults to 0.5.
+        slow_step_size: Finite float >= 0, the slow step size ($\alpha$). 1 recovers the inner optimizer. Above 1 there
+            is a `UserWarning`. There is no schedule for it; only the Optax front end takes one. Defaults to 0.5.
         name: String, the name of this optimizer. Defaults to `"Lookahead"`.
         **kwargs: Settings for the inner optimizer, for code written for TensorFlow Addons: `learning_rate` (or
             `lr`), `decay` (inverse-time decay of the learning rate, per step), `clipnorm`, `clipvalue`,
@@ -68,8 +80,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     Raises:
         TypeError: if `optimizer`, `sync_period` or `slow_step_size` has the wrong type.
-        ValueError: if a value is out of range, a keyword contradicts the inner optimizer, or is unknown (as in Keras 3;
-            in Keras 2 that is a `TypeError`).
+        ValueError: if a value is out of range, a keyword contradicts the inner optimizer, is unknown or is another
+            implementation's name of an argument (as in Keras 3; in Keras 2 that is a `TypeError`).
 
     Example:
 
@@ -90,6 +102,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     built: bool
 
+    @explain_other_names("optimizer", ValueError)
     def __init__(
         self,
         optimizer: Any,
@@ -100,6 +113,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     ) -> None:
         sync_period = check_sync_period(sync_period)
         slow_step_size = check_slow_step_size(slow_step_size)
+        warn_if_over_relaxed(slow_step_size, stacklevel=3)
         inner_optimizer = make_inner_optimizer(optimizer, kwargs)
         # A callable learning rate spares Keras a variable for it; it is never called.
         super().__init__(learning_rate=float, name=name)
@@ -108,7 +122,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         # from an optimizer, or tells it for which variables it was built: `_untrack_variable`, and in `build` the three
         # `_trainable_variables`, `_trainable_variables_indices` and `_var_key`, are private.
         self._untrack_variable(*self._variables)
-        self._sync_period, self._slow_step_size = sync_period, slow_step_size
+        self._sync_period, self._slow_step_size = Setting(sync_period), Setting(slow_step_size)
         self._slow_weights = SlowWeights(inner_optimizer)
         self._block = Block(keras.ops.convert_to_tensor, backend.copy_of, keras.ops.all)
         self._track_own({"inner_optimizer": inner_optimizer})
@@ -119,6 +133,21 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     def _create_captured(self) -> None:
         self._slow_weights.create_captured(self)
         self._track_own({"captured": self._captured})
+
+    def _create_settings(self) -> None:
+        label = self._slow_weights.label()
+        # The same bits as with a number: none of the weights has a longer dtype.
+        is_double = any(keras.backend.standardize_dtype(slow.dtype) == "float64" for slow in self.slow_variables)
+        self._sync_period.create_variable(self, f"{label}_sync_period", "int")
+        self._slow_step_size.create_variable(self, f"{label}_slow_step_size", "float64" if is_double else "float32")
+
+    def __repr__(self) -> str:
+        inner = self.__dict__.get("inner_optimizer")
+        if inner is None:
+            return super().__repr__()
+        # Keras' optimizers have Python's `repr`.
+        shown = repr(inner) if isinstance(inner, Lookahead) else f"<{type(inner).__name__} {inner.name!r}>"
+        return f"{type(self).__name__}({shown}, sync_period={self.sync_period}, slow_step_size={self.slow_step_size})"
 
     @property
     def _captured(self) -> Any:
@@ -148,8 +177,18 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     @property
     def sync_period(self) -> int:
-        """Inner updates per slow step, $k$. A step that was compiled keeps the one that it was compiled with."""
-        return self._sync_period
+        """Inner updates per slow step, $k$.
+
+        A new value holds from the next step on, also in a step that was compiled before: a variable has it, as Keras'
+        learning rate has one. A sync is due when `iterations` is a multiple of it. 0 switches Lookahead off, and the
+        slow weights are captured anew when it is switched on again. A training step of your own on JAX gets the value
+        with `variables`: read them again after a change.
+
+        Raises:
+            TypeError: if it is no integer.
+            ValueError: if it is negative, or the optimizer was built with 0, and so without slow weights.
+        """
+        return self._sync_period.number
 
     @sync_period.setter
     def sync_period(self, sync_period: int) -> None:
@@ -159,18 +198,27 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 "`sync_period` must stay 0 in an optimizer that was built with 0, which has no slow weights. Make a "
                 f"new `Lookahead`. Received: sync_period={sync_period!r}"
             )
-        self._sync_period = sync_period
+        self._sync_period.number = sync_period
+        self._block.note_period_set(self._count)
         if not sync_period:
             self._slow_weights.forget()
 
     @property
     def slow_step_size(self) -> float:
-        r"""The slow step size, $\alpha$. A step that was compiled keeps the one that it was compiled with."""
-        return self._slow_step_size
+        r"""The slow step size, $\alpha$. A new value holds from the next sync on, as that of `sync_period` does.
+
+        Raises:
+            TypeError: if it is no real number.
+            ValueError: if it is negative or not finite.
+        """
+        return self._slow_step_size.number
 
     @slow_step_size.setter
     def slow_step_size(self, slow_step_size: float) -> None:
-        self._slow_step_size = check_slow_step_size(slow_step_size)
+        slow_step_size = check_slow_step_size(slow_step_size)
+        # The `__setattr__` of this class is between here and the user's line.
+        warn_if_over_relaxed(slow_step_size, stacklevel=3)
+        self._slow_step_size.number = slow_step_size
 
     @property
     def learning_rate(self) -> Any:
@@ -212,7 +260,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[Any]:
-        """All state, whether the slow weights were captured, these, then the inner optimizer's variables."""
+        """All state: whether the slow weights were captured, these, `sync_period`, `slow_step_size`, then the inner
+        optimizer's variables."""
         return self._variables + self.inner_optimizer.variables
 
     @property
@@ -253,6 +302,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 self._create_captured()
             self._slow_weights.create(self, variables)
             self._track_own(self._slow_weights.named())
+            self._create_settings()
         # `super().build` would make the variables of EMA and accumulation a second time.
         self._trainable_variables_indices = {self._var_key(variable): index for index, variable in enumerate(variables)}
         self._trainable_variables = variables
@@ -357,27 +407,22 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         check_outside_block(self._block.is_open, "apply(grads)")
         # Training goes on from the weights in the model. In `fit` the callback has put these back before.
         self._block.loaded = {}
-        if not self.sync_period:
+        period = self._sync_period.in_step()
+        if isinstance(period, int) and not period:
             update()
             return
         counter, calls_per_update = counter_of(self.inner_optimizer)
-        period = self.sync_period * calls_per_update
         with backend.after(grads):
-            self._slow_weights.capture_if_first()
             before = backend.read(counter)
+            due = Due(period, before, calls_per_update)
+            self._slow_weights.capture_if_due(due.capture)
             update()
             # A count that is no variable is a new tensor now.
             counter, _ = counter_of(self.inner_optimizer)
             by_one = counts_by_one(self.inner_optimizer)
             # Only now: an update that raised was none.
-            backend.mark_captured(
-                self._captured, counter, lambda count: count // calls_per_update > before // calls_per_update, by_one
-            )
-            if period <= np.iinfo(keras.backend.standardize_dtype(self._iterations.dtype)).max:
-                # Else the count never comes there.
-                self._slow_weights.synchronize_if_due(
-                    counter, lambda count: count // period > before // period, self.slow_step_size, by_one
-                )
+            backend.mark_captured(self._captured, counter, due.mark, by_one)
+            self._slow_weights.synchronize_if_due(counter, due.sync, self._slow_step_size.in_step(), by_one)
 
     def minimize(self, loss: Callable[[], Any], var_list: Any, grad_loss: Any = None, name: str | None = None) -> Any:
         """Compute the gradients of `loss` and apply them.
@@ -417,12 +462,21 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
         Nor does a call before the first applied update.
 
+        There is a `UserWarning` if `iterations` is less than `sync_period`, the slow step size is below 1, and neither
+        this method nor `reset_slow_weights` was called before. After a run this short the slow weights are those from
+        before the first update, so that this call takes back a part of all that was trained.
+
         Raises:
             RuntimeError: inside a `slow_weights()` block.
         """
         check_outside_block(self._block.is_open, "sync()")
-        self._slow_weights.synchronize(self.slow_step_size)
+        self._warn_if_within_first_cycle()
+        self._slow_weights.synchronize(self._slow_step_size.in_step())
         self._block.note_made_equal(self._count)
+
+    def _warn_if_within_first_cycle(self) -> None:
+        if self._has_slow_weights() and self._block.made_equal_at is None:
+            warn_if_within_first_cycle(self._count(), self.sync_period, self.slow_step_size, stacklevel=3)
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the model again, after restoring its best weights, say.
@@ -550,16 +604,20 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
         Raises:
             ValueError: if the optimizer is not built, the number or a shape of the arrays is wrong, one is not of
-                numbers, or a step count is no integer >= 0. Nothing is changed then.
+                numbers, or a step count or setting is out of range. Nothing is changed then.
         """
         self._check_built("set_weights(weights)")
         check_outside_block(self._block.is_open, "set_weights(weights)")
         arrays = checked(self.variables, weights, "set_weights(weights)")
+        own = dict(zip(map(id, self._variables), arrays))
+        if id(self._slow_step_size.variable) in own:
+            check_slow_step_size(float(own[id(self._slow_step_size.variable)]))
+        self.inner_optimizer.set_weights(arrays[len(own) :])
+        for variable in self._variables:
+            variable.assign(own[id(variable)])
         self._block.loaded = {}
-        own = len(self._variables)
-        self.inner_optimizer.set_weights(arrays[own:])
-        for variable, array in zip(self._variables, arrays):
-            variable.assign(array)
+        for setting in (self._sync_period, self._slow_step_size):
+            setting.take_what_was_loaded()
 
     def _own_variables(self) -> dict[str, Any]:
         # Numbers for names would let a bare optimizer's momentum, of the same count and shapes, load as slow weights.
@@ -581,7 +639,9 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 store[f"fast_{index}"] = keras.ops.convert_to_numpy(fast[id(pair.fast)])
 
     def load_own_variables(self, store: Any) -> None:
-        """Load what `save_own_variables` saved."""
+        """Load what `save_own_variables` saved. Settings are those of the constructor, or as they were set since."""
+        for setting in (self._sync_period, self._slow_step_size):
+            setting.keep_what_was_set()
         caller = "load_own_variables(store)"
         variables = self._own_variables()
         self._block.loaded = {}
@@ -635,4 +695,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         config = dict(config)
         if isinstance(config["optimizer"], dict):
             config["optimizer"] = deserialize(config["optimizer"], custom_objects)
-        return cls(**config)
+        with warnings.catch_warnings():
+            # Who made the config was warned.
+            warnings.filterwarnings("ignore", OVER_RELAXATION)
+            return cls(**config)

@@ -29,7 +29,7 @@ class LookaheadState(NamedTuple):
             one cycle.
         captured: int32 scalar. 0 from `init` or a sync until the next applied update: the slow parameters are the
             parameters themselves then, and `slow_params` is set to them at the next update. Otherwise the number of
-            applied updates since they were captured.
+            applied updates since they were captured, and after `reset_slow_params` or an adversarial step more.
         next_slow_step_size: float scalar, the slow step size of the next sync, for `sync`, which has no settings.
     """
 

@@ -90,7 +90,8 @@ def reset_slow_params(state: optax.OptState, params: optax.Params) -> optax.OptS
             return node
         return node._replace(
             slow_params=jax.tree.map(copy, node.slow_params, at_paths_of(node.slow_params, params)),
-            captured=jax.tree.map(jnp.ones_like, node.captured),
+            # Unequal to `step`, now and later, so that it does not look like the capture before the first update.
+            captured=jax.tree.map(lambda captured, step: jnp.where(step == 1, 2, 1), node.captured, node.step),
         )
 
     # The outermost only: those inside capture at the next update, as after any sync of an outer one.
@@ -126,8 +127,8 @@ def _warn_if_within_first_cycle(state: LookaheadState) -> None:
         # It is switched off, or there is nothing to do.
         for inside in outermost_nodes(state.inner_state, (LookaheadState,)):
             _warn_if_within_first_cycle(inside)
-    # Later cycles have fewer updates since the capture than in all.
-    elif (captured >= step).all():
+    # Later captures have another number of updates since than there were in all.
+    elif (captured == step).all():
         warn_if_within_first_cycle(int(step.max()), None, float(slow_step_size.max()), stacklevel=3)
 
 

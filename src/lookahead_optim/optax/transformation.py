@@ -2,11 +2,11 @@
 
 Where things happen:
 
-- a sync: `_Lookahead.update`, `updates_to_sync` or `params_after_sync` in `_outer_step.py`;
+- a sync: `_Lookahead.update`, `updates_to_sync` or, for `apply_gradients`, `params_after_sync` in `_outer_step.py`;
 - capture: `_Lookahead._advance`, `capture_if_stale` in `_slow_weights.py`, where the state's `captured` is 0;
 - what is saved: `LookaheadState` in `_slow_weights.py`;
 - a skipped update: `is_applied` and `completes_step` in `_combinators.py`;
-- a frozen weight: `updates_to_sync`, where its update is `None`.
+- a frozen weight: both functions of a sync leave a weight alone whose update is `None`.
 """
 
 from typing import Any, NamedTuple

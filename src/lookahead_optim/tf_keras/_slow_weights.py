@@ -22,7 +22,7 @@ from lookahead_optim.tf_keras._order import appended
 __all__ = ["SlowWeights", "wrappers_in"]
 
 # What `SlowWeights._capture_state` says of the slow weights:
-#   NEVER      at the start. A step captures, for all variables that have a slot.
+#   NEVER      at the start, and while the period is 0. A step captures, for all variables that have a slot.
 #   RESTORED   after slots or weights came from a file. A step captures if the file's count is 0, and not otherwise.
 #   CAPTURED   after a step.
 NEVER, RESTORED, CAPTURED = range(3)

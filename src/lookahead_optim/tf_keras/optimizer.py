@@ -3,22 +3,35 @@
 Where things happen:
 
 - a sync: `apply_gradients`, `SlowWeights._synchronize` in `_slow_weights.py`, `synchronize` in
-  `_outer_step_tensorflow.py`, whose `slow_step` is the arithmetic;
-- capture: `SlowWeights._create_slots`, for a new variable, and `SlowWeights._capture`, for all before the first step;
+  `../_outer_step_tensorflow.py`. The arithmetic is `slow_step` there, and on a CPU `_slow_step_in_place`;
+- capture: of a new variable `SlowWeights._create_slots`, by the initial value of its slot. Of all variables, before the
+  first applied step, `SlowWeights._capture`, as long as `_capture_state` asks for it; `_mark_captured` ends that;
 - what is saved: `_saving.py`;
-- a skipped step: `_count.py`. `has_crossed` sees a count that stayed; a loss scaler's skipped steps are counted apart;
+- a skipped step: the period counts `_steps` of `_count.py`. That is `iterations`, or under a loss scaler
+  `_applied_steps`, which `_count_and_mark` raises only after an update;
 - a frozen weight: `SlowWeights._synchronize`.
+
+An averaging wrapper around calls none of these. It makes its step by `_one_variable.py`.
 """
 
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
 
-from lookahead_optim._checks import check_outside_block, check_slow_step_size, check_sync_period
+from lookahead_optim._checks import (
+    OVER_RELAXATION,
+    check_outside_block,
+    check_slow_step_size,
+    check_sync_period,
+    explain_other_names,
+    warn_if_over_relaxed,
+    warn_if_within_first_cycle,
+)
 from lookahead_optim._control_flow_tensorflow import after, operations
 from lookahead_optim.tf_keras._configure import checked_settings, configure, deserialize, legacy_form
 from lookahead_optim.tf_keras._count import has_crossed, to_int
@@ -81,15 +94,16 @@ class Lookahead(Saving):
         sync_period: Integer >= 0, inner steps per slow step ($k$). 0 switches Lookahead off: the wrapper then behaves
             as the inner optimizer and holds no slow weights. Defaults to 6.
         slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or a scalar tensor or variable, which is not
-            checked. A schedule it cannot be. 1 recovers the inner optimizer. Defaults to 0.5.
+            checked. A schedule it cannot be. 1 recovers the inner optimizer. Above 1 there is a `UserWarning`. Defaults
+            to 0.5.
         name: Name of the optimizer and its operations. Defaults to `"Lookahead"`.
         **kwargs: `clipnorm`, `clipvalue` or `global_clipnorm`, finite and >= 0 as in Keras 2 (> 0 in Keras 3), by
             which gradients are clipped, before the inner optimizer clips them by its own; `learning_rate` or `lr`, and
             `decay` (inverse-time decay, per step), which are set on the inner optimizer.
 
     Raises:
-        TypeError: if an argument has the wrong type, or is unknown, as Keras 2's own optimizers raise it (Keras 3's
-            raise `ValueError`).
+        TypeError: if an argument has the wrong type, is unknown, or has another implementation's name, as Keras 2's
+            own optimizers raise it (Keras 3's raise `ValueError`).
         ValueError: if a value is out of range, or the inner optimizer has no legacy form.
 
     Example:
@@ -108,6 +122,7 @@ class Lookahead(Saving):
 
     _HAS_AGGREGATE_GRAD = True
 
+    @explain_other_names("optimizer")
     def __init__(
         self,
         optimizer: Any,
@@ -127,6 +142,15 @@ class Lookahead(Saving):
         self._optimizer = inner
         configure(inner, learning_rate, decay)
         self._track_trackable(self._optimizer, "lh_base_optimizer")
+
+    def __repr__(self) -> str:
+        inner = self.__dict__.get("_optimizer")
+        if inner is None:
+            return super().__repr__()
+        # Keras' optimizers have Python's `repr`.
+        shown = repr(inner) if isinstance(inner, Lookahead) else f"<{type(inner).__name__} {inner._name!r}>"
+        settings = ", ".join(f"{name}={self._hyper[name]!r}" for name in ("sync_period", "slow_step_size"))
+        return f"{type(self).__name__}({shown}, {settings})"
 
     @property
     def inner_optimizer(self) -> Any:
@@ -160,11 +184,15 @@ class Lookahead(Saving):
             value = check_sync_period(value)
         elif name == "slow_step_size" and not tf.is_tensor(value):
             value = check_slow_step_size(value)
+            # Keras' `__setattr__`, and the one of this class, are between here and the user's line. In the constructor
+            # there are two calls, too.
+            warn_if_over_relaxed(value, stacklevel=4)
         owner: Any = self._optimizer if name == "learning_rate" else super()
         owner._set_hyper(name, value)
         if name == "sync_period":
             # Slots may have to be made now. Slow weights from before a time without any are none.
             self._complete.clear()
+            self._block.note_period_set(self._count)
             if not value and self._capture_state is not None:
                 self._capture_state.assign(NEVER)
 
@@ -348,6 +376,11 @@ class Lookahead(Saving):
 
         Every variable that has a slow weight takes part. Before the first step there is none, and nothing happens.
 
+        There is a `UserWarning` if fewer steps than `sync_period` were applied, the slow step size is below 1, and
+        neither this method nor `reset_slow_weights` was called before. After a run this short the slow weights are
+        those from before the first step, so that this call takes back a part of all that was trained. In a
+        `tf.function` there is no warning.
+
         Raises:
             RuntimeError: inside a `slow_weights()` block, or in a graph of TensorFlow 1.
         """
@@ -355,9 +388,15 @@ class Lookahead(Saving):
         check_outside_block(self._block.is_open, "sync()")
         # One that was just switched on has none before its next step, and restarts those inside nevertheless.
         if any(wrapper._has_slow_weights() for wrapper in wrappers_in(self)):
+            self._warn_if_within_first_cycle()
             self._capture()
             self._synchronize(lambda count: True)
             self._block.note_made_equal(self._count)
+
+    def _warn_if_within_first_cycle(self) -> None:
+        if tf.executing_eagerly() and self._has_slow_weights() and self._block.made_equal_at is None:
+            slow_step_size = float(self._get_hyper("slow_step_size"))
+            warn_if_within_first_cycle(self._count(), self.sync_period, slow_step_size, stacklevel=3)
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the variables again, after restoring the best weights, say.
@@ -460,7 +499,10 @@ class Lookahead(Saving):
         optimizer = config.pop("optimizer")
         if isinstance(optimizer, dict):
             optimizer = deserialize(optimizer, custom_objects)
-        return cls(optimizer, **config)
+        with warnings.catch_warnings():
+            # Who made the config was warned.
+            warnings.filterwarnings("ignore", OVER_RELAXATION)
+            return cls(optimizer, **config)
 
 
 # In the config of another optimizer, such as a `LossScaleOptimizer`, Keras leaves out the package.
