@@ -37,23 +37,25 @@ def adam_foreach(parameters):
     return torch.optim.Adam(parameters, lr=LEARNING_RATE, foreach=True)
 
 
-# The inner optimizer, and for each Lookahead around it, from the innermost one, sync period and slow step size.
+OUTER = {"slow_momentum": 0.9, "slow_dtype": torch.float64}
+# The inner optimizer, and for each Lookahead around it, from the innermost one, sync period, slow step size and more.
 OPTIMIZERS = {
     "momentum": (momentum, [(4, 0.5)]),
     "adam": (adam, [(4, 0.8)]),
     "adam_foreach": (adam_foreach, [(4, 0.3)]),
     "nested": (momentum, [(3, 0.5), (4, 0.8)]),
+    "outer": (adam, [(4, 0.7, OUTER)]),
 }
 REPLICATED = ["momentum", "adam", "nested"]
-CHECKPOINTED = ["adam", "nested"]
+CHECKPOINTED = ["adam", "nested", "outer"]
 ZERO_REDUNDANCY = [(form, name) for form in ("inside", "around") for name in ("momentum", "adam")]
 
 
 def make_optimizer(name, parameters):
     make, settings = OPTIMIZERS[name]
     optimizer = make(parameters)
-    for one in settings:
-        optimizer = Lookahead(optimizer, *one)
+    for period, step_size, *more in settings:
+        optimizer = Lookahead(optimizer, period, step_size, **dict(*more))
     return optimizer
 
 
@@ -202,7 +204,9 @@ def options(kind):
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
     return StateDictOptions(
-        full_state_dict=kind == "full", cpu_offload=kind == "full", flatten_optimizer_state_dict=kind == "flat"
+        full_state_dict=kind == "full",
+        cpu_offload=kind == "full",
+        flatten_optimizer_state_dict=kind == "flat",
     )
 
 
@@ -224,6 +228,7 @@ def saved(name, directory):
         # The tensors of the model would have the fast weights after the block.
         kept["block"] = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, kept["block"])
         dcp.save({"model": model_state, "optimizer": state}, checkpoint_id=directory / f"{name}-block")
+        full = get_state_dict(model, optimizer, options=options("full"))
     # The tensors are the optimizer's own.
     kept = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, kept)
     result = {"saved": optimizer_state(model, optimizer), "history": train(model, optimizer, SAVED_AFTER)}
@@ -235,6 +240,12 @@ def saved(name, directory):
         set_model_state_dict(model, model_state, options=how)
         set_optimizer_state_dict(model, optimizer, state, options=how)
         result[kind] = {"loaded": optimizer_state(model, optimizer), "history": train(model, optimizer, SAVED_AFTER)}
+    how = options("full")
+    how.broadcast_from_rank0 = True
+    try:
+        set_optimizer_state_dict(model, optimizer, full[1], options=how)
+    except ValueError as error:
+        result["full in a block"] = str(error)
     return result
 
 

@@ -103,6 +103,11 @@ def nested(model):
     return Lookahead(inner, 4, slow_step_size=0.8), None
 
 
+def outer(model):
+    inner = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return Lookahead(inner, 4, 0.7, slow_momentum=0.9, slow_dtype=torch.float64), None
+
+
 def lbfgs(model):
     return Lookahead(torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=3, history_size=4), 4), None
 
@@ -123,7 +128,7 @@ def groups_without_settings(model):
     return Lookahead(three_groups(model, {}, {}, {}), 2, slow_step_size=0.1), None
 
 
-RUNS = {make.__name__: make for make in (momentum, adam_fused, adam_foreach, nested, lbfgs, groups)}
+RUNS = {make.__name__: make for make in (momentum, adam_fused, adam_foreach, nested, outer, lbfgs, groups)}
 # The settings, too, come from the checkpoint.
 RESUMED_BY = {**RUNS, "groups": groups_without_settings}
 

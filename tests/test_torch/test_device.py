@@ -198,6 +198,7 @@ def test_infinite_and_very_large_weights_that_were_there_at_the_start_go_through
 
 @pytest.mark.parametrize("size", [0.0, 0.25, 0.3, 0.5, 0.8, 1.0, 1.5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.filterwarnings("ignore:`slow_step_size` above 1")
 def test_a_sync_of_large_weights_is_the_interpolation_of_pytorch_bit_for_bit(dtype, size):
     # On a GPU some of these have a kernel of the library.
     shapes = [(2300, 2001), (128, 64, 33, 35), (5,), (2048, 4097)]

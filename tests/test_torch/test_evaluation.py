@@ -653,6 +653,17 @@ def test_it_takes_the_memory_of_one_copy_of_the_parameters_and_a_sync_takes_none
     assert allocations(optimizer.sync, tmp_path) == []
 
 
+def test_momentum_takes_one_more_copy_and_a_sync_with_it_takes_none(tmp_path):
+    weights = parameters(*[(SIZE,)] * COUNT)
+    optimizer = Lookahead(torch.optim.SGD(weights, 0.1, foreach=False), 3, slow_momentum=0.9)
+    set_gradients(weights, 0)
+    assert allocations(optimizer.step, tmp_path) == [4 * SIZE] * COUNT * 2
+    for _ in range(5):
+        assert allocations(optimizer.step, tmp_path) == []
+    optimizer.step()
+    assert allocations(optimizer.sync, tmp_path) == []
+
+
 def test_a_block_takes_the_memory_of_one_more_copy_and_gives_it_back(tmp_path):
     weights = parameters(*[(SIZE,)] * COUNT)
     optimizer = Lookahead(torch.optim.SGD(weights, 0.1, foreach=False), 3)

@@ -521,7 +521,18 @@ def test_a_state_dict_has_the_standard_form_of_plain_containers_numbers_and_tens
         assert sorted(entry) == sorted([*bare["state"][index], *(f"slow{one}" for one in names)])
         assert all(entry[f"slow{one}"].shape == SHAPES[index] for one in names)
     (group,) = state_dict["param_groups"]
-    own = [f"{one}{suffix}" for one in ("sync_period", "slow_step_size", "lookahead_step") for suffix in names]
+    own = [
+        f"{one}{suffix}"
+        for one in (
+            "sync_period",
+            "slow_step_size",
+            "slow_momentum",
+            "slow_nesterov",
+            "lookahead_step",
+            "lookahead_unsynced",
+        )
+        for suffix in names
+    ]
     assert sorted(group) == sorted([*bare["param_groups"][0], *own])
     assert all(type(group[f"lookahead_step{one}"]) is int for one in names)
     assert group["params"] == [0, 1]

@@ -1,5 +1,6 @@
 """Random operations on a `Lookahead`, and on two nested ones, against the same in float64 NumPy."""
 
+import contextlib
 import copy
 import io
 from collections import defaultdict
@@ -14,8 +15,10 @@ from lookahead_optim.torch import Lookahead
 from tests.random_operations import operation, run
 
 COUNT, LR, MOMENTUM = 4, 0.05, 0.5
+NAMES = "sync_period", "slow_step_size", "slow_momentum", "slow_nesterov", "lookahead_step", "lookahead_unsynced"
 index = st.integers(0, COUNT - 1)
 periods, step_sizes = st.integers(0, 4), st.sampled_from([0.0, 0.3, 0.5, 1.0, 1.5])
+momenta, nesterovs = st.sampled_from([0.0, 0.0, 0.4, 0.8]), st.booleans()
 some = st.lists(st.booleans(), min_size=COUNT, max_size=COUNT)
 seeds = st.integers(0, 2**31)
 
@@ -30,9 +33,11 @@ class Model:
     def __init__(self, fast, settings):
         self.fast, self.momentum = fast.copy(), [None] * COUNT
         self.frozen = [False] * COUNT
-        # For each wrapper, from the inside out, and each group: period, step size and count.
-        self.settings = [[[*list(one), 0] for one in settings] for settings in settings]
+        # For each wrapper, from the inside out, and each group: settings, count, and steps since a sync, from 2 on.
+        self.settings = [[[*one, 0, 2] for one in settings] for settings in settings]
         self.slow = [[None] * COUNT for _ in settings]
+        # Slow momentum; None is 0.
+        self.b = [[None] * COUNT for _ in settings]
 
     def of(self, level, weight):
         return self.settings[level][weight // 2]
@@ -42,9 +47,9 @@ class Model:
         for level, slow in enumerate(self.slow):
             for one in range(COUNT):
                 if not self.of(level, one)[0]:
-                    slow[one] = None
+                    slow[one] = self.b[level][one] = None
                 elif slow[one] is None and takes_part[one]:
-                    slow[one] = self.fast[one].copy()
+                    slow[one], self.b[level][one] = self.fast[one].copy(), None
         for one, gradient in enumerate(gradients):
             if gradient is not None:
                 first = self.momentum[one] is None
@@ -52,21 +57,30 @@ class Model:
                 self.fast[one] = self.fast[one] - LR * self.momentum[one]
         for level, slow in enumerate(self.slow):
             for settings in self.settings[level]:
-                settings[2] += 1
+                settings[4] += 1
+                settings[5] += 1
             due = [one for one in range(COUNT) if self.of(level, one)[0] and self.is_due(level, one)]
             for one in due:
-                slow[one] = slow[one] if takes_part[one] else None
+                if not takes_part[one]:
+                    slow[one] = self.b[level][one] = None
             self.sync(level, due)
 
     def is_due(self, level, one):
-        period, _, count = self.of(level, one)
+        period, *_, count, _ = self.of(level, one)
         return count % period == 0
 
     def sync(self, level, weights):
         for one in weights:
+            for wrapper in range(level + 1):
+                settings = self.of(wrapper, one)
+                settings[5] = 2
             if self.slow[level][one] is not None:
-                slow = self.slow[level][one]
-                slow = slow + self.of(level, one)[1] * (self.fast[one] - slow)
+                slow, b = self.slow[level][one], self.b[level][one]
+                _, eta, mu, nesterov, *_ = self.of(level, one)
+                s = slow - self.fast[one]
+                b = mu * (0 if b is None else b) + s
+                self.b[level][one] = b if mu else None
+                slow = slow - eta * (s + mu * b if nesterov else b)
                 self.fast[one] = self.slow[level][one] = slow
                 for inner in self.slow[:level]:
                     inner[one] = slow if inner[one] is not None else None
@@ -77,7 +91,9 @@ class Model:
     def reset(self, has_gradient):
         for level, slow in enumerate(self.slow):
             for one in range(COUNT):
-                period, _, count = self.of(level, one)
+                period, *_, count, _ = settings = self.of(level, one)
+                settings[5] = 2
+                self.b[level][one] = None
                 known = period and count and (not self.frozen[one] or has_gradient[one])
                 slow[one] = self.fast[one].copy() if known else None
 
@@ -87,7 +103,7 @@ class Operations(RuleBasedStateMachine):
 
     @initialize(seed=seeds, data=st.data())
     def start(self, seed, data):
-        one = st.tuples(periods, step_sizes)
+        one = st.tuples(periods, step_sizes, momenta, nesterovs)
         settings = [[data.draw(one), data.draw(one)] for _ in range(self.levels)]
         self.model = Model(numbers(seed).astype("float32").astype("float64"), settings)
         self.new_optimizer()
@@ -102,7 +118,7 @@ class Operations(RuleBasedStateMachine):
         self.names = []
         for level, settings in enumerate(self.model.settings):
             suffix = f"_{level + 1}" if level else ""
-            self.names.append([f"{name}{suffix}" for name in ("sync_period", "slow_step_size", "lookahead_step")])
+            self.names.append([f"{name}{suffix}" for name in NAMES])
             self.optimizer = Lookahead(self.optimizer)
             self.put_settings(level, settings)
 
@@ -113,6 +129,9 @@ class Operations(RuleBasedStateMachine):
     def slow_of(self, level, one):
         return self.optimizer.state.get(self.weights[one], {}).get("slow_2" if level else "slow")
 
+    def momentum_of(self, level, one):
+        return self.optimizer.state.get(self.weights[one], {}).get("slow_momentum_2" if level else "slow_momentum")
+
     def compare(self, read=lambda weight: weight):
         for one, weight in enumerate(self.weights):
             np.testing.assert_allclose(read(weight.detach()).numpy(), self.model.fast[one], rtol=1e-5, atol=1e-5)
@@ -121,6 +140,10 @@ class Operations(RuleBasedStateMachine):
                 assert (slow is None) == (slows[one] is None)
                 if slow is not None:
                     np.testing.assert_allclose(slow.numpy(), slows[one], rtol=1e-5, atol=1e-5)
+                b, expected = self.momentum_of(level, one), self.model.b[level][one]
+                np.testing.assert_allclose(
+                    0 if b is None else b.numpy(), 0 if expected is None else expected, rtol=1e-5, atol=1e-5
+                )
         for level, settings in enumerate(self.model.settings):
             for group, values in zip(self.optimizer.param_groups, settings):
                 assert [group[name] for name in self.names[level]] == values
@@ -167,18 +190,22 @@ class Operations(RuleBasedStateMachine):
         self.weights[one].requires_grad_(not self.model.frozen[one])
         self.weights[one].grad = None
 
-    @operation(level=st.integers(0, 1), group=st.integers(0, 1), period=periods, step_size=step_sizes)
-    def change_settings(self, level, group, period, step_size):
+    @operation(
+        level=st.integers(0, 1),
+        group=st.integers(0, 1),
+        new=st.tuples(periods, step_sizes, momenta, nesterovs),
+    )
+    def change_settings(self, level, group, new):
         settings = self.model.settings[level % self.levels]
-        settings[group][:2] = period, step_size
+        settings[group][:4] = new
         self.put_settings(level % self.levels, settings)
 
     @operation(
-        name=st.integers(0, 2), bad=st.sampled_from([-1, 2.5, "x", None, True, float("nan"), torch.tensor([1, 2])])
+        name=st.integers(0, 5), bad=st.sampled_from([-1, 2.5, "x", None, True, float("nan"), torch.tensor([1, 2])])
     )
     def bad_setting(self, name, bad):
-        # A step size may be a fraction.
-        if name == 1 and isinstance(bad, float) and bad > 0:
+        # A step size may be a fraction, and Nesterov's momentum true.
+        if (name == 1 and isinstance(bad, float) and bad > 0) or (name == 3 and bad is True):
             return
         settings = self.model.settings[-1]
         self.optimizer.param_groups[1][self.names[-1][name]] = bad
@@ -200,7 +227,9 @@ class Operations(RuleBasedStateMachine):
         for _ in range(times):
             self.optimizer.sync()
             level = self.levels - 1
-            self.model.sync(level, [one for one in range(COUNT) if self.model.of(level, one)[0]])
+            settings = [self.model.of(level, one) for one in range(COUNT)]
+            has_work = [period and (not mu or unsynced > 2) for period, _, mu, _, _, unsynced in settings]
+            self.model.sync(level, [one for one in range(COUNT) if has_work[one]])
             self.compare()
 
     @operation()
@@ -235,15 +264,16 @@ class Operations(RuleBasedStateMachine):
     @operation(anew=st.booleans(), in_block=st.booleans())
     def save_and_load(self, anew, in_block):
         file = io.BytesIO()
-        torch.save((self.optimizer.state_dict(), [one.detach() for one in self.weights]), file)
+        with self.optimizer.slow_weights() if in_block else contextlib.nullcontext():
+            torch.save((self.optimizer.state_dict(), [one.detach() for one in self.weights]), file)
         file.seek(0)
         saved, values = torch.load(file, weights_only=True)
         if anew:
             self.new_optimizer(seed=0)
-        self.optimizer.load_state_dict(saved)
-        with torch.no_grad():
-            for weight, value in zip(self.weights, values):
-                weight.copy_(value)
+        parts = [lambda: self.optimizer.load_state_dict(saved), lambda: self.load_weights(values)]
+        # What was saved in a block, and loaded in the other order, waits for a forward pass.
+        for load in reversed(parts) if in_block else parts:
+            load()
         # Slow weights that a file leaves out, as nothing has moved them, are captured again at the next step.
         for one in range(COUNT):
             others = [self.model.momentum[other] is not None for other in range(one // 2 * 2, one // 2 * 2 + 2)]
@@ -253,8 +283,13 @@ class Operations(RuleBasedStateMachine):
                     assert self.model.momentum[one] is None
                     assert any(others) or level
                     np.testing.assert_allclose(slow[one], self.model.fast[one], atol=1e-6)
-                    slow[one] = None
+                    slow[one] = self.model.b[level][one] = None
         self.compare()
+
+    @torch.no_grad()
+    def load_weights(self, values):
+        for weight, value in zip(self.weights, values):
+            weight.copy_(value)
 
     @operation()
     def deepcopy(self):
@@ -268,6 +303,7 @@ class Operations(RuleBasedStateMachine):
                 if torch.is_tensor(value):
                     value.zero_()
         self.model.momentum = [None if one is None else one * 0 for one in self.model.momentum]
+        self.model.b = [[None] * COUNT for _ in self.model.slow]
         self.compare()
 
     @operation(how=st.sampled_from(["assigned", "setstate", "cleared"]), back=st.booleans())
@@ -284,7 +320,7 @@ class Operations(RuleBasedStateMachine):
             self.optimizer.state = kept
         else:
             self.model.momentum = [None] * COUNT
-            self.model.slow = [[None] * COUNT for _ in self.model.slow]
+            self.model.slow, self.model.b = ([[None] * COUNT for _ in self.model.slow] for _ in range(2))
         self.compare()
 
     @operation(one=index)
@@ -299,12 +335,13 @@ class Operations(RuleBasedStateMachine):
         self.model.fast[one] = self.model.fast[one] + 1
         # Another one has a slow weight, so this one is known to be new.
         for level, slow in enumerate(self.model.slow):
-            if self.slow_of(level, one) is None:
-                slow[one] = None
-            else:
+            if self.slow_of(level, one) is not None:
                 assert not any(other is not None for place, other in enumerate(slow) if place != one)
                 del self.optimizer.state[new]["slow_2" if level else "slow"]
-                slow[one] = None
+            elif self.momentum_of(level, one) is not None:
+                # That of the parameter before, which the capture drops.
+                del self.optimizer.state[new]["slow_momentum_2" if level else "slow_momentum"]
+            slow[one] = self.model.b[level][one] = None
         self.compare()
 
     @operation()
@@ -321,7 +358,7 @@ class Operations(RuleBasedStateMachine):
     @operation()
     def plain_data(self):
         for group in self.optimizer.param_groups:
-            assert all(type(group[name]) in (int, float) for names in self.names for name in names)
+            assert all(type(group[name]) in (int, float, bool) for names in self.names for name in names)
 
 
 class NestedOperations(Operations):

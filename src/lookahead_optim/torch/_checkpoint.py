@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ from lookahead_optim.torch._slow_weights import SlowWeights
 __all__ = ["StateDict", "load_inner", "split", "with_slow_weights"]
 
 StateDict: TypeAlias = dict[str, Any]
+
+
+class Loaded(NamedTuple):
+    """What a state dict has beside the inner optimizer's part, by parameter."""
+
+    slow: dict[Tensor, Tensor]
+    momentum: dict[Tensor, Tensor]
+    # Only in a state dict that was made in a `slow_weights()` block.
+    fast: dict[Tensor, Tensor]
 
 
 def with_slow_weights(
@@ -37,18 +46,17 @@ def with_slow_weights(
             if slow is None or not isinstance(entries, Mapping):
                 continue
             fast = fast_weights.get(parameter)
-            if keeps_state and not entries and _are_same(slow, parameter if fast is None else fast):
+            has_moved = parameter in slow_weights.momentum or not _are_same(slow, parameter if fast is None else fast)
+            if keeps_state and not entries and not has_moved:
                 continue
-            state[index] = {**entries, slow_weights.name: slow, **({} if fast is None else {FAST: fast})}
+            momentum = slow_weights.momentum.get(parameter)
+            own = {slow_weights.name: slow, slow_weights.momentum_name: momentum, FAST: fast}
+            state[index] = {**entries, **{name: value for name, value in own.items() if value is not None}}
     return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
-def split(
-    state_dict: StateDict, groups: list[Group], names: Names, is_innermost: bool
-) -> tuple[StateDict, dict[Tensor, Tensor], dict[Tensor, Tensor]]:
-    """Check a state dict; return what is the inner optimizer's in it, and copies of slow and fast weights by parameter.
-
-    Only a state dict that was made in a `slow_weights()` block has fast weights.
+def split(state_dict: StateDict, groups: list[Group], names: Names, is_innermost: bool) -> tuple[StateDict, Loaded]:
+    """Check a state dict; return what is the inner optimizer's in it, and copies of the rest.
 
     Raises:
         TypeError, ValueError: if the state dict does not fit the groups.
@@ -63,8 +71,7 @@ def split(
     for saved in saved_groups:
         check_group(saved, names)
     state = dict(state_dict["state"])
-    slow_by_parameter: dict[Tensor, Tensor] = {}
-    fast_by_parameter: dict[Tensor, Tensor] = {}
+    loaded = Loaded({}, {}, {})
     for group, saved in zip(groups, saved_groups):
         for parameter, index in zip(group["params"], saved["params"]):
             entries = state.get(index, {})
@@ -72,19 +79,24 @@ def split(
                 continue
             # In the dtype in which they were saved: the parameters may get it back before they are trained.
             if entries.get(names.slow) is not None:
-                slow_by_parameter[parameter] = _weight_like(parameter, entries[names.slow], "slow", index)
-                if entries.get(FAST) is not None:
-                    fast_by_parameter[parameter] = _weight_like(parameter, entries[FAST], "fast", index)
+                for by_parameter, name, kind in (
+                    (loaded.slow, names.slow, "slow weight"),
+                    (loaded.momentum, names.slow_momentum, "slow momentum"),
+                    (loaded.fast, FAST, "fast weight"),
+                ):
+                    if entries.get(name) is not None:
+                        by_parameter[parameter] = _like(parameter, entries[name], kind, index)
             # The innermost wrapper removes those of any wrapper: an optimizer may take an entry with something in it
             # for one in which its own is complete.
-            not_of_inner = {name for name in entries if (is_slow_weight(name) if is_innermost else name == names.slow)}
+            own = (names.slow, names.slow_momentum)
+            not_of_inner = {name for name in entries if (is_slow_weight(name) if is_innermost else name in own)}
             not_of_inner |= {FAST} if not_of_inner else set()
             of_inner = {name: value for name, value in entries.items() if name not in not_of_inner}
             if of_inner:
                 state[index] = of_inner
             else:
                 state.pop(index, None)
-    return {**state_dict, "state": state}, slow_by_parameter, fast_by_parameter
+    return {**state_dict, "state": state}, loaded
 
 
 def load_inner(
@@ -133,28 +145,36 @@ def _restored_on_failure(inner_optimizer: Optimizer, inner_slow_weights: list[Sl
     for _ in inner_slow_weights:
         optimizers.append(optimizers[-1].inner_optimizer)  # type: ignore[attr-defined]
     attributes_before = [dict(vars(optimizer)) for optimizer in optimizers]
-    slow_before = [(dict(owner.by_parameter), dict(owner.captured)) for owner in inner_slow_weights]
+    slow_before = [
+        (dict(owner.by_parameter), dict(owner.momentum), dict(owner.captured)) for owner in inner_slow_weights
+    ]
     try:
         yield
     except BaseException:
         for optimizer, attributes in zip(optimizers, attributes_before):
             vars(optimizer).clear()
             vars(optimizer).update(attributes)
-        for owner, (by_parameter, captured) in zip(inner_slow_weights, slow_before):
-            owner.replace(by_parameter)
+        for owner, (by_parameter, momentum, captured) in zip(inner_slow_weights, slow_before):
+            owner.replace(by_parameter, momentum)
             owner.captured = captured
         raise
 
 
-def _weight_like(parameter: Tensor, weight: object, kind: str, index: object) -> Tensor:
-    """Return a copy of a slow or fast weight on the device of its parameter, or raise `ValueError`."""
+def _like(parameter: Tensor, weight: object, kind: str, index: object) -> Tensor:
+    """Return a copy of a weight or momentum on the device of its parameter, or raise `ValueError`."""
     if not isinstance(weight, Tensor) or weight.shape != parameter.shape:
         received = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
         raise ValueError(
-            f"`state_dict` must have a {kind} weight of shape {tuple(parameter.shape)} for parameter {index}. "
+            f"`state_dict` must have a {kind} of shape {tuple(parameter.shape)} for parameter {index}. "
             f"Received: {received}"
         )
     weight = weight.to_dense() if weight.layout is not torch.strided else weight
+    if hasattr(parameter, "to_local") and not hasattr(weight, "to_local"):
+        raise ValueError(
+            f"`state_dict` must have a {kind} for parameter {index} that is sharded as the parameter. Received: one "
+            "that is whole, from a full state dict that was made in a `slow_weights()` block. Make full state dicts "
+            "outside of it."
+        )
     return weight.detach().to(parameter.device, copy=True)
 
 

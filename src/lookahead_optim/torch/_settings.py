@@ -6,12 +6,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from lookahead_optim._checks import check_slow_step_size, check_sync_period
+from lookahead_optim._checks import check_slow_momentum, check_slow_nesterov, check_slow_step_size, check_sync_period
 
-__all__ = ["FAST", "Group", "Names", "check_group", "complete_group", "is_setting", "is_slow_weight"]
+__all__ = ["FAST", "NONE_UNSYNCED", "Group", "Names", "check_group", "complete_group", "is_setting", "is_slow_weight"]
 
 Group: TypeAlias = dict[str, Any]
 
+# What stands for no step since the last sync. `torch.compile` makes programs of their own for the integers 0 and 1,
+# and would make them again after the first sync.
+NONE_UNSYNCED = 2
 # The name of a fast weight in a state dict that was made in a `slow_weights()` block, beside the slow weight.
 FAST = "fast"
 # That of an int64, in which other tools may keep it.
@@ -19,14 +22,19 @@ _LARGEST_COUNT = 2**63
 
 
 class Names(NamedTuple):
-    """What a wrapper calls its settings and its count in groups, and the slow weight in state.
+    """What a wrapper calls its settings and its counts in groups, and the slow weight in state.
 
-    Wrappers of one optimizer share its groups and its state, so that each has names of its own.
+    Wrappers of one optimizer share its groups and its state, so that each has names of its own. The factor of the slow
+    momentum, in groups, and the momentum itself, in state, have one name.
     """
 
     sync_period: str
     slow_step_size: str
+    slow_momentum: str
+    slow_nesterov: str
+    # The number of steps, and `NONE_UNSYNCED` more than the number of steps since the last sync.
     lookahead_step: str
+    lookahead_unsynced: str
     slow: str
 
     @classmethod
@@ -35,42 +43,54 @@ class Names(NamedTuple):
         return cls(*(name if level == 1 else f"{name}_{level}" for name in cls._fields))
 
     @property
-    def settings(self) -> tuple[str, str]:
+    def settings(self) -> tuple[str, str, str, str]:
         """The names of what users set, and checkpoints of the bare optimizer lack."""
-        return self.sync_period, self.slow_step_size
+        return self[:4]
 
 
 def is_setting(name: str) -> bool:
     """Return whether an entry of a group belongs to any wrapper."""
-    return re.fullmatch(r"(sync_period|slow_step_size|lookahead_step)(_\d+)?", name) is not None
+    return (
+        re.fullmatch(
+            r"(sync_period|slow_step_size|slow_momentum|slow_nesterov|lookahead_step|lookahead_unsynced)(_\d+)?", name
+        )
+        is not None
+    )
 
 
 def is_slow_weight(name: object) -> bool:
-    """Return whether an entry of a parameter's saved state is the slow weight of any wrapper."""
-    return isinstance(name, str) and re.fullmatch(r"slow(_\d+)?", name) is not None
+    """Return whether an entry of a parameter's saved state is the slow weight, or slow momentum, of any wrapper."""
+    return isinstance(name, str) and re.fullmatch(r"slow(_momentum)?(_\d+)?", name) is not None
 
 
 def check_group(group: Group, names: Names) -> None:
     """Raise an error if a group has an invalid setting or count of its own."""
     check_sync_period(group.get(names.sync_period, 0))
     check_slow_step_size(group.get(names.slow_step_size, 0.0))
-    _check_count(group.get(names.lookahead_step, 0), names.lookahead_step)
+    check_slow_momentum(group.get(names.slow_momentum, 0.0))
+    check_slow_nesterov(group.get(names.slow_nesterov, True))
+    for name in (names.lookahead_step, names.lookahead_unsynced):
+        _check_count(group.get(name, 0), name)
 
 
 def complete_group(group: Group, names: Names, defaults: dict[str, Any]) -> bool:
     """Check a group's settings and add those that it lacks; return whether it is new: it had no count."""
-    period = group.setdefault(names.sync_period, defaults[names.sync_period])
-    step_size = group.setdefault(names.slow_step_size, defaults[names.slow_step_size])
+    period, step_size, momentum, nesterov = (group.setdefault(name, defaults[name]) for name in names.settings)
     # The types are looked at first as this runs before every step.
     if type(period) is not int or period < 0:
         group[names.sync_period] = check_sync_period(period)
     if type(step_size) is not float or not 0 <= step_size < float("inf"):
         group[names.slow_step_size] = check_slow_step_size(step_size)
-    # The count last: after an error the group is still new.
+    if type(momentum) is not float or not 0 <= momentum < 1:
+        group[names.slow_momentum] = check_slow_momentum(momentum)
+    if type(nesterov) is not bool:
+        check_slow_nesterov(nesterov)
+    # The counts last: after an error the group is still new.
     is_new = names.lookahead_step not in group
-    count = group.setdefault(names.lookahead_step, 0)
-    if type(count) is not int or not 0 <= count < _LARGEST_COUNT:
-        group[names.lookahead_step] = _check_count(count, names.lookahead_step)
+    for name, initial in ((names.lookahead_step, 0), (names.lookahead_unsynced, NONE_UNSYNCED)):
+        count = group.setdefault(name, initial)
+        if type(count) is not int or not 0 <= count < _LARGEST_COUNT:
+            group[name] = _check_count(count, name)
     return is_new
 
 

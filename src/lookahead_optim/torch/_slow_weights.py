@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lookahead_optim._outer_step_torch import ask_is_large, is_large, outer_step, outer_step_unshared
+from lookahead_optim._outer_step_torch import OuterStep, ask_is_large, is_large, outer_step, outer_step_unshared
 from lookahead_optim._pieces_torch import Piece, cut
 from lookahead_optim.torch._fsdp import local
 from lookahead_optim.torch._settings import Group, Names
@@ -17,21 +17,25 @@ __all__ = ["SlowWeights"]
 
 
 class SlowWeights:
-    """The slow weights by parameter, and what is derived from them.
+    """The slow weights and the slow momentum by parameter, and what is derived from them.
 
     Groups are given with their index in `param_groups`.
 
     Attributes:
         name: The name of a slow weight in the entries of `Lookahead.state` and of state dicts.
+        momentum_name: The name of a slow momentum there.
+        dtype: The dtype of slow weights and momentum, if it is wider than the parameter's. `None` for the parameter's.
         by_parameter: The slow weights. Each has its parameter's shape.
+        momentum: The slow momentum of parameters with a slow weight, in groups that have momentum.
         captured: The parameters whose slow weight was captured or loaded, as far as they are still in the groups.
             Another parameter is captured from its own value, even if a slow weight was put into its state: a program
             has moved the entry from one parameter to another, and padded or cut it like a moment.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, momentum_name: str, dtype: torch.dtype | None) -> None:
+        self.name, self.momentum_name, self.dtype = name, momentum_name, dtype
         self.by_parameter: dict[Tensor, Tensor] = {}
+        self.momentum: dict[Tensor, Tensor] = {}
         self.captured: dict[Tensor, None] = {}
         self._is_careful = False
         # About captured weights, until the next sync: a capture does not wait for a GPU.
@@ -39,19 +43,18 @@ class SlowWeights:
         self._lists: dict[int, _Lists] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "by_parameter": self.by_parameter, "captured": list(self.captured)}
+        names = ("name", "momentum_name", "dtype", "by_parameter", "momentum")
+        return {**{name: getattr(self, name) for name in names}, "captured": list(self.captured)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["name"])  # type: ignore[misc]
+        self.__init__(state["name"], state["momentum_name"], state["dtype"])  # type: ignore[misc]
         self.captured.update(dict.fromkeys(state["captured"]))
-        self.replace(state["by_parameter"])
+        self.replace(state["by_parameter"], state["momentum"])
 
-    # The next two take the mapping in which they work: a `State` that was kept, and that is not the optimizer's any
-    # more, has one of its own.
-
-    def forget(self, parameter: Tensor, by_parameter: dict[Tensor, Tensor] | None = None) -> None:
-        """Drop the slow weight of a parameter, if there is one."""
-        (self.by_parameter if by_parameter is None else by_parameter).pop(parameter, None)
+    def forget(self, parameter: Tensor) -> None:
+        """Drop the slow weight of a parameter, if there is one, and its momentum."""
+        self.by_parameter.pop(parameter, None)
+        self.momentum.pop(parameter, None)
         self._lists.clear()
 
     def assign(self, parameter: Tensor, slow: object, by_parameter: dict[Tensor, Tensor]) -> None:
@@ -73,17 +76,31 @@ class SlowWeights:
         self._is_careful |= is_large(local([slow]))
         self._lists.clear()
 
-    def replace(self, by_parameter: dict[Tensor, Tensor]) -> None:
-        """Take other slow weights, all at once."""
-        self.by_parameter = by_parameter
+    def assign_momentum(self, parameter: Tensor, value: object, momentum: dict[Tensor, Tensor]) -> None:
+        """Take a slow momentum that was put into a parameter's state."""
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            raise TypeError(
+                f"`state[parameter][{self.momentum_name!r}]` must be a tensor of the parameter's shape, the slow "
+                f"momentum. Received: {value!r:.200} of type {type(value).__name__}"
+            )
+        momentum[parameter] = value
+        self.changed()
+
+    def changed(self) -> None:
+        """Note that slow weights came, went or were assigned."""
+        self._lists.clear()
+
+    def replace(self, by_parameter: dict[Tensor, Tensor], momentum: dict[Tensor, Tensor]) -> None:
+        """Take other slow weights and momentum, all at once."""
+        self.by_parameter, self.momentum = by_parameter, momentum
         self._is_careful = is_large(local(list(by_parameter.values())))
         self._are_large.clear()
         self._lists.clear()
 
-    def load(self, by_parameter: dict[Tensor, Tensor]) -> None:
-        """Take the slow weights of a checkpoint."""
+    def load(self, by_parameter: dict[Tensor, Tensor], momentum: dict[Tensor, Tensor]) -> None:
+        """Take the slow weights and the momentum of a checkpoint."""
         self.captured.update(dict.fromkeys(by_parameter))
-        self.replace(by_parameter)
+        self.replace(by_parameter, momentum)
 
     def capture_new(self, groups: Sequence[tuple[int, Group]], names: Names) -> None:
         """Capture the slow weights of parameters that have none and take part, immediately before a step.
@@ -99,9 +116,11 @@ class SlowWeights:
             parameters = [parameter for _, group in groups for parameter in group["params"]]
             stepped = {parameter for _, group in groups if group[names.lookahead_step] for parameter in group["params"]}
             self.capture(parameters, stepped)
+            self.complete_momentum([group for _, group in groups], names)
             self._lists = {index: self._new_lists(group) for index, group in groups}
 
     def _is_up_to_date(self, groups: Sequence[tuple[int, Group]]) -> bool:
+        """Return whether no parameter may need a capture. This only spares the search."""
         if not groups:
             return not self.by_parameter
         lists = [self._lists.get(index) for index, _ in groups]
@@ -112,25 +131,45 @@ class SlowWeights:
     @torch.inference_mode(False)
     @torch.no_grad()
     def capture(self, parameters: list[Tensor], stepped: set[Tensor]) -> None:
-        """Capture the slow weights of those `parameters` that take part and have none. Drop those of all others.
+        """Capture the slow weights of those `parameters` that take part and have none.
+
+        Drop those of parameters that are not in `parameters`.
 
         A slow weight that was put into the state of an optimizer before it captured any is kept for parameters in
         `stepped`, the groups that have made steps: tools restore an optimizer so.
         """
         known = set(parameters)
-        for mapping in (self.by_parameter, self.captured):
+        for mapping in (self.by_parameter, self.momentum, self.captured):
             for parameter in [parameter for parameter in mapping if parameter not in known]:
                 del mapping[parameter]
         new = []
         for parameter in parameters:
             keeps_slow = parameter in self.by_parameter and (parameter in self.captured or parameter in stepped)
             if not keeps_slow and _takes_part(parameter):
-                self.by_parameter[parameter] = parameter.detach().clone()
+                self.by_parameter[parameter] = parameter.detach().to(self.dtype_of(parameter), copy=True)
+                self.momentum.pop(parameter, None)
                 new.append(parameter)
             if parameter in self.by_parameter:
                 self.captured[parameter] = None
         self._are_large.append(ask_is_large(local(new)))
         self._lists.clear()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def complete_momentum(self, groups: Sequence[Group], names: Names) -> None:
+        """Begin with a slow momentum of 0 for slow weights that have none, in groups with momentum."""
+        for group in groups:
+            for parameter in group["params"] if group[names.slow_momentum] else ():
+                if parameter in self.by_parameter and parameter not in self.momentum:
+                    self.momentum[parameter] = torch.zeros_like(self.by_parameter[parameter])
+                    self._lists.clear()
+
+    def _drop_momentum(self, groups: Sequence[Group], names: Names) -> None:
+        """Drop the slow momentum in groups without any."""
+        for group in groups:
+            for parameter in group["params"] if self.momentum and not group[names.slow_momentum] else ():
+                if self.momentum.pop(parameter, None) is not None:
+                    self._lists.clear()
 
     def drop_frozen(self, group: Group) -> None:
         """Drop the slow weights of parameters that are frozen when a sync is due in training: it must not move them."""
@@ -167,25 +206,28 @@ class SlowWeights:
         Raises:
             RuntimeError: if a parameter has changed its shape. Nothing is changed then.
         """
+        self.complete_momentum([group for _, group in groups], names)
+        self._drop_momentum([group for _, group in groups], names)
         all_lists = [(owner, owner._lists_of(index, group)) for owner in (self, *followers) for index, group in groups]
         to_lay_out = [(owner, lists) for owner, lists in all_lists if lists.has_moved()]
         for owner in dict.fromkeys(owner for owner, _ in to_lay_out):
             for index, group in groups:
                 owner.check_shapes(index, group)
         for owner, lists in to_lay_out:
-            lists.lay_out([owner._at(member) for member in lists.members])
+            slow = [owner._at(member) for member in lists.members]
+            lists.lay_out(slow, [owner.momentum[member] for member in lists.members if member in owner.momentum])
         while self._are_large:
             self._is_careful |= self._are_large.pop()()
         own = [lists for _, lists in all_lists[: len(groups)]]
-        step_sizes = [group[names.slow_step_size] for (_, group), lists in zip(groups, own) for _ in lists.pieces]
+        steps = [_outer_step_of(group, names) for (_, group), lists in zip(groups, own) for _ in lists.pieces]
         pieces = [piece for lists in own for piece in lists.pieces]
         storages = [storage for lists in own for storage in lists.storages]
         if len(set(storages)) < len(storages):
             # Some fast weights share memory.
-            self._is_careful = outer_step(pieces, step_sizes, self._is_careful)
+            self._is_careful = outer_step(pieces, steps, self._is_careful)
         else:
-            for piece, step_size in zip(pieces, step_sizes):
-                self._is_careful = outer_step_unshared(piece, step_size, self._is_careful)
+            for piece, step in zip(pieces, steps):
+                self._is_careful = outer_step_unshared(piece, step, self._is_careful)
         for _, lists in all_lists[len(groups) :]:
             for piece in lists.pieces:
                 torch._foreach_copy_(piece.slow, piece.fast)
@@ -193,18 +235,27 @@ class SlowWeights:
             lists.let_go()
 
     def _lists_of(self, index: int, group: Group) -> "_Lists":
-        """Return the lists of a group. New ones are not kept: only `capture_new` does that, for all groups at once."""
+        """Return the lists of a group, new ones if need be. Only `capture_new` keeps them, for all groups at once."""
         lists = self._lists.get(index)
         return self._new_lists(group) if lists is None or lists.is_stale(group["params"]) else lists
 
     def _new_lists(self, group: Group) -> "_Lists":
         return _Lists(group["params"], self.by_parameter)
 
+    def dtype_of(self, parameter: Tensor) -> torch.dtype:
+        """Return the dtype of a parameter's slow weight. What is no real number has its own."""
+        if self.dtype is None or not parameter.is_floating_point():
+            return parameter.dtype
+        return torch.promote_types(self.dtype, parameter.dtype)
+
     def _at(self, parameter: Tensor) -> Tensor:
-        """Return the slow weight of a parameter, from now on of its dtype and on its device."""
-        slow = self.by_parameter[parameter]
-        if (parameter.dtype, parameter.device) != (slow.dtype, slow.device):
-            slow = self.by_parameter[parameter] = slow.to(parameter.device, parameter.dtype)
+        """Return the slow weight of a parameter. From now on it has its dtype and is on the parameter's device."""
+        slow, dtype = self.by_parameter[parameter], self.dtype_of(parameter)
+        if (dtype, parameter.device) != (slow.dtype, slow.device):
+            slow = self.by_parameter[parameter] = slow.to(parameter.device, dtype)
+        momentum = self.momentum.get(parameter)
+        if momentum is not None and (dtype, parameter.device) != (momentum.dtype, momentum.device):
+            self.momentum[parameter] = momentum.to(parameter.device, dtype)
         return slow
 
 
@@ -219,7 +270,7 @@ class _Lists:
 
     Attributes:
         members: The parameters that have a slow weight, each once.
-        pieces: Their slow and fast weights. Of a `DTensor` these are this process' shards.
+        pieces: Their slow and fast weights and momentum. Of a `DTensor` these are this process' shards.
         storages: The memory in which the fast weights lie.
     """
 
@@ -229,7 +280,8 @@ class _Lists:
         self.members = [parameter for parameter in dict.fromkeys(parameters) if parameter in slow_by_parameter]
         self.pieces: list[Piece] = []
         self.storages: list[int] = []
-        self._slow: list[Tensor] = []
+        # The slow weights, and the momentum.
+        self._state: list[Tensor] = []
         self._places: _Places | None = None
 
     def is_stale(self, parameters: list[Tensor]) -> bool:
@@ -242,40 +294,44 @@ class _Lists:
 
     def has_moved(self) -> bool:
         """Return whether a weight is not where and what it was when the lists were made, or there are none yet."""
-        return self._places is None or self._places != _places(self.members, self._slow)
+        return self._places is None or self._places != _places(self.members, self._state)
 
     def has_known_shapes(self) -> bool:
         """Return whether all parameters have the shapes that they had at the last sync, those of the slow weights."""
         return self._places is not None and self._places.shapes == [member.shape for member in self.members]
 
-    def lay_out(self, slow: list[Tensor]) -> None:
-        """Make the lists, with the slow weights of the members."""
-        fast, self._slow = local(self.members), slow
-        self.pieces = cut(local(slow), fast)
+    def lay_out(self, slow: list[Tensor], momentum: list[Tensor]) -> None:
+        """Make the lists, with the slow weights of the members and, if there is any, their momentum."""
+        fast, self._state = local(self.members), [*slow, *momentum]
+        self.pieces = cut(local(slow), fast, local(momentum))
         # Some kinds of tensors have no memory of their own.
         self.storages = [weight.untyped_storage().data_ptr() if weight.data_ptr() else id(weight) for weight in fast]
         # A `DTensor` does not tell where its shard is, so that such lists are made at each sync.
-        self._places = _places(fast, slow) if all(map(operator.is_, fast, self.members)) else None
+        self._places = _places(fast, self._state) if all(map(operator.is_, fast, self.members)) else None
 
     def let_go(self) -> None:
         """Drop lists that are of no use later, and would keep memory that the weights have left."""
         if self._places is None:
-            self.pieces, self.storages, self._slow = [], [], []
+            self.pieces, self.storages, self._state = [], [], []
 
 
 class _Places(NamedTuple):
     """Where weights lie, and what the fast ones are there: `p.data = ...` can change any of that."""
 
-    slow_pointers: list[int]
+    state_pointers: list[int]
     pointers: list[int]
     shapes: list[torch.Size]
     strides: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
 
 
-def _places(fast: list[Tensor], slow: list[Tensor]) -> _Places:
+def _outer_step_of(group: Group, names: Names) -> OuterStep:
+    return OuterStep(group[names.slow_step_size], group[names.slow_momentum], group[names.slow_nesterov])
+
+
+def _places(fast: list[Tensor], state: list[Tensor]) -> _Places:
     return _Places(
-        [weight.data_ptr() for weight in slow],
+        [weight.data_ptr() for weight in state],
         [weight.data_ptr() for weight in fast],
         [weight.shape for weight in fast],
         [weight.stride() for weight in fast],

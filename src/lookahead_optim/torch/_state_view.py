@@ -1,4 +1,4 @@
-"""`Lookahead.state`: the inner optimizer's state and the slow weights, as one.
+"""`Lookahead.state`: the inner optimizer's state, the slow weights and the slow momentum, as one.
 
 The inner optimizer must not find the slow weight in its own state: most optimizers take a parameter with an empty entry
 for a new one. So the slow weights are kept apart, and these two classes show both together. They are dictionaries for
@@ -51,24 +51,29 @@ class _View(_MappingAndDict):
 
 
 class State(_View):
-    """The inner optimizer's state, with one more entry for each parameter that has a slow weight."""
+    """The inner optimizer's state, with one more entry for each parameter that has a slow weight, or two with momentum.
+
+    One that was kept, and that is not the optimizer's any more, has mappings of its own.
+    """
 
     def __init__(
         self,
         inner: MutableMapping[Any, Any],
         slow_weights: "SlowWeights",
-        slow_by_parameter: dict[Tensor, Tensor] | None = None,
+        slow_by_parameter: dict[Tensor, Tensor],
+        momentum_by_parameter: dict[Tensor, Tensor],
     ) -> None:
         self.inner, self.slow_weights = inner, slow_weights
-        self.slow_by_parameter = slow_weights.by_parameter if slow_by_parameter is None else slow_by_parameter
+        self.slow_by_parameter, self.momentum_by_parameter = slow_by_parameter, momentum_by_parameter
+        self.own = {slow_weights.name: slow_by_parameter, slow_weights.momentum_name: momentum_by_parameter}
 
     @classmethod
     def of(cls, given: Mapping[Any, Any], slow_weights: "SlowWeights") -> "State":
         """Return a view of a state that a program has put in the place of an optimizer's."""
         has_slow = any(isinstance(entries, Mapping) and slow_weights.name in entries for entries in given.values())
         if isinstance(given, defaultdict) and not has_slow:
-            return cls(given, slow_weights, {})
-        state = cls(defaultdict(dict), slow_weights, {})
+            return cls(given, slow_weights, {}, {})
+        state = cls(defaultdict(dict), slow_weights, {}, {})
         state.update(given)
         return state
 
@@ -88,15 +93,15 @@ class State(_View):
 
     def __setitem__(self, key: Any, entries: Any) -> None:
         if isinstance(key, Tensor) and isinstance(entries, Mapping):
-            slow = entries.get(self.slow_weights.name)
+            own = {name: entries[name] for name in self.own if entries.get(name) is not None}
             self.forget(key)
             if isinstance(entries, Entries) and entries.owner is not None:
                 # The entries themselves, as a program may change them after it has put them here.
                 entries = entries.entries
-            elif self.slow_weights.name in entries or isinstance(entries, Entries):
-                entries = {name: value for name, value in entries.items() if name != self.slow_weights.name}
-            if slow is not None:
-                self.slow_weights.assign(key, slow, self.slow_by_parameter)
+            elif own or isinstance(entries, Entries):
+                entries = {name: value for name, value in entries.items() if name not in self.own}
+            for name, value in own.items():
+                self.assign(key, name, value)
         self.inner[key] = entries
 
     def __delitem__(self, key: Any) -> None:
@@ -123,9 +128,18 @@ class State(_View):
             self.forget(key)
         self.inner.clear()
 
+    def assign(self, key: Tensor, name: str, value: Any) -> None:
+        """Take the slow weight or the slow momentum of a parameter."""
+        if name == self.slow_weights.name:
+            self.slow_weights.assign(key, value, self.slow_by_parameter)
+        else:
+            self.slow_weights.assign_momentum(key, value, self.momentum_by_parameter)
+
     def forget(self, key: Any) -> None:
-        """Drop the slow weight of a parameter, if there is one."""
-        self.slow_weights.forget(key, self.slow_by_parameter)
+        """Drop the slow weight and the slow momentum of a parameter, if there are any."""
+        for by_parameter in self.own.values():
+            by_parameter.pop(key, None)
+        self.slow_weights.changed()
 
     def __iter__(self) -> Iterator[Any]:
         return iter([*self.inner, *(key for key in self.slow_by_parameter if key not in self.inner)])
@@ -143,11 +157,13 @@ class State(_View):
 
 
 class Entries(_View):
-    """A parameter's state: the inner optimizer's entries and the slow weight, each written to where it belongs.
+    """A parameter's state: the inner optimizer's entries, the slow weight and the slow momentum.
+
+    What is written here goes to where it belongs.
 
     The slow weight that is read here is a copy. Programs reset an optimizer by zeroing each tensor of its state in
-    place, or move it to a device so; the slow weight is no moment, and its value must outlive the one and follows its
-    parameter without the other. To change it, assign the entry.
+    place, or move it to a device so. The slow weight is no moment: its value must outlive such a reset, and it follows
+    its parameter to a device by itself. To change it, assign the entry. The slow momentum is a moment like others.
     """
 
     entries: MutableMapping[str, Any]
@@ -159,42 +175,48 @@ class Entries(_View):
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
 
-    def _is_slow(self, name: object) -> bool:
-        return self.owner is not None and name == self.owner[0].slow_weights.name
+    def _is_own(self, name: object) -> bool:
+        return self.owner is not None and name in self.owner[0].own
 
     def __getitem__(self, name: str) -> Any:
-        if self.owner is not None and self._is_slow(name):
+        if self.owner is not None and self._is_own(name):
             state, parameter = self.owner
-            slow = state.slow_by_parameter[parameter].detach()
-            return slow.to(parameter.device, parameter.dtype, copy=True)
+            value = state.own[name][parameter].detach()
+            if name != state.slow_weights.name:
+                return value
+            return value.to(parameter.device, state.slow_weights.dtype_of(parameter), copy=True)
         return self.entries[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if self.owner is not None and self._is_slow(name):
+        if self.owner is not None and self._is_own(name):
             state, parameter = self.owner
-            state.slow_weights.assign(parameter, value, state.slow_by_parameter)
+            state.assign(parameter, name, value)
         else:
             if self.owner is not None and not self.entries and self.owner[1] not in self.owner[0].inner:
                 self.owner[0].inner[self.owner[1]] = self.entries
             self.entries[name] = value
 
     def __delitem__(self, name: str) -> None:
-        if self.owner is not None and self._is_slow(name) and name in self:
+        if self.owner is not None and self._is_own(name) and name in self:
             state, parameter = self.owner
-            state.forget(parameter)
+            if name == state.slow_weights.name:
+                state.forget(parameter)
+            else:
+                del state.momentum_by_parameter[parameter]
+                state.slow_weights.changed()
         else:
             del self.entries[name]
 
     def __contains__(self, name: object) -> bool:
-        if self.owner is not None and self._is_slow(name):
+        if self.owner is not None and self._is_own(name):
             state, parameter = self.owner
-            return parameter in state.slow_by_parameter
+            return parameter in state.own[name]  # type: ignore[index]
         return name in self.entries
 
     def __iter__(self) -> Iterator[str]:
         yield from self.entries
-        if self.owner is not None and self.owner[0].slow_weights.name in self:
-            yield self.owner[0].slow_weights.name
+        if self.owner is not None:
+            yield from (name for name in self.owner[0].own if name in self)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -2,11 +2,14 @@
 
 Where things happen:
 
-- a sync: `step`, `_end_step`, `SlowWeights.synchronize` in `_slow_weights.py`, `outer_step` in `_outer_step_torch.py`;
-- capture: `_begin_step`, `SlowWeights.capture_new`, for each parameter without a slow weight. Slow weights are dropped
-  by `SlowWeights.drop_frozen`, `_complete_groups` (of a new group) and `reset_slow_weights`;
+- a sync: `step`, `_end_step`, `SlowWeights.synchronize` in `_slow_weights.py`, and the arithmetic in `_interpolate` and
+  `_descend` of `_outer_step_torch.py`, or for a large weight on a GPU in the kernel of `_outer_step_triton.py`;
+- capture: `_begin_step`, `SlowWeights.capture_new`, for each parameter that has no slow weight and is trained. Slow
+  weights are dropped by `SlowWeights.drop_frozen`, `_complete_groups` (of a new group) and `SlowWeights.capture` (of a
+  parameter without a sync period);
 - what is saved: `state_dict`, `with_slow_weights` in `_checkpoint.py`;
-- a skipped step: no call of `step`, so that nothing happens.
+- a skipped step: no call of `step`, so that nothing happens;
+- a frozen weight: `_end_step`, `SlowWeights.drop_frozen`. `_takes_part` says which is frozen.
 """
 
 import contextlib
@@ -16,9 +19,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lookahead_optim._checks import (
+    check_slow_momentum,
+    check_slow_nesterov,
     check_slow_step_size,
     check_sync_period,
     explain_other_names,
@@ -29,14 +35,14 @@ from lookahead_optim.torch._blocks import Blocks
 from lookahead_optim.torch._checkpoint import load_inner, split, with_slow_weights
 from lookahead_optim.torch._fsdp import gathered_anew
 from lookahead_optim.torch._ranks import check_equal_on_all_ranks
-from lookahead_optim.torch._settings import Group, Names, check_group, complete_group
+from lookahead_optim.torch._settings import NONE_UNSYNCED, Group, Names, check_group, complete_group
 from lookahead_optim.torch._slow_weights import SlowWeights
 from lookahead_optim.torch._state_view import State
 
 __all__ = ["Lookahead"]
 
 _OF_THE_INNER_OPTIMIZER = ("defaults", "param_groups", "state")
-_GROUP_ENTRIES = ("sync_period", "slow_step_size", "lookahead_step")
+_GROUP_ENTRIES = ("sync_period", "slow_step_size", "slow_momentum", "slow_nesterov", "lookahead_step")
 # The last wrapper of each inner optimizer, as long as both live.
 _wrapper_of: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Optimizer]] = weakref.WeakKeyDictionary()
 
@@ -50,17 +56,25 @@ class Lookahead(Optimizer):
 
     .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
+    That is gradient descent of the slow weights on the *pseudo-gradient* $s = \phi - \theta$. With `slow_momentum`
+    ($\mu$) it is gradient descent with momentum $b$, as in SNOO and, on one worker, DiLoCo:
+
+    .. math:: b \leftarrow \mu b + s, \qquad \phi \leftarrow \phi - \alpha (s + \mu b), \qquad \theta \leftarrow \phi,
+
+    with $b$ in the place of $s + \mu b$ if not `slow_nesterov`.
+
     The slow weights are captured from the parameters immediately before their first step. Steps that a
     `torch.amp.GradScaler` skips do not count. When a step synchronises, every parameter takes part, with or without a
     gradient, but one that is frozen then (without a gradient, and `requires_grad` is `False`) gives its slow weight up:
     it is captured again before its first step after it is unfrozen. The slow weights need the memory of one more copy
-    of the parameters that are not frozen.
+    of the parameters that are not frozen, and slow momentum of another one.
 
-    `param_groups` is the inner optimizer's own list. `sync_period` and `slow_step_size` are in the groups, so that they
-    can differ between them, and a group's step count, `lookahead_step`, too. `state[parameter]` has the inner
-    optimizer's entries and `"slow"`, a copy of the slow weight: a tensor of the parameter's shape, dtype, device and
-    sharding. Checkpoints are those of any `torch.optim.Optimizer`. One of the bare inner optimizer can be loaded too:
-    the slow weights are then captured again.
+    `param_groups` is the inner optimizer's own list. `sync_period`, `slow_step_size`, `slow_momentum` and
+    `slow_nesterov` are in the groups, so that they can differ between them, and a group's step counts, `lookahead_step`
+    and `lookahead_unsynced`, too. `state[parameter]` has the inner optimizer's entries, `"slow"`, a copy of the slow
+    weight, and with momentum `"slow_momentum"`: tensors of the parameter's shape, device and sharding, and of its dtype
+    or `slow_dtype`. Checkpoints are those of any `torch.optim.Optimizer`. A checkpoint of the bare inner optimizer can
+    be loaded too: the slow weights are then captured again.
 
     A `Lookahead` may be inside another. Both count the steps of the innermost optimizer, and all weights restart from
     those that the outer one has synchronised, the inner one's slow weights too. The outer one's names in groups and
@@ -71,11 +85,18 @@ class Lookahead(Optimizer):
             a `sync_period` and `slow_step_size` of their own.
         sync_period: Integer >= 0, inner steps per slow step ($k$). 0 switches Lookahead off: the wrapper then
             behaves as the inner optimizer and holds no slow weights. Defaults to 6.
-        slow_step_size: Finite float >= 0, the slow step size ($\alpha$). 1 recovers the inner optimizer.
-            Defaults to 0.5.
+        slow_step_size: Finite float >= 0, the slow step size ($\alpha$). 1 without momentum recovers the inner
+            optimizer. Defaults to 0.5.
+        slow_momentum: Float in [0, 1), the factor of the slow momentum ($\mu$), by which steps become $1 / (1 - \mu)$
+            times as long in the long run. Defaults to 0, no momentum.
+        slow_nesterov: Boolean, whether the momentum is Nesterov's. Otherwise it is heavy ball. Defaults to `True`.
+        slow_dtype: Floating point `torch.dtype` of slow weights and slow momentum, at least as wide as the dtype of
+            each parameter: `torch.float32` for a model in bfloat16, whose slow weights would lose small moves. Then
+            the pseudo-gradient is measured from where the fast weight restarted, the rounded slow weight. Defaults to
+            `None`, the dtype of each parameter.
 
     Raises:
-        TypeError: if `optimizer`, `sync_period` or `slow_step_size` has the wrong type.
+        TypeError: if an argument has the wrong type.
         ValueError: if a value is out of range, or the inner optimizer is `differentiable` or has a `Lookahead` inside a
             wrapper of another kind.
 
@@ -95,7 +116,9 @@ class Lookahead(Optimizer):
 
     References:
         Zhang, Lucas, Hinton and Ba, `Lookahead Optimizer: k steps forward, 1 step back
-        <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1.
+        <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1. Slow momentum: `SNOO
+        <https://arxiv.org/abs/2510.15830>`__, 2025, and Douillard et al., `DiLoCo
+        <https://arxiv.org/abs/2311.08105>`__, 2023, Algorithm 1.
     """
 
     inner_optimizer: Optimizer
@@ -107,13 +130,25 @@ class Lookahead(Optimizer):
     _is_compared: bool
 
     @explain_other_names("optimizer")
-    def __init__(self, optimizer: Optimizer, sync_period: int = 6, slow_step_size: float = 0.5) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        sync_period: int = 6,
+        slow_step_size: float = 0.5,
+        *,
+        slow_momentum: float = 0.0,
+        slow_nesterov: bool = True,
+        slow_dtype: torch.dtype | None = None,
+    ) -> None:
         _check_inner_optimizer(optimizer)
         names = Names.at_level(1 + sum(1 for _ in _wrappers(optimizer)))
         settings = {
             names.sync_period: check_sync_period(sync_period),
             names.slow_step_size: check_slow_step_size(slow_step_size),
+            names.slow_momentum: check_slow_momentum(slow_momentum),
+            names.slow_nesterov: check_slow_nesterov(slow_nesterov),
         }
+        _check_slow_dtype(slow_dtype, optimizer.param_groups)
         for group in optimizer.param_groups:
             if names.lookahead_step not in group:
                 check_group(group, names)
@@ -133,13 +168,16 @@ class Lookahead(Optimizer):
         for entries in optimizer.state.values():
             if isinstance(entries, dict):
                 entries.pop(names.slow, None)
+                entries.pop(names.slow_momentum, None)
         optimizer.defaults = {**optimizer.defaults, **settings}
         # The base class' constructor is not called. It would make parameter groups and a state of its own, while those
         # of a wrapper are the inner optimizer's. What is left of it, the dictionaries of hooks, is what `__setstate__`
         # makes for an optimizer that was read from a file.
-        self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow_weights": SlowWeights(names.slow)})
+        slow_weights = SlowWeights(names.slow, names.slow_momentum, slow_dtype)
+        self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow_weights": slow_weights})
         self._complete_groups()
-        warn_if_over_relaxed(max(group[names.slow_step_size] for group in self.param_groups), stacklevel=3)
+        for group in self.param_groups:
+            warn_if_over_relaxed(group[names.slow_step_size], group[names.slow_momentum], stacklevel=3)
         _wrapper_of[optimizer] = weakref.ref(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -185,7 +223,7 @@ class Lookahead(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's own defaults for parameter groups, with `sync_period` and `slow_step_size`."""
+        """The inner optimizer's own defaults for parameter groups, with the settings of this wrapper."""
         return self.inner_optimizer.defaults
 
     @defaults.setter
@@ -208,7 +246,7 @@ class Lookahead(Optimizer):
         inner, slow, view = self.inner_optimizer.state, self._slow_weights, self.__dict__.get("_state")
         # The same object as long as it shows the optimizer's state. One that was kept shows the state of its time.
         if view is None or view.inner is not inner or view.slow_by_parameter is not slow.by_parameter:
-            view = self.__dict__["_state"] = State(inner, slow)
+            view = self.__dict__["_state"] = State(inner, slow, slow.by_parameter, slow.momentum)
         return view
 
     @state.setter
@@ -216,7 +254,7 @@ class Lookahead(Optimizer):
         if not (isinstance(state, State) and state.slow_weights.name == self._slow_weights.name):
             state = State.of(state, self._slow_weights)
         self.inner_optimizer.state = state.inner  # type: ignore[assignment]
-        self._slow_weights.replace(state.slow_by_parameter)
+        self._slow_weights.replace(state.slow_by_parameter, state.momentum_by_parameter)
 
     def _complete_groups(self) -> None:
         """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint.
@@ -240,6 +278,12 @@ class Lookahead(Optimizer):
     def _synchronize(self, groups: list[tuple[int, Group]]) -> None:
         followers = [wrapper._slow_weights for wrapper in _wrappers(self.inner_optimizer)]
         self._slow_weights.synchronize(groups, self._names, followers)
+        self._note_synced([group for _, group in groups])
+
+    def _note_synced(self, groups: list[Group]) -> None:
+        for wrapper in _wrappers(self):
+            for group in groups:
+                group[wrapper._names.lookahead_unsynced] = NONE_UNSYNCED
 
     @torch.compiler.disable
     def _begin_step(self) -> None:
@@ -270,6 +314,7 @@ class Lookahead(Optimizer):
         for group in self.param_groups:
             # Not in place: `ZeroRedundancyOptimizer` and users copy groups.
             group[count] += 1
+            group[self._names.lookahead_unsynced] += 1
         due = self._due_groups()
         for _, group in due:
             self._slow_weights.drop_frozen(group)
@@ -326,17 +371,22 @@ class Lookahead(Optimizer):
             TypeError, ValueError: if these are invalid, or the inner optimizer does not accept the group.
         """
         if isinstance(param_group, dict):
-            param_group.pop(self._names.lookahead_step, None)
+            for name in (self._names.lookahead_step, self._names.lookahead_unsynced):
+                param_group.pop(name, None)
             check_group(param_group, self._names)
+            if "params" in param_group:
+                _check_slow_dtype(self._slow_weights.dtype, [param_group])
         self.inner_optimizer.add_param_group(param_group)
         self._complete_groups()
-        warn_if_over_relaxed(self.param_groups[-1][self._names.slow_step_size], stacklevel=2)
+        added = self.param_groups[-1]
+        warn_if_over_relaxed(added[self._names.slow_step_size], added[self._names.slow_momentum], stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state dict, with `"slow"` for each parameter that has a slow weight.
 
-        Its groups have `sync_period`, `slow_step_size` and `lookahead_step`. In a `slow_weights()` block, in which the
-        parameters are the slow weights, it also has the fast weight of each, `"fast"`, with which training goes on.
+        Its groups have the settings and the step counts, and with slow momentum a parameter has `"slow_momentum"`. In a
+        `slow_weights()` block, in which the parameters are the slow weights, it also has the fast weight of each,
+        `"fast"`, with which training goes on.
 
         As always in PyTorch, the tensors are the optimizer's own: copy them to keep them.
         """
@@ -377,12 +427,13 @@ class Lookahead(Optimizer):
         is_innermost = not isinstance(self.inner_optimizer, Lookahead)
         with self._blocks.lock:
             self._complete_groups()
-            inner_state_dict, slow, fast = split(state_dict, self.param_groups, self._names, is_innermost)
+            inner_state_dict, loaded = split(state_dict, self.param_groups, self._names, is_innermost)
             inner_slow_weights = [wrapper._slow_weights for wrapper in _wrappers(self.inner_optimizer)]
             load_inner(inner_state_dict, self.inner_optimizer, inner_slow_weights, self._names)
             self._complete_groups()
-            self._slow_weights.load(slow)
-            self._blocks.loaded.load(fast, [self._slow_weights, *inner_slow_weights])
+            self._slow_weights.load(loaded.slow, loaded.momentum)
+            self._slow_weights.complete_momentum(self.param_groups, self._names)
+            self._blocks.loaded.load(loaded.fast, [self._slow_weights, *inner_slow_weights])
         self._is_compared = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -394,15 +445,17 @@ class Lookahead(Optimizer):
         """
         self._complete_groups()
         self._slow_weights.capture_new(self._active_groups(), self._names)
-        for slow in self._slow_weights.by_parameter.values():
-            slow.share_memory_()
+        for mapping in (self._slow_weights.by_parameter, self._slow_weights.momentum):
+            for tensor in mapping.values():
+                tensor.share_memory_()
         if hasattr(self.inner_optimizer, "share_memory"):
             self.inner_optimizer.share_memory()
 
     def sync(self) -> None:
         """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
 
-        A warning tells of a group in its first cycle: its slow weights are still where training began.
+        A warning tells of a group in its first cycle: its slow weights are still where training began. A group with
+        slow momentum that has made no step since its last sync is left alone.
 
         Parameters that became frozen after the last sync take part.
 
@@ -413,14 +466,23 @@ class Lookahead(Optimizer):
             self._blocks.check_none_is_open("sync()")
             self._complete_groups()
             self._blocks.loaded.settle()
-            groups = self._active_groups()
+            names, groups = self._names, self._active_groups()
+            # Without a step since the last sync, momentum would move the weights on.
+            groups = [
+                (index, group)
+                for index, group in groups
+                if not group[names.slow_momentum] or group[names.lookahead_unsynced] > NONE_UNSYNCED
+            ]
             for _, group in groups:
-                settings = (group[name] for name in (self._names.lookahead_step, *self._names.settings))
-                warn_if_within_first_cycle(*settings, stacklevel=2)
+                if not group[names.slow_momentum]:
+                    settings = (group[names.sync_period], group[names.slow_step_size])
+                    warn_if_within_first_cycle(group[names.lookahead_step], *settings, stacklevel=2)
             self._synchronize(groups)
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the parameters again, after restoring the best weights, say.
+
+        Slow momentum starts from 0 again.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block.
@@ -431,8 +493,10 @@ class Lookahead(Optimizer):
             for wrapper in _wrappers(self):
                 wrapper._complete_groups()
                 stepped = [group for _, group in wrapper._active_groups() if group[wrapper._names.lookahead_step]]
-                wrapper._slow_weights.replace({})
+                wrapper._slow_weights.replace({}, {})
                 wrapper._slow_weights.capture([parameter for group in stepped for parameter in group["params"]], set())
+                wrapper._slow_weights.complete_momentum(stepped, wrapper._names)
+            self._note_synced(self.param_groups)
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
@@ -461,6 +525,26 @@ def _wrappers(optimizer: Optimizer) -> Iterator[Lookahead]:
     while isinstance(optimizer, Lookahead):
         yield optimizer
         optimizer = optimizer.inner_optimizer
+
+
+def _check_slow_dtype(slow_dtype: object, groups: list[Group]) -> None:
+    """Raise an error if slow weights cannot have a dtype."""
+    if slow_dtype is None:
+        return
+    if not isinstance(slow_dtype, torch.dtype) or not slow_dtype.is_floating_point:
+        raise TypeError(
+            "`slow_dtype` must be a floating point `torch.dtype`, or None for the dtype of each parameter. "
+            f"Received: slow_dtype={slow_dtype!r} of type {type(slow_dtype).__name__}"
+        )
+    for group in groups:
+        parameters = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        for parameter in parameters:
+            dtype = getattr(parameter, "dtype", slow_dtype)
+            if dtype.is_floating_point and torch.promote_types(dtype, slow_dtype) != slow_dtype:
+                raise ValueError(
+                    "`slow_dtype` must hold all values of the parameters' dtypes, or the slow weights would lose what "
+                    f"the fast ones have. Received: slow_dtype={slow_dtype} for a parameter of {dtype}"
+                )
 
 
 def _check_inner_optimizer(optimizer: object) -> None:

@@ -1,0 +1,367 @@
+"""Slow momentum and slow weights of a wider dtype, where PyTorch differs from the other front ends."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from lookahead_optim.torch import Lookahead
+from tests.comparison import assert_same_bits
+from tests.test_torch.by_hand import parameters, set_gradients
+
+NAN = float("nan")
+UNIT = 2**-7  # that of bfloat16 from 1 to 2
+
+
+def moved_by_units(units, slow_step_size, slow_dtype):
+    """Return the slow weight, from 1, after cycles of one step that moves the weight by so many units."""
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = Lookahead(torch.optim.SGD([weight], lr=1.0), 1, slow_step_size, slow_dtype=slow_dtype)
+    for move in units:
+        weight.grad = torch.full((1,), -move * UNIT, dtype=torch.bfloat16)
+        optimizer.step()
+    slow = optimizer.state[weight]["slow"]
+    assert slow.dtype == (slow_dtype or torch.bfloat16)
+    assert torch.equal(weight.detach(), slow.to(torch.bfloat16))
+    return slow.item()
+
+
+@pytest.mark.parametrize(("slow_dtype", "expected"), [(None, 1.0), (torch.float32, 1.25)])
+def test_small_moves_add_up_in_slow_weights_of_a_wider_dtype(slow_dtype, expected):
+    assert moved_by_units([1] * 64, 0.5, slow_dtype) == expected
+
+
+def test_moves_are_measured_from_the_restart_point():
+    # From the slow weight itself it would be 0.059 units.
+    slow = moved_by_units(([1] + [0] * 9) * 20, 0.1, torch.float32)
+    assert (slow - 1) / UNIT == pytest.approx(2.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("slow_momentum", [0.0, 0.9])
+def test_a_weight_that_does_not_move_leaves_its_wide_slow_weight_alone_bit_for_bit(slow_momentum):
+    weight = torch.nn.Parameter(torch.tensor([1.0, 3.0], dtype=torch.bfloat16))
+    optimizer = Lookahead(torch.optim.SGD([weight], 0.1), 1, 0.3, slow_momentum=slow_momentum, slow_dtype=torch.float32)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    slow = torch.tensor([1.001, 3.002])
+    optimizer.state[weight]["slow"] = slow
+    for _ in range(5):
+        optimizer.step()
+    assert_same_bits([optimizer.state[weight]["slow"]], [torch.tensor([1.001, 3.002])])
+
+
+def by_hand(slow_step_size, slow_momentum, slow_nesterov, steps, period):
+    """Return weights, slow weights and momentum of the mixed model, one weight and one operation after the other.
+
+    The operations are in the order of the implementation. Otherwise one in a thousand weights, which lie halfway
+    between two numbers of bfloat16, would restart from the other one.
+    """
+    weights = mixed_weights()
+    slow = [weight.detach().to(torch.float32, copy=True) for weight in weights]
+    momentum = [torch.zeros_like(one) for one in slow]
+    optimizer = torch.optim.SGD(weights, 0.5)
+    for step in range(steps):
+        set_gradients(weights, step)
+        optimizer.step()
+        if (step + 1) % period == 0:
+            for weight, s, b in zip(weights, slow, momentum):
+                move = weight.detach().to(s.dtype) - s.to(weight.dtype).to(s.dtype)
+                b.mul_(slow_momentum).sub_(move)
+                if slow_nesterov or not slow_momentum:
+                    s.add_(move, alpha=slow_step_size)
+                    s.add_(b, alpha=-slow_step_size * slow_momentum)
+                else:
+                    s.add_(b, alpha=-slow_step_size)
+                weight.data.copy_(s)
+    return weights, slow, momentum
+
+
+SHAPES = (40, 3), (5,), (700, 700), ()
+MIXED = torch.bfloat16, torch.float32, torch.bfloat16, torch.float16
+
+
+def mixed_weights():
+    return [torch.nn.Parameter(one.detach().to(dtype)) for one, dtype in zip(parameters(*SHAPES), MIXED)]
+
+
+def train(optimizer, stop, start=0):
+    for step in range(start, stop):
+        set_gradients([weight for group in optimizer.param_groups for weight in group["params"]], step)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize(("slow_momentum", "slow_nesterov"), [(0.0, True), (0.9, True), (0.5, False)])
+def test_wide_slow_weights_of_a_mixed_model_are_those_by_hand(slow_momentum, slow_nesterov, is_shared):
+    weights = mixed_weights()
+    if is_shared:
+        # Two weights in one memory, beside each other: their pseudo-gradients are all computed before any restart.
+        sizes = [weights[0].numel(), weights[2].numel()]
+        memory = torch.cat([weights[0].detach().flatten(), weights[2].detach().flatten()]).split(sizes)
+        for weight, part in zip((weights[0], weights[2]), memory):
+            weight.data = part.view(weight.shape)
+    outer = {"slow_momentum": slow_momentum, "slow_nesterov": slow_nesterov}
+    optimizer = train(Lookahead(torch.optim.SGD(weights, 0.5), 3, 0.7, **outer, slow_dtype=torch.float32), 9)
+    fast, slow, momentum = by_hand(0.7, slow_momentum, slow_nesterov, 9, 3)
+    states = [optimizer.state[weight] for weight in weights]
+    if slow_momentum:
+        assert_same_bits(weights, fast)
+        assert_same_bits([state["slow"] for state in states], slow)
+        assert_same_bits([state["slow_momentum"] for state in states], momentum)
+    else:
+        # The float32 weight of this model interpolates.
+        for state, expected in zip(states, slow):
+            torch.testing.assert_close(state["slow"], expected, rtol=1e-5, atol=1e-5)
+    assert_same_bits([one.detach() for one in weights], [s["slow"].to(w.dtype) for s, w in zip(states, weights)])
+    assert all(("slow_momentum" in state) == bool(slow_momentum) for state in states)
+
+
+@pytest.mark.parametrize("slow_nesterov", [True, False])
+def test_weights_in_one_memory_have_the_outer_step_of_weights_apart(slow_nesterov):
+    outer = {"slow_momentum": 0.9, "slow_nesterov": slow_nesterov}
+    apart, shared = parameters((6,), (6,)), parameters((6,), (6,))
+    memory = torch.cat([one.detach() for one in shared])
+    for weight, part in zip(shared, memory.split(6)):
+        weight.data = part
+    for weights in (apart, shared):
+        train(Lookahead(torch.optim.SGD(weights, 0.1), 2, 0.7, **outer), 6)
+    assert_same_bits(apart, shared)
+
+
+@pytest.mark.parametrize("slow_nesterov", [True, False])
+def test_two_parameters_on_the_same_memory_make_the_outer_step_of_one(slow_nesterov):
+    outer = {"slow_momentum": 0.9, "slow_nesterov": slow_nesterov}
+    (single,), (one,), (other,) = (parameters((6,)) for _ in range(3))
+    other.data = one.data
+    alone = Lookahead(torch.optim.SGD([single], 0.2), 2, 0.7, **outer)
+    both = Lookahead(torch.optim.SGD([one, other], 0.1), 2, 0.7, **outer)
+    for step in range(6):
+        set_gradients([single], step)
+        one.grad, other.grad = single.grad.clone(), single.grad.clone()
+        alone.step()
+        both.step()
+        torch.testing.assert_close(one, single)
+        torch.testing.assert_close(both.state[other]["slow"], alone.state[single]["slow"])
+
+
+def test_momentum_that_was_moved_to_a_new_parameter_starts_from_0():
+    weights = parameters((3,), (3,))
+    optimizer = train(Lookahead(torch.optim.SGD(weights, 0.1), 2, slow_momentum=0.5), 4)
+    new = torch.nn.Parameter(torch.ones(3))
+    optimizer.state[new] = optimizer.state.pop(weights[0])
+    optimizer.param_groups[0]["params"][0] = new
+    train(optimizer, 5, 4)
+    assert not optimizer.state[new]["slow_momentum"].any()
+    assert optimizer.state[weights[1]]["slow_momentum"].any()
+
+
+def test_a_step_size_of_1_is_the_inner_optimizer_bit_for_bit_also_with_wide_slow_weights():
+    weights, bare = mixed_weights(), mixed_weights()
+    optimizer = Lookahead(torch.optim.SGD(weights, 0.5), 2, 1.0, slow_dtype=torch.float32)
+    inner = torch.optim.SGD(bare, 0.5)
+    for step in range(7):
+        for fast, one in ((weights, optimizer), (bare, inner)):
+            set_gradients(fast, step)
+            one.step()
+        assert_same_bits(weights, bare)
+
+
+def test_a_block_shows_the_rounded_slow_weights():
+    weights = mixed_weights()
+    optimizer = train(Lookahead(torch.optim.SGD(weights, 0.5), 3, 0.3, slow_dtype=torch.float32), 4)
+    fast = [weight.detach().clone() for weight in weights]
+    with optimizer.slow_weights():
+        assert_same_bits(weights, [optimizer.state[weight]["slow"].to(weight.dtype) for weight in weights])
+    assert_same_bits(weights, fast)
+
+
+@pytest.mark.parametrize("in_block", [False, True])
+@pytest.mark.parametrize("at", range(1, 7))
+def test_wide_slow_weights_and_momentum_resume_bit_for_bit(at, in_block):
+    def make(weights):
+        outer = {"slow_momentum": 0.9, "slow_dtype": torch.float32}
+        return Lookahead(torch.optim.SGD(weights, 0.5, momentum=0.9), 3, 0.3, **outer)
+
+    weights = mixed_weights()
+    optimizer = train(make(weights), at)
+    file = io.BytesIO()
+    if in_block:
+        with optimizer.slow_weights():
+            torch.save(([one.detach() for one in weights], optimizer.state_dict()), file)
+    else:
+        torch.save(([one.detach() for one in weights], optimizer.state_dict()), file)
+    file.seek(0)
+    values, state = torch.load(file, weights_only=True)
+    others = mixed_weights()
+    with torch.no_grad():
+        for other, value in zip(others, values):
+            other.copy_(value)
+    other = make(others)
+    other.load_state_dict(state)
+    assert_same_bits(others, weights)
+    train(optimizer, 9, at)
+    train(other, 9, at)
+    assert_same_bits(others, weights)
+    for one, another in zip(weights, others):
+        state, other_state = optimizer.state[one], other.state[another]
+        for name in ("slow", "slow_momentum"):
+            assert state[name].dtype == torch.float32
+            assert_same_bits([other_state[name]], [state[name]])
+
+
+def test_a_checkpoint_from_before_there_was_momentum_begins_with_none():
+    weights = parameters((3,))
+    old = copy.deepcopy(train(Lookahead(torch.optim.SGD(weights, 0.1), 3), 4).state_dict())
+    for group in old["param_groups"]:
+        for name in ("slow_momentum", "slow_nesterov", "lookahead_unsynced"):
+            del group[name]
+    others = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+    other = Lookahead(torch.optim.SGD(others, 0.1), 3, slow_momentum=0.9)
+    other.load_state_dict(old)
+    assert_same_bits([other.state[others[0]]["slow_momentum"]], [torch.zeros(3)])
+    assert other.param_groups[0]["slow_momentum"] == 0.9
+
+
+def test_a_checkpoint_brings_its_momentum_with_its_settings():
+    trained = train(Lookahead(torch.optim.SGD(parameters((3,)), 0.1), 3, slow_momentum=0.5), 4)
+    (weight,) = weights = parameters((3,), seed=1)
+    plain = Lookahead(torch.optim.SGD(weights, 0.1), 3)
+    plain.load_state_dict(trained.state_dict())
+    assert plain.param_groups[0]["slow_momentum"] == 0.5
+    assert_same_bits(
+        [plain.state[weight]["slow_momentum"]], [entry["slow_momentum"] for entry in trained.state.values()]
+    )
+
+
+def test_momentum_that_is_switched_off_is_dropped_at_the_next_sync():
+    (weight,) = parameters((3,))
+    optimizer = train(Lookahead(torch.optim.SGD([weight], 0.1), 2, slow_momentum=0.5), 3)
+    optimizer.param_groups[0]["slow_momentum"] = 0.0
+    assert "slow_momentum" in optimizer.state[weight]
+    train(optimizer, 4, 3)
+    assert "slow_momentum" not in optimizer.state[weight]
+    optimizer.param_groups[0]["sync_period"] = 0
+    train(optimizer, 5, 4)
+    assert "slow" not in optimizer.state[weight]
+
+
+@pytest.mark.parametrize("at", [0, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_model_that_changes_its_dtype_has_slow_weights_at_least_as_wide(at, dtype):
+    (weight,) = parameters((3,), dtype=torch.bfloat16)
+    optimizer = train(Lookahead(torch.optim.SGD([weight], 0.1), 3, slow_momentum=0.9, slow_dtype=torch.float32), at)
+    weight.data, weight.grad = weight.data.to(dtype), None
+    train(optimizer, 9, at)
+    state = optimizer.state[weight]
+    assert state["slow"].dtype == state["slow_momentum"].dtype == torch.promote_types(dtype, torch.float32)
+    assert_same_bits([weight], [state["slow"].to(dtype)])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("slow_momentum", 1.0, ValueError, r"`slow_momentum` must be >= 0 and < 1.*Received: slow_momentum=1\.0"),
+        ("slow_momentum", -0.1, ValueError, r"Received: slow_momentum=-0\.1"),
+        ("slow_momentum", NAN, ValueError, "Received: slow_momentum=nan"),
+        ("slow_momentum", "0.9", TypeError, "`slow_momentum` must be a real number.*Received: slow_momentum='0.9'"),
+        ("slow_momentum", True, TypeError, "Received: slow_momentum=True of type bool"),
+        ("slow_momentum", None, TypeError, "Received: slow_momentum=None"),
+        ("slow_nesterov", 1, TypeError, "`slow_nesterov` must be True .* or False.*Received: slow_nesterov=1"),
+        ("slow_nesterov", None, TypeError, "Received: slow_nesterov=None"),
+    ],
+)
+@pytest.mark.parametrize("where", ["argument", "group", "added group", "state dict", "step"])
+def test_bad_settings_are_refused_and_change_nothing(name, value, error, message, where):
+    weights = parameters((3,), (2,))
+    optimizer = train(Lookahead(torch.optim.SGD(weights[:1], 0.1), 3, slow_momentum=0.9), 4)
+    before = copy.deepcopy((weights, optimizer.state_dict()))
+    inner = torch.optim.SGD(weights[1:], 0.1)
+
+    def call():
+        if where == "argument":
+            Lookahead(inner, **{name: value})
+        elif where == "group":
+            inner.param_groups[0][name] = value
+            Lookahead(inner)
+        elif where == "added group":
+            optimizer.add_param_group({"params": weights[1:], name: value})
+        elif where == "state dict":
+            state = copy.deepcopy(optimizer.state_dict())
+            state["param_groups"][0][name] = value
+            optimizer.load_state_dict(state)
+        else:
+            optimizer.param_groups[0][name] = value
+            optimizer.step()
+
+    with pytest.raises(error, match=message):
+        call()
+    if where == "step":
+        optimizer.param_groups[0][name] = {"slow_momentum": 0.9, "slow_nesterov": True}[name]
+    assert "sync_period" not in inner.param_groups[0]
+    assert str(optimizer.state_dict()) == str(before[1])
+    assert_same_bits(weights, before[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slow_dtype", "error", "message"),
+    [
+        (torch.float32, "float32", TypeError, "`slow_dtype` must be a floating point.*Received: slow_dtype='float32'"),
+        (torch.float32, torch.int64, TypeError, r"Received: slow_dtype=torch\.int64"),
+        (torch.float32, torch.bfloat16, ValueError, r"slow_dtype=torch\.bfloat16 for a parameter of torch\.float32"),
+        (torch.float16, torch.bfloat16, ValueError, "must hold all values"),
+        (torch.float64, torch.float32, ValueError, "must hold all values"),
+    ],
+)
+def test_a_slow_dtype_that_is_none_or_too_narrow_is_refused(dtype, slow_dtype, error, message):
+    inner = torch.optim.SGD(parameters((3,), dtype=torch.float64), 0.1)
+    inner.param_groups[0]["params"][0].data = torch.ones(3, dtype=dtype)
+    with pytest.raises(error, match=message):
+        Lookahead(inner, slow_dtype=slow_dtype)
+    assert "sync_period" not in inner.param_groups[0]
+    optimizer = Lookahead(torch.optim.SGD(parameters((3,), dtype=torch.bfloat16), 0.1), slow_dtype=torch.float32)
+    if error is ValueError and slow_dtype is torch.float32:
+        with pytest.raises(error, match=message):
+            optimizer.add_param_group({"params": parameters((2,), dtype=dtype)})
+        assert len(optimizer.param_groups) == 1
+
+
+def test_complex_weights_have_slow_weights_of_their_own_dtype():
+    (weight,) = parameters((3,), dtype=torch.complex64)
+    optimizer = train(Lookahead(torch.optim.SGD([weight], 0.1), 2, slow_momentum=0.5, slow_dtype=torch.float64), 5)
+    assert optimizer.state[weight]["slow"].dtype == torch.complex64
+
+
+def test_slow_momentum_is_reset_with_other_moments_and_can_be_assigned():
+    (weight,) = parameters((3,))
+    optimizer = train(Lookahead(torch.optim.SGD([weight], 0.1, momentum=0.9), 2, slow_momentum=0.5), 3)
+    optimizer.state[weight]["slow_momentum"].zero_()
+    assert not optimizer.state_dict()["state"][0]["slow_momentum"].any()
+    optimizer.state[weight]["slow_momentum"] = torch.ones(3)
+    assert sorted(optimizer.state[weight]) == ["momentum_buffer", "slow", "slow_momentum"]
+    assert_same_bits([optimizer.state_dict()["state"][0]["slow_momentum"]], [torch.ones(3)])
+    del optimizer.state[weight]["slow_momentum"]
+    assert "slow_momentum" not in optimizer.state[weight]
+    with pytest.raises(TypeError, match="`state\\[parameter\\]\\['slow_momentum'\\]` must be a tensor"):
+        optimizer.state[weight]["slow_momentum"] = torch.ones(4)
+
+
+def test_momentum_explains_a_step_size_above_1():
+    Lookahead(torch.optim.SGD(parameters((3,)), 0.1), 2, 1.2, slow_momentum=0.5)
+    with pytest.warns(UserWarning, match="over-relaxation"):
+        Lookahead(torch.optim.SGD(parameters((3,)), 0.1), 2, 1.2)
+
+
+def test_an_infinite_gradient_that_a_scaler_skips_does_not_reach_the_momentum():
+    (weight,) = parameters((3,))
+    optimizer = Lookahead(torch.optim.SGD([weight], 0.1), 1, slow_momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = (weight * (float("inf") if step == 2 else 1.0)).sum()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.param_groups[0]["lookahead_step"] == 3
+    assert optimizer.state[weight]["slow_momentum"].isfinite().all()
