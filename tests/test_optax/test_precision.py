@@ -240,6 +240,7 @@ AGREEING = [
 
 
 @pytest.mark.parametrize(("name", "inner", "sync_period", "slow_step_size"), AGREEING)
+@pytest.mark.filterwarnings("ignore:`slow_step_size` above 1")
 def test_a_noisy_regression_goes_as_with_optax_lookahead_for_1000_steps(name, inner, sync_period, slow_step_size):
     """Only `optax.lookahead` needs pairs of parameters, `optax.LookaheadParams`."""
     with jax.enable_x64(True):

@@ -91,7 +91,7 @@ def reset_slow_params(state: optax.OptState, params: optax.Params) -> optax.OptS
         return node._replace(
             slow_params=jax.tree.map(copy, node.slow_params, at_paths_of(node.slow_params, params)),
             # Unequal to `step`, now and later, so that it does not look like the capture before the first update.
-            captured=jax.tree.map(lambda captured, step: jnp.where(step == 1, 2, 1), node.captured, node.step),
+            captured=jax.tree.map(lambda step: jnp.where(step == 1, 2, 1).astype(jnp.int32), node.step),
         )
 
     # The outermost only: those inside capture at the next update, as after any sync of an outer one.
