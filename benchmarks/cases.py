@@ -48,12 +48,17 @@ MODES = {
 }
 
 
+# Modes of front ends that have momentum on the pseudo-gradient.
+OUTER = ("PyTorch, foreach", "PyTorch, fused")
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One measurement.
 
     Args:
-        kind: `"step"`, `"training"`, `"memory"` or `"scaling"`.
+        kind: `"step"`, `"outer"`, `"training"`, `"memory"` or `"scaling"`. `"outer"` is a step with other forms of the
+            outer step: momentum, and slow weights of a wider dtype.
         mode: A key of `MODES`.
         inner: A key of `ARRAYS`.
         weights: Number of weights, for all kinds but `"training"`.
@@ -63,6 +68,7 @@ class Case:
         period: The sync period.
         cycles: Cycles to time, with each placement.
         placements: How often the programs are made anew: where in memory their weights lie changes their times.
+        dtype: Dtype of the weights.
     """
 
     kind: str
@@ -75,6 +81,7 @@ class Case:
     period: int = 6
     cycles: int = 20
     placements: int = 1
+    dtype: str = "float32"
 
     @property
     def module(self) -> str:
@@ -95,6 +102,9 @@ def full() -> Iterator[Case]:
     # Eagerly TensorFlow takes up to two seconds for a step of so many.
     for mode, inner, period in itertools.product([one for one in MODES if "eager" not in one], ARRAYS, (1, 5, 20)):
         yield Case("step", mode, inner, *small, period=period, cycles=max(6, 20 // period))
+    for mode, inner, dtype, period in itertools.product(OUTER, ("SGD", "Adam"), ("float32", "bfloat16"), (6, 30)):
+        cycles = 20 if period == 6 else 8
+        yield Case("outer", mode, inner, *large, period=period, cycles=cycles, placements=3, dtype=dtype)
     for mode, model, inner in itertools.product(MODES, MODELS, ("SGD", "Adam")):
         for loop in MODES[mode].loops:
             yield Case("training", mode, inner, model=model, loop=loop, cycles=12)

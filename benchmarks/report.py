@@ -120,6 +120,20 @@ def wide_steps(run, shape, period):
     return markdown(["mode", "program", *ARRAYS, "differs"], rows)
 
 
+def outer_table(run):
+    """Return the table of the forms of the outer step: cases down, programs across."""
+    outer = of_kind(run, "outer")
+    programs = list(dict.fromkeys(name for one in outer for name in one["result"] if name != "bare"))
+    rows = []
+    for one in outer:
+        case, result = one["case"], one["result"]
+        # A sync with momentum moves six arrays, where the plain one moves four.
+        bounds = [f"{1 + moved / (ARRAYS[case['inner']] * case['period']):.2f}" for moved in (4, 6)]
+        shows = [shown(ratio_of(result, name)) if name in result else "-" for name in programs]
+        rows.append([case["mode"], case["inner"], case["dtype"], str(case["period"]), ", ".join(bounds), *shows])
+    return markdown(["mode", "inner", "weights", "period", "limit: plain, momentum", *programs], rows)
+
+
 def design_table(run):
     """Return the table of designs: modes and designs down, shapes and inner optimizers across."""
     figures = {}
@@ -440,6 +454,7 @@ def write(run, folder, names=None):
         "training_aims": training_aims(run),
         "training": markdown(*step_rows(run, "training")),
         "designs": design_table(run),
+        "outer": outer_table(run),
         "memory": memory(run),
         "graphs": graphs(run),
         "scaling": scaling(run),
@@ -468,7 +483,9 @@ def by_machine(runs):
 
 def key(case):
     """Return what tells a case from others: it is the same however often it was timed."""
-    return json.dumps({name: value for name, value in case.items() if name not in ("cycles", "placements")})
+    told = {name: value for name, value in case.items() if name not in ("cycles", "placements")}
+    # Results from before there was another dtype do not name it.
+    return json.dumps(told | {"dtype": told.get("dtype", "float32")})
 
 
 def merged(runs):

@@ -30,7 +30,7 @@ FOLDER = Path(__file__).resolve().parent
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="One small case for each mode, to see that all run.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only modes whose name contains this; repeatable.")] = None,
-    kind: Annotated[str, typer.Option(help="Only this kind: step, training, memory or scaling.")] = "",
+    kind: Annotated[str, typer.Option(help="Only this kind: step, outer, training, memory or scaling.")] = "",
     period: Annotated[int, typer.Option(help="Only this sync period; 0 means all.", min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="The JSON file. Defaults to this machine's.")] = None,
 ) -> None:

@@ -43,6 +43,8 @@ def optimizers(case):
         "bare": lambda weights: inner_optimizer(case, weights),
         "lookahead-optim": lambda weights: Lookahead(inner_optimizer(case, weights), case.period),
     }
+    if case.kind == "outer":
+        return {**made, **_outer_optimizers(case)}
     if case.mode.endswith("compiled"):
         # Otherwise the compiler would give up in silence after a few cases, and run steps as they are.
         torch.compiler.reset()
@@ -58,6 +60,40 @@ def optimizers(case):
     return made
 
 
+def _outer_optimizers(case):
+    """Return the forms of the outer step, at the settings of MuLoCo."""
+    momentum, wide = {"slow_momentum": 0.6}, {"slow_dtype": torch.float32}
+    forms = {"lookahead-optim, momentum": momentum}
+    if case.dtype != "float32":
+        forms |= {"lookahead-optim, float32": wide, "lookahead-optim, momentum, float32": {**momentum, **wide}}
+
+    def made(form):
+        return lambda weights: Lookahead(inner_optimizer(case, weights), case.period, 0.7, **form)
+
+    return {**{name: made(form) for name, form in forms.items()}, "SGD by hand": lambda weights: ByHand(case, weights)}
+
+
+class ByHand:
+    """PyTorch's SGD with Nesterov's momentum on the slow weights, as training scripts write it."""
+
+    def __init__(self, case, weights):
+        self.fast, self.period, self.steps = weights, case.period, 0
+        self.slow = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+        self.inner = inner_optimizer(case, weights)
+        self.outer = torch.optim.SGD(self.slow, 0.7, momentum=0.6, nesterov=True, foreach=True)
+
+    @torch.no_grad()
+    def step(self):
+        self.inner.step()
+        self.steps += 1
+        if self.steps % self.period == 0:
+            for slow, fast in zip(self.slow, self.fast):
+                slow.grad = slow - fast
+            self.outer.step()
+            self.outer.zero_grad()
+            torch._foreach_copy_(self.fast, self.slow)
+
+
 def wait():
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -66,10 +102,14 @@ def wait():
 def step_program(case, make):
     """Return the program of the optimizer's step alone."""
     generator = torch.Generator(DEVICE).manual_seed(0)
-    shape = (case.side, case.side)
-    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator, device=DEVICE)) for _ in range(case.weights)]
+    dtype = getattr(torch, case.dtype)
+
+    def array():
+        return torch.randn((case.side, case.side), generator=generator, device=DEVICE).to(dtype)
+
+    weights = [torch.nn.Parameter(array()) for _ in range(case.weights)]
     for weight in weights:
-        weight.grad = torch.randn(shape, generator=generator, device=DEVICE)
+        weight.grad = array()
     optimizer = make(weights)
     step = torch.compile(optimizer.step) if case.mode.endswith("compiled") else optimizer.step
     return Program(step, wait)

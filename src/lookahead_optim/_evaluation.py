@@ -26,6 +26,8 @@ class Block:
         self._pairs: Sequence[Any] = ()
         self._kept: Sequence[Any] | None = None
         self._count = 0
+        # Whether a callback has opened the block, and not a `with` statement.
+        self.is_of_callback = False
         # The number of steps at which a call, and no step, made fast and slow weights equal.
         self.made_equal_at: int | None = None
         # The number of steps at which the sync period was set: whether the last of them was a sync, is not known then.
@@ -64,6 +66,7 @@ class Block:
         kept = self.copies(pairs)
         try:
             self.open(pairs, kept, count)
+            self.is_of_callback = False
             yield
         finally:
             if self._kept is kept:
@@ -80,7 +83,7 @@ class Block:
             kept: Copies of the fast weights.
             count: The number of steps so far.
         """
-        self._pairs, self._kept, self._count = pairs, kept, count
+        self._pairs, self._kept, self._count, self.is_of_callback = pairs, kept, count, True
         for slow, fast, *_ in pairs:
             if slow is not None:
                 fast.assign(self._copy_of(slow))

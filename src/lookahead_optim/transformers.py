@@ -74,6 +74,11 @@ class SlowWeightsMixin(_AnyTrainer):
     def __init__(self, *args: Any, lookahead_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.lookahead_kwargs = lookahead_kwargs
         super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "`SlowWeightsMixin` does not work with DeepSpeed, whose optimizer moves weights of its own, and which "
+                "may make the optimizer itself. Received: a `Trainer` with DeepSpeed"
+            )
         if lookahead_kwargs is not None and _find_lookahead(self.optimizer) is not None:
             raise ValueError(
                 "`lookahead_kwargs` must not be given with a `Lookahead` in `optimizers`, which has its own settings. "
@@ -88,12 +93,10 @@ class SlowWeightsMixin(_AnyTrainer):
         lookahead = _find_lookahead(optimizer)
         if lookahead is None:
             optimizer = self.optimizer = lookahead = Lookahead(optimizer, **(self.lookahead_kwargs or {}))
-        has_own_weights = callable(getattr(lookahead, "eval", None))
-        if has_own_weights or self.is_deepspeed_enabled:
-            name = type(lookahead.inner_optimizer).__name__
+        if callable(getattr(lookahead, "eval", None)):
             raise ValueError(
                 "`SlowWeightsMixin` needs an optimizer that moves the model's own weights, the same in evaluations. "
-                f"Received: {name}, {'which has an `eval` method' if has_own_weights else 'with DeepSpeed'}"
+                f"Received: {type(lookahead.inner_optimizer).__name__}, which has an `eval` method"
             )
         return optimizer
 

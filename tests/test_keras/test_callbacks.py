@@ -273,3 +273,35 @@ def test_after_a_sync_or_a_reset_by_hand_it_refuses_to_be_second_too(method, cal
     before = state(model)
     getattr(model, method)(*arguments, callbacks=[make("user"), make("ours")], verbose=0)
     assert_same_bits(state(model), before)
+
+
+CALLS = {
+    "sync": lambda model: model.optimizer.sync(),
+    "reset": lambda model: model.optimizer.reset_slow_weights(),
+    "set": lambda model: model.optimizer.set_weights(model.optimizer.get_weights()),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("ours", [0, 1])
+def test_a_callback_may_change_the_optimizer_at_the_end_of_an_epoch(call, ours):
+    class Changes(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            CALLS[call](self.model)
+
+    callbacks = [Changes()]
+    callbacks.insert(ours, SwapSlowWeights())
+    (model, losses), (right, right_losses) = train(callbacks, use_ema=False), train([Changes()], use_ema=False)
+    assert losses == right_losses
+    assert_same_bits(state(model), state(right))
+
+
+def test_weights_that_a_callback_loads_at_the_end_of_an_epoch_are_captured_by_its_reset():
+    class Loads(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.set_weights([np.full_like(weight, 0.25) for weight in self.model.get_weights()])
+            self.model.optimizer.reset_slow_weights()
+
+    results = [train([*more, Loads()], use_ema=False) for more in ([], [SwapSlowWeights()])]
+    assert results[0][1] == results[1][1]
+    assert_same_bits(*(state(model) for model, _ in results))

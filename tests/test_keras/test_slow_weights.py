@@ -208,7 +208,7 @@ def test_switched_off_the_block_the_sync_and_the_reset_change_nothing():
 def test_what_would_move_the_weights_is_refused_in_the_block(name, call):
     model, lookahead = trained()
     before = resuming.state(model)
-    message = rf"^`{name}` was called inside a `slow_weights\(\)` block, at whose end"
+    message = rf"^`{name}` was called inside a `slow_weights\(\)` block: what it changes"
     with lookahead.slow_weights(), pytest.raises(RuntimeError, match=message):
         call(lookahead, model)
     assert_same_bits(resuming.state(model), before)

@@ -427,3 +427,83 @@ def test_infinite_weights_leave_the_derivatives_of_the_others_alone(form, slow_s
     args = jnp.float32(slow_step_size), jnp.float32(3.0), jnp.float32(-jnp.inf)
     by_slow_step_size, by_fast = jax.jit(jax.grad(last, argnums=(0, 1)))(*args)
     np.testing.assert_allclose((by_slow_step_size, by_fast), (2.0, slow_step_size), rtol=1e-6)
+
+
+LARGE = ["float32", "bfloat16", "float16", "float8_e5m2", "complex64"]
+
+
+def far_apart(dtype):
+    """Return slow weights and fast ones, so large that their differences overflow or nearly so, and of both signs."""
+    large = 0.875 * float(jnp.finfo(dtype).max)
+    slow, fast = np.array([large, -large, large, 1.0]), np.array([-large, large, large / 2, -1.0])
+    if dtype == "complex64":
+        slow, fast = slow + 1j * slow[::-1], fast + 1j * fast[::-1]
+    return jnp.array(slow, dtype), jnp.array(fast, dtype)
+
+
+def synced_from(slow, fast, slow_step_size, form, traced, jitted):
+    """Return the parameters after a sync between the given slow and fast parameters."""
+
+    def run(slow, fast, slow_step_size):
+        optimizer = lookahead(optax.sgd(0.0), 2, slow_step_size)
+        zeros = jnp.zeros_like(slow)
+        _, state = whole_step(optimizer, "apply_gradients")(slow, optimizer.init(slow), zeros)
+        if form == "sync":
+            return sync(state, fast)[0]
+        return whole_step(optimizer, form)(fast, state, zeros)[0]
+
+    if traced:
+        return (jax.jit(run) if jitted else run)(slow, fast, jnp.asarray(slow_step_size))
+    return (jax.jit(run, static_argnums=2) if jitted else run)(slow, fast, slow_step_size)
+
+
+@pytest.mark.parametrize(("traced", "jitted"), [(False, False), (True, True)])
+@pytest.mark.parametrize("slow_step_size", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", LARGE)
+@pytest.mark.parametrize("form", ["apply_gradients", "sync"])
+def test_a_sync_of_large_weights_of_opposite_sign_does_not_overflow(form, dtype, slow_step_size, traced, jitted):
+    slow, fast = far_apart(dtype)
+    actual = synced_from(slow, fast, slow_step_size, form, traced, jitted)
+    wide = "complex128" if dtype == "complex64" else "float64"
+    expected = (1 - slow_step_size) * np.asarray(slow, wide) + slow_step_size * np.asarray(fast, wide)
+    tolerance = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(actual, wide), expected, tolerance, tolerance * np.abs(expected).max())
+    if slow_step_size in (0, 1):
+        assert_same_bits(actual, fast if slow_step_size else slow)
+
+
+@pytest.mark.parametrize(("traced", "jitted"), [(False, False), (True, True)])
+@pytest.mark.parametrize("dtype", LARGE)
+def test_an_update_goes_as_far_as_it_can_between_large_numbers_of_opposite_sign(dtype, traced, jitted):
+    """No finite update leads from a number near the end of the range to its negative."""
+    slow, fast = far_apart(dtype)
+    actual = synced_from(slow, fast, 0.0, "update", traced, jitted)
+    wide = "complex128" if dtype == "complex64" else "float64"
+    largest = float(jnp.finfo(dtype).max)
+    way = np.asarray(slow, wide) - np.asarray(fast, wide)
+    way = np.clip(way.real, -largest, largest) + (1j * np.clip(way.imag, -largest, largest) if way.imag.any() else 0)
+    np.testing.assert_allclose(np.asarray(actual, wide), np.asarray(fast, wide) + way, 2 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("slow_step_size", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("form", ["apply_gradients", "sync"])
+def test_a_sync_of_numbers_that_are_not_finite_is_the_weighted_mean_or_one_of_both_ends(form, slow_step_size, traced):
+    cases = [(-np.inf, -np.inf), (np.inf, np.inf), (1.0, np.inf), (np.inf, 1.0), (-np.inf, np.inf), (1.0, np.nan)]
+    slow, fast = (jnp.array(one, "float32") for one in zip(*cases))
+    mean = [-np.inf, np.inf, np.inf, np.inf, np.nan, np.nan]
+    expected = {0.0: slow, 0.5: mean, 1.0: fast}[slow_step_size]
+    np.testing.assert_array_equal(synced_from(slow, fast, slow_step_size, form, traced, True), expected)
+
+
+@forms
+@pytest.mark.parametrize("slow_step_size", [0.0, 0.3, 1.0])
+def test_infinite_weights_leave_the_derivatives_of_the_others_alone(form, slow_step_size):
+    def last(slow_step_size, fast, mask):
+        slow = jnp.array([1.0, mask, 3e38])
+        fast = jnp.stack([fast, mask, jnp.float32(-3e38 if form == "apply_gradients" else 3e38)])
+        return synced_from(slow, fast, slow_step_size, form, False, False)[0]
+
+    args = jnp.float32(slow_step_size), jnp.float32(3.0), jnp.float32(-jnp.inf)
+    by_slow_step_size, by_fast = jax.jit(jax.grad(last, argnums=(0, 1)))(*args)
+    np.testing.assert_allclose((by_slow_step_size, by_fast), (2.0, slow_step_size), rtol=1e-6)

@@ -52,3 +52,32 @@ def test_training_with_two_callbacks_that_swap_is_the_training_without(kinds, ne
     (loss, weights), (right_loss, right) = trained(*kinds, nested=nested), trained(nested=nested)
     assert loss == right_loss
     assert_same_bits(weights, right)
+
+
+CALLS = {
+    "sync": lambda model: model.optimizer.sync(),
+    "reset": lambda model: model.optimizer.reset_slow_weights(),
+    "set": lambda model: model.optimizer.set_weights(model.optimizer.get_weights()),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("ours", [0, 1])
+def test_a_callback_may_change_the_optimizer_at_the_end_of_an_epoch(call, ours):
+    class Changes(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            CALLS[call](self.model)
+
+    results = []
+    for has_ours in (False, True):
+        callbacks = [Changes()]
+        if has_ours:
+            callbacks.insert(ours, SwapSlowWeights())
+        model = compiled(Lookahead(keras.optimizers.legacy.SGD(0.05, momentum=0.9), 7))
+        x, y = data()
+        history = model.fit(
+            x, y, batch_size=8, epochs=3, shuffle=False, validation_data=(x, y), callbacks=callbacks, verbose=0
+        )
+        results.append((history.history["loss"], model.get_weights()))
+    assert results[0][0] == results[1][0]
+    assert_same_bits(results[0][1], results[1][1])

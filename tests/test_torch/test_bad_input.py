@@ -348,7 +348,7 @@ calls = pytest.mark.parametrize("name", CALLS)
 @calls
 def test_training_in_a_slow_weights_block_is_refused_and_changes_nothing(name):
     trained = Trained()
-    message = re.escape(f"`{name}` was called inside a `slow_weights()` block, at whose end the fast weights come back")
+    message = re.escape(f"`{name}` was called inside a `slow_weights()` block: what it changes would be lost")
     with trained.optimizer.slow_weights():
         inside = trained.everything()
         with pytest.raises(RuntimeError, match=message):

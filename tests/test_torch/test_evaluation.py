@@ -367,8 +367,8 @@ def test_a_model_saved_in_the_block_has_the_slow_weights(tmp_path):
     assert_same_bits(
         [entry["slow"] for entry in saved["optimizer"]["state"].values()], model_with_batch_norm().parameters()
     )
-    assert_same_bits([entry["fast"] for entry in saved["optimizer"]["state"].values()], fast)
-    assert not any("fast" in entry for entry in optimizer.state_dict()["state"].values())
+    assert_same_bits([entry["lookahead_fast"] for entry in saved["optimizer"]["state"].values()], fast)
+    assert not any("lookahead_fast" in entry for entry in optimizer.state_dict()["state"].values())
 
 
 def state_of_block(optimizer):
@@ -389,7 +389,7 @@ def test_each_level_saves_the_fast_weights_in_a_block_of_any_level(outer):
     with optimizer.slow_weights() if outer else optimizer.inner_optimizer.slow_weights():
         shown, state = copy.deepcopy((weights(optimizer), optimizer.state_dict()))
         inner_state = optimizer.inner_optimizer.state_dict()
-        assert_same_bits([entry["fast"] for entry in inner_state["state"].values()], fast)
+        assert_same_bits([entry["lookahead_fast"] for entry in inner_state["state"].values()], fast)
     other = nested()
     assign(other, shown)
     other.load_state_dict(state)
@@ -404,7 +404,7 @@ def test_fast_weights_are_loaded_only_into_parameters_that_hold_the_slow_ones():
     assign(other, started[:1] + shown[1:])
     other.load_state_dict(state)
     assert_same_bits(weights(other)[:1], started[:1])
-    assert_same_bits(weights(other)[1:], [state["state"][1]["fast"]])
+    assert_same_bits(weights(other)[1:], [state["state"][1]["lookahead_fast"]])
 
 
 def test_a_block_or_a_sync_after_the_load_finds_the_fast_weights():
@@ -414,7 +414,7 @@ def test_a_block_or_a_sync_after_the_load_finds_the_fast_weights():
         other = wrapped()
         other.load_state_dict(state)
         assign(other, shown)
-        assert_same_bits([entry["fast"] for entry in other.state_dict()["state"].values()], fast)
+        assert_same_bits([entry["lookahead_fast"] for entry in other.state_dict()["state"].values()], fast)
         use(other)
         expected = train(wrapped(), 4)
         use(expected)
@@ -443,12 +443,19 @@ def test_gradients_computed_with_the_slow_weights_are_refused_at_the_first_step(
     assert other.param_groups[0]["lookahead_step"] == 4
 
 
+def new_model():
+    """Return a model with weights that no other one has, and its optimizer."""
+    model, optimizer = trained_model(steps=0)
+    assign(optimizer, [one + 1 for one in weights(optimizer)])
+    return model, optimizer
+
+
 def test_the_loaded_fast_weights_wait_for_a_forward_pass_of_their_own_model():
     model, optimizer = trained_model()
     fast = values(model.parameters())
     with optimizer.slow_weights():
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    other, other_optimizer = trained_model(steps=0)
+    other, other_optimizer = new_model()
     other_optimizer.load_state_dict(saved[1])
     torch.nn.Linear(2, 2)(torch.ones(1, 2))
     other.load_state_dict(saved[0])
@@ -458,6 +465,117 @@ def test_the_loaded_fast_weights_wait_for_a_forward_pass_of_their_own_model():
     other.load_state_dict(saved[0])
     other(torch.ones(4, 3))
     assert_same_bits([saved[0][name] for name, _ in other.named_parameters()], other.parameters())
+
+
+@pytest.mark.parametrize("kind", ["dummy pass", "other weights first"])
+def test_a_forward_pass_before_the_model_is_loaded_does_not_end_the_waiting(kind):
+    model, optimizer = trained_model()
+    fast = values(model.parameters())
+    with optimizer.slow_weights():
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, other_optimizer = new_model()
+    other_optimizer.load_state_dict(saved[1])
+    other(torch.ones(4, 3))
+    if kind == "other weights first":
+        other.load_state_dict(trained_model(steps=1)[0].state_dict())
+        other(torch.ones(4, 3))
+    other.load_state_dict(saved[0])
+    other(torch.ones(4, 3))
+    assert_same_bits(other.parameters(), fast)
+
+
+def test_a_model_that_is_loaded_again_is_noticed_at_the_first_step():
+    model, optimizer = trained_model()
+    with optimizer.slow_weights():
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, other_optimizer = new_model()
+    other.load_state_dict(saved[0])
+    other_optimizer.load_state_dict(saved[1])
+    other.load_state_dict(saved[0])
+    other(torch.ones(4, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="Load the model before the optimizer"):
+        other_optimizer.step()
+
+
+def test_weights_that_equal_the_slow_ones_before_the_model_is_loaded_are_noticed_at_the_first_step():
+    # The same seed, and no sync yet: the new model has the slow weights, as if it had been loaded.
+    model, optimizer = trained_model()
+    with optimizer.slow_weights():
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, other_optimizer = trained_model(steps=0)
+    other_optimizer.load_state_dict(saved[1])
+    other.load_state_dict(saved[0])
+    other(torch.ones(4, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="Load the model before the optimizer"):
+        other_optimizer.step()
+
+
+def test_there_is_no_hook_where_the_parameters_have_their_fast_weights():
+    model, optimizer = trained_model()
+    with optimizer.slow_weights():
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    hooks = torch.nn.modules.module._global_forward_pre_hooks
+    before = len(hooks)
+    other, other_optimizer = new_model()
+    other.load_state_dict(saved[0])
+    other_optimizer.load_state_dict(saved[1])
+    assert len(hooks) == before
+    other.eval()
+    torch.testing.assert_close(
+        torch.compile(other, backend="eager", fullgraph=True)(torch.ones(4, 3)), other(torch.ones(4, 3))
+    )
+
+
+def test_a_step_with_a_closure_takes_no_old_gradients_and_finds_the_fast_weights():
+    optimizer = train(wrapped(), 4)
+    fast, (shown, state) = values(weights(optimizer)), state_of_block(optimizer)
+    other = train(wrapped(), 2)
+    other.load_state_dict(state)
+    assign(other, shown)
+    seen = []
+
+    def closure():
+        seen.extend(values(weights(other)))
+        set_gradients(weights(other), 4)
+
+    other.step(closure)
+    assert_same_bits(seen, fast)
+    assert_same_bits(weights(other), weights(train(optimizer, 5, 4)))
+
+
+def test_an_outer_wrapper_that_is_off_leaves_the_fast_weights_of_the_inner_one():
+    def make():
+        return Lookahead(wrapped(), 0)
+
+    optimizer = train(make(), 4)
+    fast = values(weights(optimizer))
+    with optimizer.inner_optimizer.slow_weights():
+        shown, state = copy.deepcopy((weights(optimizer), optimizer.state_dict()))
+    other = make()
+    other.load_state_dict(state)
+    assign(other, shown)
+    set_gradients(weights(other), 4)
+    with pytest.raises(RuntimeError, match="Load the model before the optimizer"):
+        other.step()
+    other.zero_grad()
+    with other.slow_weights():
+        pass
+    assert_same_bits(weights(other), fast)
+
+
+def test_an_entry_called_fast_is_the_inner_optimizers():
+    class Fast(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["fast"] = torch.full_like(parameter, 7.0)
+
+    optimizer = train(Lookahead(Fast(parameters(*SHAPES), 0.1), 5), 5)
+    before, state = values(weights(optimizer)), copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    assert_same_bits(weights(optimizer), before)
+    assert all((optimizer.state[weight]["fast"] == 7).all() for weight in weights(optimizer))
 
 
 def test_a_dropped_optimizer_leaves_no_hook():
@@ -475,7 +593,7 @@ def test_a_dropped_optimizer_leaves_no_hook():
 def test_a_fast_weight_that_does_not_fit_is_refused(fast):
     optimizer = train(wrapped(), 4)
     _, state = state_of_block(optimizer)
-    state["state"][0]["fast"] = fast
+    state["state"][0]["lookahead_fast"] = fast
     before = everything(optimizer)
     with pytest.raises(ValueError, match="fast weight of shape"):
         optimizer.load_state_dict(state)

@@ -257,7 +257,7 @@ class Observer(transformers.TrainerCallback):
             entries = optimizer.state_dict()["state"]
             parameters = [one for group in optimizer.param_groups for one in group["params"]]
             slow = all(torch.equal(one, entries[index]["slow"]) for index, one in enumerate(parameters))
-            fast = not any("fast" in of_parameter for of_parameter in entries.values())
+            fast = not any("lookahead_fast" in of_parameter for of_parameter in entries.values())
             self.seen.setdefault(event, set()).add((slow, fast))
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
@@ -386,11 +386,17 @@ def test_an_optimizer_with_weights_of_its_own_for_evaluations_is_refused(tmp_pat
         run.train()
 
 
-def test_deepspeed_is_refused(tmp_path, monkeypatch):
-    run = trainer(tmp_path)
-    monkeypatch.setattr(run, "is_deepspeed_enabled", True)
-    with pytest.raises(ValueError, match="Received: AdamW, with DeepSpeed"):
-        run.create_optimizer()
+def test_deepspeed_is_refused(tmp_path):
+    class WithDeepSpeed(transformers.Trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_deepspeed_enabled = True
+
+    class Trainer(SlowWeightsMixin, WithDeepSpeed):
+        pass
+
+    with pytest.raises(ValueError, match="does not work with DeepSpeed"):
+        trainer(tmp_path, Trainer)
 
 
 @pytest.mark.parametrize(

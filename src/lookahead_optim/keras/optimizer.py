@@ -469,7 +469,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         Raises:
             RuntimeError: inside a `slow_weights()` block.
         """
-        check_outside_block(self._block.is_open, "sync()")
+        self._end_block_of_callback("sync()")
         self._warn_if_within_first_cycle()
         self._slow_weights.synchronize(self._slow_step_size.in_step())
         self._block.note_made_equal(self._count)
@@ -486,7 +486,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         Raises:
             RuntimeError: inside a `slow_weights()` block.
         """
-        check_outside_block(self._block.is_open, "reset_slow_weights()")
+        self._end_block_of_callback("reset_slow_weights()")
         self._slow_weights.reset()
         self._block.note_made_equal(self._count)
 
@@ -510,6 +510,15 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             yield
 
     # What the callback `SwapSlowWeights` asks for.
+
+    def _end_block_of_callback(self, caller: str) -> None:
+        """End the block of a `SwapSlowWeights`, which lasts until the next epoch. Inside another block raise an error.
+
+        A callback may have put other weights into the model at the end of the epoch. These stay.
+        """
+        if self._block.is_of_callback:
+            self._leave_slow_weights()
+        check_outside_block(self._block.is_open, caller)
 
     def _enter_slow_weights(self) -> None:
         pairs = self._pairs_to_swap()
@@ -607,7 +616,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 numbers, or a step count or setting is out of range. Nothing is changed then.
         """
         self._check_built("set_weights(weights)")
-        check_outside_block(self._block.is_open, "set_weights(weights)")
+        self._end_block_of_callback("set_weights(weights)")
         arrays = checked(self.variables, weights, "set_weights(weights)")
         own = dict(zip(map(id, self._variables), arrays))
         if id(self._slow_step_size.variable) in own:

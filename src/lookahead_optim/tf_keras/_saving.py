@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from lookahead_optim._checks import check_outside_block
 from lookahead_optim.tf_keras._count import to_int
 from lookahead_optim.tf_keras._slow_weights import RESTORED, SlowWeights, wrappers_in
 
@@ -159,7 +158,7 @@ class Saving(SlowWeights):
         Raises:
             RuntimeError: inside a `slow_weights()` block.
         """
-        check_outside_block(self._block.is_open, "set_weights(weights)")
+        self._end_block_of_callback("set_weights(weights)")
         self._block.loaded = {}
         own, variables = self.weights, self._variables_with_slow_weight()
         if len(weights) == len(own) - 1 and own[-1] is self._applied_steps:

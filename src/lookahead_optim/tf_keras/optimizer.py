@@ -385,7 +385,7 @@ class Lookahead(Saving):
             RuntimeError: inside a `slow_weights()` block, or in a graph of TensorFlow 1.
         """
         self._check_eager("sync()")
-        check_outside_block(self._block.is_open, "sync()")
+        self._end_block_of_callback("sync()")
         # One that was just switched on has none before its next step, and restarts those inside nevertheless.
         if any(wrapper._has_slow_weights() for wrapper in wrappers_in(self)):
             self._warn_if_within_first_cycle()
@@ -407,7 +407,7 @@ class Lookahead(Saving):
             RuntimeError: inside a `slow_weights()` block, or in a graph of TensorFlow 1.
         """
         self._check_eager("reset_slow_weights()")
-        check_outside_block(self._block.is_open, "reset_slow_weights()")
+        self._end_block_of_callback("reset_slow_weights()")
         self._reset()
         self._block.note_made_equal(self._count)
 
@@ -436,6 +436,15 @@ class Lookahead(Saving):
             yield
 
     # What the callback `SwapSlowWeights` asks for.
+
+    def _end_block_of_callback(self, caller: str) -> None:
+        """End the block of a `SwapSlowWeights`, which lasts until the next epoch. Inside another block raise an error.
+
+        A callback may have put other weights into the model at the end of the epoch. These stay.
+        """
+        if self._block.is_of_callback:
+            self._leave_slow_weights()
+        check_outside_block(self._block.is_open, caller)
 
     def _enter_slow_weights(self) -> None:
         self._check_eager("slow_weights()")

@@ -3,7 +3,8 @@
 In such a checkpoint the model has the slow weights, for whoever loads the model alone, and the optimizer has both.
 Training goes on bit for bit if the parameters have the fast weights before the next forward pass. If the model was
 loaded before the optimizer, they get them at once. If the model is loaded after the optimizer, nobody tells that to the
-optimizer: so a hook looks before the next forward pass of a module that has such a parameter.
+optimizer: so a hook looks before each forward pass of a module that has such a parameter. It goes with the first step,
+and is not there if the parameters have their fast weights already, as compilers do not like hooks for all modules.
 
 Only a parameter that holds a slow weight gets its fast weight. Another value comes from another file, and stays.
 """
@@ -45,8 +46,8 @@ class LoadedFastWeights:
         self.forget()
         if by_parameter:
             self.by_parameter, self._slow_weights = by_parameter, slow_weights
-            self.put_back()
-            self._watch()
+            if not self.put_back():
+                self._watch()
 
     def forget(self) -> None:
         """Drop the fast weights: the parameters have those with which training goes on."""
@@ -61,26 +62,26 @@ class LoadedFastWeights:
         self.forget()
 
     def settle_before_step(self) -> None:
-        """Put the fast weights into the parameters before a step.
+        """Put the fast weights into the parameters before a step that takes the gradients that are there.
 
         Raises:
             RuntimeError: if a parameter still holds the slow weight, and has a gradient that was computed with it.
         """
         if any(parameter.grad is not None for parameter in self._waiting()):
             raise RuntimeError(
-                "The gradients were computed with the slow weights. The state dict was saved in a `slow_weights()` "
-                "block, and the model was loaded after the optimizer and not called as a module. Load the model before "
-                "the optimizer."
+                "Load the model before the optimizer. The state dict of the optimizer was saved in a `slow_weights()` "
+                "block. The model was loaded after it, and the gradients were computed with the slow weights."
             )
         self.settle()
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Put the fast weights into those parameters that hold slow weights."""
+    def put_back(self) -> bool:
+        """Put the fast weights into those parameters that hold slow weights; return whether all have fast weights."""
         waiting = self._waiting()
         if waiting:
             torch._foreach_copy_(local(waiting), local([self.by_parameter[parameter] for parameter in waiting]))
+        return all(_holds(parameter, fast) for parameter, fast in self.by_parameter.items())
 
     def _waiting(self) -> list[Tensor]:
         return [
@@ -99,8 +100,8 @@ class LoadedFastWeights:
             loaded = reference()
             if loaded is None:
                 hook.remove()
-            elif any(parameter in loaded.by_parameter for parameter in module.parameters()):
-                loaded.settle()
+            elif any(parameter in loaded.by_parameter for parameter in module.parameters()) and loaded.put_back():
+                loaded.forget()
 
         # It runs before the hooks of FSDP2, which gather the weights. There is no hook of a tensor for that.
         hook = self._hook = nn.modules.module.register_module_forward_pre_hook(before_forward)

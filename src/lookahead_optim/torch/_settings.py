@@ -16,7 +16,7 @@ Group: TypeAlias = dict[str, Any]
 # and would make them again after the first sync.
 NONE_UNSYNCED = 2
 # The name of a fast weight in a state dict that was made in a `slow_weights()` block, beside the slow weight.
-FAST = "fast"
+FAST = "lookahead_fast"
 # That of an int64, in which other tools may keep it.
 _LARGEST_COUNT = 2**63
 

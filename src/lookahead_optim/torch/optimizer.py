@@ -65,7 +65,7 @@ class Lookahead(Optimizer):
 
     The slow weights are captured from the parameters immediately before their first step. Steps that a
     `torch.amp.GradScaler` skips do not count. When a step synchronises, every parameter takes part, with or without a
-    gradient, but one that is frozen then (without a gradient, and `requires_grad` is `False`) gives its slow weight up:
+    gradient, but one that is frozen then (without a gradient, and `requires_grad` is `False`) loses its slow weight:
     it is captured again before its first step after it is unfrozen. The slow weights need the memory of one more copy
     of the parameters that are not frozen, and slow momentum of another one.
 
@@ -259,7 +259,7 @@ class Lookahead(Optimizer):
     def _complete_groups(self) -> None:
         """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint.
 
-        The parameters of such a group give up their slow weights, if they have any.
+        The parameters of such a group lose their slow weights, if they have any.
         """
         for group in self.param_groups:
             if complete_group(group, self._names, self.defaults):
@@ -345,6 +345,9 @@ class Lookahead(Optimizer):
                 args, kwargs = result
         # A block in another thread waits for the end of the step.
         with self._blocks.lock:
+            if len(args) > 1:
+                # The closure computes the gradients anew.
+                self._blocks.loaded.settle()
             self._begin_step()
             loss = self.inner_optimizer.step(*args[1:], **kwargs)
             self._end_step()
@@ -386,7 +389,7 @@ class Lookahead(Optimizer):
 
         Its groups have the settings and the step counts, and with slow momentum a parameter has `"slow_momentum"`. In a
         `slow_weights()` block, in which the parameters are the slow weights, it also has the fast weight of each,
-        `"fast"`, with which training goes on.
+        `"lookahead_fast"`, with which training goes on.
 
         As always in PyTorch, the tensors are the optimizer's own: copy them to keep them.
         """
@@ -433,7 +436,8 @@ class Lookahead(Optimizer):
             self._complete_groups()
             self._slow_weights.load(loaded.slow, loaded.momentum)
             self._slow_weights.complete_momentum(self.param_groups, self._names)
-            self._blocks.loaded.load(loaded.fast, [self._slow_weights, *inner_slow_weights])
+            if loaded.fast or is_innermost:
+                self._blocks.loaded.load(loaded.fast, [self._slow_weights, *inner_slow_weights])
         self._is_compared = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -507,8 +511,8 @@ class Lookahead(Optimizer):
 
         What is saved in a block has the slow weights in the model and both in the optimizer, so that it resumes bit for
         bit; see `load_state_dict`. Tensors that are taken in a block without a copy, as `model.state_dict()` and
-        `torch.export.export` take them, hold the fast weights after it. A `copy.deepcopy` of model and optimizer made
-        in a block has the slow weights alone.
+        `torch.export.export` take them, hold the fast weights after it. A `copy.deepcopy` or a pickle of
+        the optimizer itself made in a block has the slow weights alone.
 
         A block that one thread opens while another one makes a step begins when the step has ended.
 
