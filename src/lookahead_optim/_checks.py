@@ -144,8 +144,8 @@ def check_outside_block(is_open: bool, caller: str) -> None:
     """Raise `RuntimeError` if a `slow_weights()` block is open, in which `caller` must not be called."""
     if is_open:
         raise RuntimeError(
-            f"`{caller}` was called inside a `slow_weights()` block: what it changes would be lost when the block ends. "
-            "Call it after the block."
+            f"`{caller}` was called inside a `slow_weights()` block: what it changes would be lost when the block "
+            "ends. Call it after the block."
         )
 
 
