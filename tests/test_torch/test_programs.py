@@ -319,7 +319,7 @@ def test_blocks_in_one_thread_beside_steps_in_another_see_no_mixture_and_lose_no
                 optimizer.step()
                 done[0] += 1
             except RuntimeError as error:
-                refused.add(str(error).split(",")[0])
+                refused.add(str(error).split(":")[0])
 
     thread = threading.Thread(target=steps)
     thread.start()
