@@ -42,7 +42,8 @@ class SlowWeights(Callback):
 
     Outside of `fit` the callback leaves the model alone: `trainer.validate`, `test` and `predict` score the weights
     that are in it, the slow ones after `fit` or those of a checkpoint. Of several optimizers some may be others than
-    `Lookahead`, whose parameters stay as they are. Give each trainer a callback of its own. Buffers, such as the statistics of BatchNorm, are not exchanged.
+    `Lookahead`, whose parameters stay as they are. Give each trainer a callback of its own. Buffers, such as the
+    statistics of BatchNorm, are not exchanged.
 
     A strategy that restores optimizers itself, such as `ModelParallelStrategy`, could not load fast weights from beside
     the model. There the slow weights are only in checkpoints with `save_weights_only=True`, and a warning says so.
