@@ -376,6 +376,12 @@ def state_of_block(optimizer):
         return copy.deepcopy((weights(optimizer), optimizer.state_dict()))
 
 
+def saved_in_block(model, optimizer):
+    """Return copies of both state dicts, made in a block."""
+    with optimizer.slow_weights():
+        return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
 def assign(optimizer, others):
     with torch.no_grad():
         for parameter, other in zip(weights(optimizer), others):
@@ -453,8 +459,7 @@ def new_model():
 def test_the_loaded_fast_weights_wait_for_a_forward_pass_of_their_own_model():
     model, optimizer = trained_model()
     fast = values(model.parameters())
-    with optimizer.slow_weights():
-        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    saved = saved_in_block(model, optimizer)
     other, other_optimizer = new_model()
     other_optimizer.load_state_dict(saved[1])
     torch.nn.Linear(2, 2)(torch.ones(1, 2))
@@ -471,8 +476,7 @@ def test_the_loaded_fast_weights_wait_for_a_forward_pass_of_their_own_model():
 def test_a_forward_pass_before_the_model_is_loaded_does_not_end_the_waiting(kind):
     model, optimizer = trained_model()
     fast = values(model.parameters())
-    with optimizer.slow_weights():
-        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    saved = saved_in_block(model, optimizer)
     other, other_optimizer = new_model()
     other_optimizer.load_state_dict(saved[1])
     other(torch.ones(4, 3))
@@ -486,8 +490,7 @@ def test_a_forward_pass_before_the_model_is_loaded_does_not_end_the_waiting(kind
 
 def test_a_model_that_is_loaded_again_is_noticed_at_the_first_step():
     model, optimizer = trained_model()
-    with optimizer.slow_weights():
-        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    saved = saved_in_block(model, optimizer)
     other, other_optimizer = new_model()
     other.load_state_dict(saved[0])
     other_optimizer.load_state_dict(saved[1])
@@ -500,8 +503,7 @@ def test_a_model_that_is_loaded_again_is_noticed_at_the_first_step():
 def test_weights_that_equal_the_slow_ones_before_the_model_is_loaded_are_noticed_at_the_first_step():
     # The same seed, and no sync yet: the new model has the slow weights, as if it had been loaded.
     model, optimizer = trained_model()
-    with optimizer.slow_weights():
-        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    saved = saved_in_block(model, optimizer)
     other, other_optimizer = trained_model(steps=0)
     other_optimizer.load_state_dict(saved[1])
     other.load_state_dict(saved[0])
@@ -512,8 +514,7 @@ def test_weights_that_equal_the_slow_ones_before_the_model_is_loaded_are_noticed
 
 def test_there_is_no_hook_where_the_parameters_have_their_fast_weights():
     model, optimizer = trained_model()
-    with optimizer.slow_weights():
-        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    saved = saved_in_block(model, optimizer)
     hooks = torch.nn.modules.module._global_forward_pre_hooks
     before = len(hooks)
     other, other_optimizer = new_model()
