@@ -19,7 +19,15 @@ import common
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "experiments"
 
-NAMES = ["noisy_quadratic", "deterministic_quadratic", "bilinear_game", "digits", "characters", "loss_surface"]
+NAMES = [
+    "noisy_quadratic",
+    "deterministic_quadratic",
+    "bilinear_game",
+    "outer_step",
+    "digits",
+    "characters",
+    "loss_surface",
+]
 
 
 def run_script(name, *arguments):
@@ -90,6 +98,17 @@ def test_the_bilinear_game_grows_as_its_closed_form(quick):
     rates = {one["period"]: one["measured"] for one in results_of(quick, "bilinear_game")["grid"]}
     expected = {1: 1.0012492197, 5: 0.9813269142 ** (1 / 5), 60: 1.1607691949 ** (1 / 60)}
     assert rates == pytest.approx(expected, abs=1e-10)
+
+
+def test_noise_and_rate_of_the_outer_step_are_the_closed_forms(quick):
+    module = importlib.import_module("outer_step")
+    assert module.variance(0.7, 30, True, 0.6) == pytest.approx(1.310041384665, rel=1e-11)
+    assert module.variance(1.0, 48, False, 0.5) == pytest.approx(1.504756880813, rel=1e-11)
+    assert module.rate(0.7, 5, True, 0.9) == pytest.approx(0.8012544540, abs=1e-10)
+    assert module.rate(0.7, 5, False, 0.9) == pytest.approx(0.9**0.5)
+    for one in results_of(quick, "outer_step"):
+        assert one["variance"] == pytest.approx(one["variance_expected"], rel=0.02)
+        assert one["rate"] == pytest.approx(one["rate_expected"], abs=1e-12)
 
 
 def test_accuracies_of_digits_are_of_every_setting_and_seed(quick):
