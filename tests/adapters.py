@@ -87,6 +87,7 @@ if "KERAS_BACKEND" in os.environ:
 
     class Keras(Adapter):
         lookahead = lookahead_optim.keras.Lookahead
+        has_momentum = True
 
         def set_weights(self, weights):
             self.variables = [keras.Variable(weight) for weight in weights]

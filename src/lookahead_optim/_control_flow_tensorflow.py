@@ -35,11 +35,16 @@ __all__ = ["Pair", "after", "is_compiled_by_xla", "operations", "update_if_due"]
 
 
 class Pair(NamedTuple):
-    """A slow weight, its fast one, and the latter's constraint if it has one."""
+    """A slow weight, its fast one, the latter's constraint and the slow momentum, if there are any."""
 
     slow: tf.Variable
     fast: tf.Variable
     constraint: Callable[[tf.Tensor], tf.Tensor] | None
+    momentum: tf.Variable | None = None
+
+    def variables(self) -> tuple[tf.Variable, ...]:
+        """Return the variables, the slow weight first."""
+        return (self.slow, self.fast) if self.momentum is None else (self.slow, self.fast, self.momentum)
 
 
 Update = Callable[[Pair], list[tf.Operation]]
@@ -54,7 +59,8 @@ def update_if_due(
 ) -> tf.Tensor | None:
     """Call `update(pair)` for each of `pairs()` if `is_due(count)`; return a tensor to wait for, in a graph.
 
-    `update` assigns to the slow weight, and if `writes_fast` to the fast one. It returns the assignments.
+    `update` assigns to the slow weight and the slow momentum, and if `writes_fast` to the fast weight. It returns the
+    assignments.
     """
     is_in_scope = tf.distribute.has_strategy()
     # Check first whether the update is due: listing many weights is slower.
@@ -111,14 +117,17 @@ def after(*done: Any) -> contextlib.AbstractContextManager[None]:
 def _update_all(strategy: tf.distribute.Strategy, pairs: Sequence[Pair], update: Update) -> list[tf.Operation]:
     """Update all pairs, on all devices of the strategy; return the assignments, in a graph."""
 
-    def assignments(slow: tf.Variable, fast: tf.Variable, pair: Pair) -> list[tf.Operation]:
-        done = update(pair._replace(slow=slow, fast=fast))
+    def assignments(
+        slow: tf.Variable, fast: tf.Variable, momentum: tf.Variable | None = None, *, pair: Pair
+    ) -> list[tf.Operation]:
+        done = update(pair._replace(slow=slow, fast=fast, momentum=momentum))
         return [] if tf.executing_eagerly() else done
 
     # The strategy calls `assignments` once per device, with the components there in place of its distributed variables.
     return [
-        strategy.extended.update(pair.slow, functools.partial(assignments, pair=pair), args=(pair.fast,), group=False)
+        strategy.extended.update(slow, functools.partial(assignments, pair=pair), args=tuple(others), group=False)
         for pair in pairs
+        for slow, *others in [pair.variables()]
     ]
 
 
@@ -155,7 +164,7 @@ def _if_operation(pending: tf.Tensor | bool, pairs: Sequence[Pair], update: Upda
 
     It cannot if not all variables are on one CPU.
     """
-    if not _are_on_one_cpu(variable.device for pair in pairs for variable in (pair.slow, pair.fast)):
+    if not _are_on_one_cpu(variable.device for pair in pairs for variable in pair.variables()):
         return None
 
     @tf.function(autograph=False)

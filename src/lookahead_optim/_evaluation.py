@@ -14,13 +14,13 @@ class Block:
     """Sets the fast weights aside while the slow ones are in the model.
 
     Args:
-        value_of: Returns the value of a variable as a tensor.
+        value_of: Returns the value of a variable as a tensor, of a dtype that may be given.
         copy_of: Returns the value of a variable as a tensor of its own.
         are_all: Returns whether a tensor of booleans is true everywhere.
     """
 
     def __init__(
-        self, value_of: Callable[[Any], Any], copy_of: Callable[[Any], Any], are_all: Callable[[Any], Any]
+        self, value_of: Callable[..., Any], copy_of: Callable[[Any], Any], are_all: Callable[[Any], Any]
     ) -> None:
         self._value_of, self._copy_of, self._are_all = value_of, copy_of, are_all
         self._pairs: Sequence[Any] = ()
@@ -156,8 +156,11 @@ class Block:
                 fast.assign(values[id(fast)])
 
     def are_equal(self, one: Any, other: Any) -> bool:
-        """Return whether two variables or tensors are equal, NaN to NaN too. Nothing is copied to the host."""
-        one, other = self._value_of(one), self._value_of(other)
+        """Return whether two variables or tensors are equal, in the dtype of the second, NaN to NaN too.
+
+        Nothing is copied to the host.
+        """
+        one, other = self._value_of(one, other.dtype), self._value_of(other)
         return bool(self._are_all((one == other) | ((one != one) & (other != other))))
 
     def are_close(self, one: Any, other: Any, beside: Any) -> bool:
@@ -168,7 +171,7 @@ class Block:
         if self.are_equal(one, other):
             return True
         tolerance = 8 * _EPSILON.get(str(getattr(one.dtype, "name", one.dtype)), 2.0**-7)
-        one, other, beside = map(self._value_of, (one, other, beside))
+        one, other, beside = (self._value_of(variable, other.dtype) for variable in (one, other, beside))
         return bool(self._are_all(abs(one - other) <= tolerance * (abs(one) + abs(other) + abs(beside))))
 
 

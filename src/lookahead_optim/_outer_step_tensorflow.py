@@ -1,4 +1,4 @@
-"""The outer step on TensorFlow variables: pseudo-gradient, slow step, restart; and the capture of slow weights.
+"""The outer step on TensorFlow variables: pseudo-gradient, slow momentum, slow step, restart; and the capture.
 
 `_outer_step` and `_capture_one` say what is done to one pair. `update_if_due` does it to all pairs, if it is due, by
 the control flow that the place asks for.
@@ -7,23 +7,35 @@ the control flow that the place asks for.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+import ml_dtypes
 import tensorflow as tf
 
 from lookahead_optim._control_flow_tensorflow import Pair, is_compiled_by_xla, update_if_due
 
-__all__ = ["Pair", "capture", "slow_step", "synchronize"]
+__all__ = ["OuterStep", "Pair", "capture", "slow_step", "synchronize"]
 
 # A Python number, or a tensor or variable that a graph reads when it runs.
 StepSize: TypeAlias = float | tf.Tensor | tf.Variable
+
+
+class OuterStep(NamedTuple):
+    """The settings of an outer step."""
+
+    slow_step_size: StepSize
+    slow_momentum: float = 0.0
+    slow_nesterov: bool = True
 
 
 @tf.autograph.experimental.do_not_convert
 def capture(
     count: tf.Variable, is_due: Callable[[tf.Tensor], tf.Tensor | bool], pairs: Callable[[], Sequence[Pair]]
 ) -> tf.Tensor | None:
-    """Set every slow weight of `pairs()` to its fast one if `is_due(count)`; return a tensor to wait for."""
+    """Set every slow weight of `pairs()` to its fast one, and its momentum to 0, if `is_due(count)`.
+
+    Return a tensor to wait for, in a graph.
+    """
     return update_if_due(count, is_due, pairs, _capture_one, writes_fast=False)
 
 
@@ -32,33 +44,115 @@ def synchronize(
     count: tf.Variable,
     is_due: Callable[[tf.Tensor], tf.Tensor | bool],
     pairs: Callable[[], Sequence[Pair]],
-    slow_step_size: StepSize,
+    step: Callable[[], OuterStep],
     constrain_slow: bool = True,
 ) -> tf.Tensor | None:
     """Make the outer step of every pair of `pairs()` if `is_due(count)`; return a tensor to wait for.
 
-    A constraint is applied to the fast weight, and if `constrain_slow` to the slow one.
+    A constraint is applied to the fast weight, and if `constrain_slow` to the slow one. `step()` is asked for once: in
+    eager execution when the outer step is due, and in a graph before.
     """
-    update = functools.partial(_outer_step, slow_step_size=slow_step_size, constrain_slow=constrain_slow)
+    step = functools.cache(step)
+    if not tf.executing_eagerly():
+        step()
+
+    def update(pair: Pair) -> list[tf.Operation]:
+        return _outer_step(pair, step(), constrain_slow)
+
     return update_if_due(count, is_due, pairs, update)
 
 
 def _capture_one(pair: Pair) -> list[tf.Operation]:
-    return [pair.slow.assign(pair.fast, read_value=False)]
+    captured = pair.slow.assign(tf.cast(pair.fast, pair.slow.dtype), read_value=False)
+    if pair.momentum is None:
+        return [captured]
+    return [captured, pair.momentum.assign(tf.zeros_like(pair.momentum), read_value=False)]
 
 
-def _outer_step(pair: Pair, slow_step_size: StepSize, constrain_slow: bool) -> list[tf.Operation]:
-    """Make the slow step of one pair and restart its fast weight from there; return the assignments."""
-    slow, fast, constraint = pair
-    if constraint is None and _has_kernel_in_place(slow, slow_step_size):
-        moved = _slow_step_in_place(slow, fast, slow_step_size)
+def _outer_step(pair: Pair, step: OuterStep, constrain_slow: bool) -> list[tf.Operation]:
+    """Make the outer step of one pair; return the assignments.
+
+    With slow momentum b, of factor mu, and the slow step size eta, this is
+
+        s = slow - fast
+        b = mu * b + s
+        d = s + mu * b with Nesterov's momentum, else b
+        slow = slow - eta * d
+        fast = slow
+    """
+    slow, fast, constraint, momentum = pair
+    is_plain = momentum is None and slow.dtype == fast.dtype
+    if constraint is None and _has_kernel_in_place(pair, step):
+        in_place = _interpolate_in_place if is_plain else _descend_in_place
+        moved = in_place(pair, step)
         with tf.control_dependencies(moved):
             restarted = fast.assign(slow, read_value=False)
         return [*moved, restarted]
-    new = slow_step(slow, fast, slow_step_size)
+    if is_plain:
+        new, moved = slow_step(slow, fast, step.slow_step_size), []
+    else:
+        new, moved = _descend(pair, step)
     restart = new if constraint is None else constraint(new)
-    moved = slow.assign(restart if constrain_slow else new, read_value=False)
-    return [moved, fast.assign(restart, read_value=False)]
+    moved.append(slow.assign(restart if constrain_slow else new, read_value=False))
+    return [*moved, fast.assign(tf.cast(restart, fast.dtype), read_value=False)]
+
+
+def _descend(pair: Pair, step: OuterStep) -> tuple[tf.Tensor, list[tf.Operation]]:
+    """Return the new slow weight, and what assigns the new slow momentum: both rounded once to their dtypes.
+
+    The fast weight started from the slow weight rounded to its dtype. Measured from there, a fast weight that did not
+    move leaves a slow weight of a wider dtype alone, bit for bit.
+    """
+    slow, fast, _, momentum = pair
+    dtype = tf.float32 if slow.dtype.size < 4 else slow.dtype
+    start, end, step_size = tf.cast(slow, dtype), tf.cast(fast, dtype), _as_dtype(step.slow_step_size, dtype)
+    pseudo_gradient = _rounded(start, fast.dtype) - end
+    if momentum is None:
+        moved = tf.where(tf.equal(step_size, 1), end, start - step_size * pseudo_gradient)
+        return tf.cast(moved, slow.dtype), []
+    new_momentum = step.slow_momentum * tf.cast(momentum, dtype) + pseudo_gradient
+    direction = pseudo_gradient + step.slow_momentum * new_momentum if step.slow_nesterov else new_momentum
+    new = tf.cast(start - step_size * direction, slow.dtype)
+    # The momentum is read before it is written.
+    with tf.control_dependencies([new]):
+        assigned = momentum.assign(tf.cast(new_momentum, momentum.dtype), read_value=False)
+    return new, [assigned]
+
+
+def _descend_in_place(pair: Pair, step: OuterStep) -> list[tf.Operation]:
+    """Do what `_descend` does by one kernel, which moves the slow weight and its momentum."""
+    slow, fast, _, momentum = pair
+    moved = tf.raw_ops.ResourceApplyMomentum(
+        var=slow.handle,
+        accum=momentum.handle,  # type: ignore[union-attr]
+        lr=_as_dtype(step.slow_step_size, slow.dtype),
+        grad=tf.subtract(slow, fast),
+        momentum=tf.constant(step.slow_momentum, slow.dtype),
+        use_nesterov=step.slow_nesterov,
+    )
+    return [] if tf.executing_eagerly() else [moved]
+
+
+def _rounded(value: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Return a value as a narrower dtype has it, in its own dtype.
+
+    XLA may leave out a conversion there and back, as its programs may be more precise than they say. An operation of
+    its own it keeps. That one makes 0 of what is below the normal numbers of the narrower dtype: in float16 these are
+    rounded by hand.
+    """
+    if dtype == value.dtype:
+        return value
+    if not is_compiled_by_xla():
+        return tf.cast(tf.cast(value, dtype), value.dtype)
+    # No public function has the operation.
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+    narrow = ml_dtypes.finfo(dtype.as_numpy_dtype)
+    rounded = gen_xla_ops.xla_reduce_precision(value, narrow.nexp, narrow.nmant)
+    if narrow.nexp == ml_dtypes.finfo(value.dtype.as_numpy_dtype).nexp:
+        return rounded
+    spacing = float(narrow.smallest_subnormal)
+    return tf.where(tf.abs(value) < float(narrow.smallest_normal), tf.round(value / spacing) * spacing, rounded)
 
 
 def slow_step(slow: tf.Tensor, fast: tf.Tensor, slow_step_size: StepSize) -> tf.Tensor:
@@ -90,19 +184,22 @@ def _as_dtype(slow_step_size: StepSize, dtype: tf.DType) -> tf.Tensor:
     return (tf.constant if isinstance(slow_step_size, float) else tf.cast)(slow_step_size, dtype)
 
 
-def _has_kernel_in_place(slow: tf.Variable, slow_step_size: StepSize) -> bool:
-    """Return whether `_slow_step_in_place` gives the bits of `slow_step`.
+def _has_kernel_in_place(pair: Pair, step: OuterStep) -> bool:
+    """Return whether a kernel in place does what the operations one by one do.
 
-    Its kernel rounds to the variable's dtype, which for narrow floats is too early. On other devices than CPUs it may
-    multiply and add at once, which rounds otherwise. XLA makes a program of its own, in which it saves nothing.
+    The kernel of `_interpolate_in_place` gives the same bits. Kernels round to the variable's dtype, which for narrow
+    floats is too early. On other devices than CPUs they may multiply and add at once, which rounds otherwise. XLA makes
+    a program of its own, in which they save nothing.
     """
-    copies = isinstance(slow_step_size, float) and slow_step_size in (0, 1)
-    is_wide = slow.dtype in (tf.float32, tf.float64)
-    return not copies and is_wide and "CPU" in slow.device and not is_compiled_by_xla()
+    slow, fast, _, momentum = pair
+    copies = momentum is None and isinstance(step.slow_step_size, float) and step.slow_step_size in (0, 1)
+    has_kernel = slow.dtype == fast.dtype and slow.dtype in (tf.float32, tf.float64)
+    return not copies and has_kernel and "CPU" in slow.device and not is_compiled_by_xla()
 
 
-def _slow_step_in_place(slow: tf.Variable, fast: tf.Variable, slow_step_size: StepSize) -> list[tf.Operation]:
+def _interpolate_in_place(pair: Pair, step: OuterStep) -> list[tf.Operation]:
     """Do `slow.assign(slow_step(slow, fast, slow_step_size))` with an array less, and the same bits."""
+    slow, fast, slow_step_size = pair.slow, pair.fast, step.slow_step_size
     step_size = _as_dtype(slow_step_size, slow.dtype)
     negative_pseudo_gradient = tf.subtract(fast, slow)
     # One pass finds what is not finite. Squares that overflow are a false alarm, and `slow_step` gives the same bits.

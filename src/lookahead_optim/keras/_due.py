@@ -32,14 +32,22 @@ class Due:
 
     def sync(self, count: Any) -> Any:
         """Return whether the count has crossed a multiple of the period."""
+        return self._if_on(self._cycles(count) > self._cycles(self._before))
+
+    def syncs(self) -> Any:
+        """Return how many syncs there were before the update, if the period has always been this one."""
+        return self._cycles(self._before)
+
+    def _cycles(self, count: Any) -> Any:
+        """Return how many multiples of the period a count has crossed."""
         period = self._period
         if isinstance(period, int):
             # The count never comes there, and JAX cannot divide by such a number.
             if not isinstance(count, int) and period > np.iinfo(keras.backend.standardize_dtype(count.dtype)).max:
-                return False
+                return 0
         else:
             period = keras.ops.cast(keras.ops.maximum(period, 1), count.dtype)
-        return self._if_on(count // self._calls // period > self._before // self._calls // period)
+        return count // self._calls // period
 
     def _if_on(self, condition: Any) -> Any:
         return condition if self._is_on is True else condition & self._is_on

@@ -9,16 +9,20 @@ import jax.numpy as jnp
 import keras
 
 from lookahead_optim.keras import _outer_step_jax
-from lookahead_optim.keras._outer_step_jax import Values
+from lookahead_optim.keras._outer_step_jax import OuterStep, Values
 
 __all__ = [
+    "OuterStep",
     "Tracked",
     "after",
+    "beside",
     "capture",
     "check_scope",
     "copy_of",
+    "float_of",
     "gradients",
     "mark_captured",
+    "mark_synchronized",
     "number_of",
     "read",
     "synchronize",
@@ -29,14 +33,14 @@ __all__ = [
 # an `iterations` of its own.
 Scalar: TypeAlias = keras.Variable | jax.Array | int
 IsDue: TypeAlias = Callable[[jax.Array], jax.Array]
-# Pairs of a slow weight and its fast one.
-Pairs: TypeAlias = Callable[[], Sequence[tuple[keras.Variable, keras.Variable]]]
+# A slow weight, its fast one, and its slow momentum if there is any.
+Pairs: TypeAlias = Callable[[], Sequence[tuple[keras.Variable, keras.Variable, keras.Variable | None]]]
 
 
 def _update_if_due(
-    scalar: Scalar, is_due: IsDue, pairs: Pairs, update: Callable[[Values, keras.Variable], Values]
+    scalar: Scalar, is_due: IsDue, pairs: Pairs, update: Callable[[list[tuple[Values, keras.Variable]]], list[Values]]
 ) -> None:
-    """Assign `update(values, fast)` to each pair of `pairs()` if `is_due(scalar)`.
+    """Assign what `update` makes of the values of all `pairs()`, each with its fast variable, if `is_due(scalar)`.
 
     Eagerly this is Python's `if`. In a traced step it is `lax.cond`, which all other steps should not pay for. Two
     barriers see to that. Without them `lax.cond` takes every output that both branches hand on unchanged, such as the
@@ -49,35 +53,38 @@ def _update_if_due(
     if not (is_traced or pending):
         return
     found = pairs()
-    values = [Values(slow.value, fast.value) for slow, fast in found]
+    values = [Values(slow.value, fast.value, None if b is None else b.value) for slow, fast, b in found]
     if not values:
         return
 
     def update_all(values: list[Values]) -> list[Values]:
-        return [update(pair_values, fast) for pair_values, (_, fast) in zip(values, found)]
+        return update([(pair_values, fast) for pair_values, (_, fast, _) in zip(values, found)])
 
     if is_traced:
         barrier = jax.lax.optimization_barrier
         values = jax.lax.cond(pending, lambda values: update_all(barrier(values)), barrier, values)
     else:
         values = update_all(values)
-    for (slow, fast), new in zip(found, values):
+    for (slow, fast, momentum), new in zip(found, values):
         slow.assign(new.slow)
         fast.assign(new.fast)
+        if momentum is not None:
+            momentum.assign(new.momentum)
 
 
 def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
-    """Set every slow weight of `pairs()` to its fast one if `is_due(scalar)`."""
-    _update_if_due(scalar, is_due, pairs, lambda values, fast: _outer_step_jax.capture(values))
+    """Set every slow weight of `pairs()` to its fast one, and its momentum to 0, if `is_due(scalar)`."""
+    _update_if_due(scalar, is_due, pairs, lambda found: [_outer_step_jax.capture(values) for values, _ in found])
 
 
 def synchronize(
-    scalar: Scalar, is_due: IsDue, pairs: Pairs, slow_step_size: float | jax.Array, counts_by_one: bool = False
+    scalar: Scalar, is_due: IsDue, pairs: Pairs, step: Callable[[], OuterStep], counts_by_one: bool = False
 ) -> None:
-    """Make the outer step of all `pairs()` if `is_due(scalar)`."""
+    """Make the outer step of all `pairs()` if `is_due(scalar)`. `step()` is asked for then."""
 
-    def update(values: Values, fast: keras.Variable) -> Values:
-        return _outer_step_jax.outer_step(values, slow_step_size, fast.constraint)
+    def update(found: list[tuple[Values, keras.Variable]]) -> list[Values]:
+        settings = step()
+        return [_outer_step_jax.outer_step(values, settings, fast.constraint) for values, fast in found]
 
     _update_if_due(scalar, is_due, pairs, update)
 
@@ -85,6 +92,11 @@ def synchronize(
 def mark_captured(captured: keras.Variable, counter: Scalar, is_applied: IsDue, counts_by_one: bool) -> None:
     """Set `captured` to one if `is_applied(counter)`."""
     captured.assign(jnp.where(is_applied(read(counter)), 1, captured.value))
+
+
+def mark_synchronized(captured: keras.Variable, counter: Scalar, is_due: IsDue, counts_by_one: bool) -> None:
+    """Set `captured` to two if it is not zero and `is_due(counter)`."""
+    captured.assign(jnp.where(is_due(read(counter)) & (captured.value != 0), 2, captured.value))
 
 
 def read(scalar: Scalar) -> jax.Array:
@@ -103,6 +115,16 @@ def number_of(variable: keras.Variable) -> float | None:
 def traced(variable: keras.Variable) -> jax.Array | None:
     """Return the array of a scalar variable in a traced step, or None elsewhere."""
     return variable.value if isinstance(variable.value, jax.core.Tracer) else None
+
+
+def float_of(value: Any) -> float | jax.Array:
+    """Return a scalar as a number, or in a traced step as it is."""
+    return value if isinstance(value, jax.core.Tracer) else float(value)
+
+
+def beside(weight: keras.Variable) -> contextlib.AbstractContextManager[None]:
+    """Return a context manager for variables that shall be where a weight is. Their layout says it in JAX."""
+    return contextlib.nullcontext()
 
 
 def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:

@@ -9,17 +9,21 @@ import tensorflow as tf
 
 from lookahead_optim import _outer_step_tensorflow
 from lookahead_optim._control_flow_tensorflow import is_compiled_by_xla
-from lookahead_optim._outer_step_tensorflow import Pair, StepSize
+from lookahead_optim._outer_step_tensorflow import OuterStep, Pair
 from lookahead_optim.keras._wrappers import optimizers_in
 
 __all__ = [
+    "OuterStep",
     "Tracked",
     "after",
+    "beside",
     "capture",
     "check_scope",
     "copy_of",
+    "float_of",
     "gradients",
     "mark_captured",
+    "mark_synchronized",
     "number_of",
     "read",
     "synchronize",
@@ -31,7 +35,8 @@ Variable: TypeAlias = keras.Variable | tf.Variable
 # an `iterations` of its own.
 Scalar: TypeAlias = Variable | tf.Tensor | int
 IsDue: TypeAlias = Callable[[tf.Tensor], tf.Tensor | bool]
-Pairs: TypeAlias = Callable[[], Sequence[tuple[Variable, Variable]]]
+# A slow weight, its fast one, and its slow momentum if there is any.
+Pairs: TypeAlias = Callable[[], Sequence[tuple[Variable, Variable, Variable | None]]]
 
 
 def _native(variable: Any) -> Any:
@@ -39,28 +44,38 @@ def _native(variable: Any) -> Any:
 
 
 def _native_pairs(pairs: Pairs) -> Callable[[], list[Pair]]:
-    return lambda: [Pair(_native(slow), _native(fast), fast.constraint) for slow, fast in pairs()]
+    return lambda: [Pair(_native(slow), _native(fast), fast.constraint, _native(b)) for slow, fast, b in pairs()]
 
 
 def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
-    """Set every slow weight of `pairs()` to its fast one if `is_due(scalar)`."""
+    """Set every slow weight of `pairs()` to its fast one, and its momentum to 0, if `is_due(scalar)`."""
     _outer_step_tensorflow.capture(_native(scalar), is_due, _native_pairs(pairs))
 
 
 def synchronize(
-    scalar: Scalar, is_due: IsDue, pairs: Pairs, slow_step_size: StepSize, counts_by_one: bool = False
+    scalar: Scalar, is_due: IsDue, pairs: Pairs, step: Callable[[], OuterStep], counts_by_one: bool = False
 ) -> None:
-    """Make the outer step of all `pairs()` if `is_due(scalar)`."""
-    _outer_step_tensorflow.synchronize(_native(scalar), is_due, _native_pairs(pairs), slow_step_size)
+    """Make the outer step of all `pairs()` if `is_due(scalar)`. In eager execution `step()` is asked for only then."""
+    _outer_step_tensorflow.synchronize(_native(scalar), is_due, _native_pairs(pairs), step)
 
 
 def mark_captured(captured: Variable, counter: Scalar, is_applied: IsDue, counts_by_one: bool) -> None:
     """Set `captured` to one if `is_applied(counter)`."""
     if tf.executing_eagerly():
-        if not read(captured) and is_applied(read(counter)):
+        if read(captured) != 1 and is_applied(read(counter)):
             captured.assign(1)
     else:
         captured.assign(tf.where(is_applied(read(counter)), tf.ones_like(read(captured)), read(captured)))
+
+
+def mark_synchronized(captured: Variable, counter: Scalar, is_due: IsDue, counts_by_one: bool) -> None:
+    """Set `captured` to two if it is not zero and `is_due(counter)`."""
+    if tf.executing_eagerly():
+        if is_due(read(counter)) and read(captured):
+            captured.assign(2)
+    else:
+        is_synchronized = is_due(read(counter)) & tf.not_equal(read(captured), 0)
+        captured.assign(tf.where(is_synchronized, 2 * tf.ones_like(read(captured)), read(captured)))
 
 
 def read(scalar: Scalar) -> Any:
@@ -77,6 +92,16 @@ def number_of(variable: Variable) -> float | None:
 def traced(variable: Variable) -> tf.Tensor | None:
     """Return the tensor of a scalar variable in a graph, or None in eager execution."""
     return None if tf.executing_eagerly() else tf.convert_to_tensor(_native(variable))
+
+
+def float_of(value: Any) -> Any:
+    """Return a scalar as a number, or in a graph as it is."""
+    return float(value) if tf.executing_eagerly() or isinstance(value, (int, float)) else tf.convert_to_tensor(value)
+
+
+def beside(weight: Variable) -> contextlib.AbstractContextManager[None]:
+    """Return a context manager for variables that shall be on the devices of a weight."""
+    return tf.distribute.get_strategy().extended.colocate_vars_with(_native(weight))
 
 
 def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
@@ -139,6 +164,7 @@ class Tracked:
     """
 
     _captured: Any
+    _slow_weights: Any
     _track_trackable: Any
 
     def _track_own(self, objects: Mapping[str, Any]) -> None:
@@ -151,4 +177,6 @@ class Tracked:
             for optimizer in optimizers_in(self):
                 if isinstance(optimizer, Tracked) and optimizer._captured is not None:
                     optimizer._captured.assign(0)
+                    # Nor may it have slow momentum.
+                    optimizer._slow_weights.clear_momentum()
         return super()._lookup_dependency(name, cached_dependencies)  # type: ignore[misc]

@@ -18,13 +18,17 @@ from lookahead_optim._outer_step_torch import OuterStep, is_large, outer_step_un
 from lookahead_optim._pieces_torch import cut
 
 __all__ = [
+    "OuterStep",
     "Tracked",
     "after",
+    "beside",
     "capture",
     "check_scope",
     "copy_of",
+    "float_of",
     "gradients",
     "mark_captured",
+    "mark_synchronized",
     "number_of",
     "read",
     "synchronize",
@@ -35,8 +39,8 @@ __all__ = [
 # an `iterations` of its own.
 Scalar: TypeAlias = keras.Variable | torch.Tensor | int
 IsDue: TypeAlias = Callable[[int], bool]
-# Pairs of a slow weight and its fast one.
-Pairs: TypeAlias = Callable[[], Sequence[tuple[keras.Variable, keras.Variable]]]
+# A slow weight, its fast one, and its slow momentum if there is any.
+Pairs: TypeAlias = Callable[[], Sequence[tuple[keras.Variable, keras.Variable, keras.Variable | None]]]
 
 
 def _native(variables: Iterable[keras.Variable]) -> list[torch.Tensor]:
@@ -87,51 +91,79 @@ def traced(variable: keras.Variable) -> None:
 @torch.compiler.disable
 def mark_captured(captured: keras.Variable, counter: Scalar, is_applied: IsDue, counts_by_one: bool) -> None:
     """Set `captured` to one if `is_applied(counter)`."""
-    if not _read(captured) and is_applied(_read(counter, counts_by_one)):
+    if _read(captured) != 1 and is_applied(_read(counter, counts_by_one)):
         captured.assign(1)
         _note(captured.value, 1)
 
 
 @torch.compiler.disable
+def mark_synchronized(captured: keras.Variable, counter: Scalar, is_due: IsDue, counts_by_one: bool) -> None:
+    """Set `captured` to two if it is not zero and `is_due(counter)`."""
+    if is_due(_read(counter, counts_by_one)) and _read(captured):
+        captured.assign(2)
+        _note(captured.value, 2)
+
+
+@torch.compiler.disable
 @torch.no_grad()
 def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
-    """Set every slow weight of `pairs()` to its fast one if `is_due(scalar)`."""
+    """Set every slow weight of `pairs()` to its fast one, and its momentum to 0, if `is_due(scalar)`."""
     if is_due(_read(scalar, counts_by_one)) and (found := pairs()):
-        slow, fast = map(_native, zip(*found))
+        slow, fast, momentum = _columns(found)
         torch._foreach_copy_(slow, fast)
+        if momentum:
+            torch._foreach_zero_(momentum)
 
 
 @torch.compiler.disable
 @torch.no_grad()
 def synchronize(
-    scalar: Scalar, is_due: IsDue, pairs: Pairs, slow_step_size: float, counts_by_one: bool = False
+    scalar: Scalar, is_due: IsDue, pairs: Pairs, step: Callable[[], OuterStep], counts_by_one: bool = False
 ) -> None:
-    """Make the outer step of all `pairs()` if `is_due(scalar)`."""
+    """Make the outer step of all `pairs()` if `is_due(scalar)`. `step()` is asked for then."""
     if not is_due(_read(scalar, counts_by_one)):
         return
-    found = pairs()
+    found, settings = pairs(), step()
     free = [pair for pair in found if pair[1].constraint is None]
     if free:
-        _outer_step(_native(slow for slow, _ in free), _native(fast for _, fast in free), slow_step_size)
-    for slow, fast in found:
+        _outer_step(settings, *_columns(free))
+    for pair in found:
+        slow, fast, _ = pair
         if fast.constraint is not None:
-            _outer_step([slow.value], [fast.value], slow_step_size)
+            _outer_step(settings, *_columns([pair]))
             slow.assign(fast.constraint(slow.value))
             # In a stateless scope the assignment has made a new value.
             fast.value.copy_(slow.value)
 
 
-def _outer_step(slow: list[torch.Tensor], fast: list[torch.Tensor], slow_step_size: float) -> None:
+def _columns(pairs: Sequence[tuple[Any, Any, Any]]) -> list[list[torch.Tensor]]:
+    """Return the slow weights, the fast ones, and the slow momentum, a list that is empty if there is none."""
+    return [_native(one for one in column if one is not None) for column in zip(*pairs)]
+
+
+def _outer_step(
+    step: OuterStep, slow: list[torch.Tensor], fast: list[torch.Tensor], momentum: list[torch.Tensor]
+) -> None:
     """Make the outer step. On the CPU it is noted on slow weights that they need no care, to ask them once."""
     is_careful = slow[0].is_cpu and any(_version_noted(weight) != weight._version for weight in slow) and is_large(slow)
-    for piece in cut(slow, fast):
-        is_careful = outer_step_unshared(piece, OuterStep(slow_step_size), is_careful)
+    for piece in cut(slow, fast, momentum):
+        is_careful = outer_step_unshared(piece, step, is_careful)
     for weight in slow:
         weight._lookahead_needs_no_care = None if is_careful else weight._version  # type: ignore[attr-defined]
 
 
 def _version_noted(weight: Any) -> int | None:
     return getattr(weight, "_lookahead_needs_no_care", None)
+
+
+def float_of(value: Any) -> float:
+    """Return a scalar as a number."""
+    return float(value)
+
+
+def beside(weight: keras.Variable) -> contextlib.AbstractContextManager[None]:
+    """Return a context manager for variables that shall be where a weight is. Keras has one device on PyTorch."""
+    return contextlib.nullcontext()
 
 
 def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:

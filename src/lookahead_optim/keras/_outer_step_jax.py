@@ -1,4 +1,4 @@
-"""The outer step on JAX arrays: pseudo-gradient, slow step, restart."""
+"""The outer step on JAX arrays: pseudo-gradient, slow momentum, slow step, restart."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,38 +6,96 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Values", "capture", "outer_step"]
+__all__ = ["OuterStep", "Values", "capture", "outer_step"]
 
 
 class Values(NamedTuple):
-    """A slow weight and its fast one, both arrays."""
+    """A slow weight, its fast one, and its slow momentum if it has any: arrays."""
 
     slow: jax.Array
     fast: jax.Array
+    momentum: jax.Array | None
+
+
+class OuterStep(NamedTuple):
+    """The settings of an outer step. In a traced step the step size may be an array."""
+
+    slow_step_size: float | jax.Array
+    slow_momentum: float = 0.0
+    slow_nesterov: bool = True
 
 
 def capture(values: Values) -> Values:
-    """Return the weights after a capture."""
+    """Return the weights after a capture. Slow momentum begins with 0."""
+    slow, fast, momentum = values
     # Without the copy two variables would share a buffer, which cannot be donated twice.
-    return Values(jnp.copy(values.fast), values.fast)
+    return Values(jnp.copy(fast.astype(slow.dtype)), fast, None if momentum is None else jnp.zeros_like(momentum))
 
 
-def outer_step(
-    values: Values, slow_step_size: float | jax.Array, constraint: Callable[[jax.Array], Any] | None
-) -> Values:
+def outer_step(values: Values, step: OuterStep, constraint: Callable[[jax.Array], Any] | None) -> Values:
     """Return the weights after an outer step. A constraint holds in both.
 
-    With s = slow - fast, the pseudo-gradient, this is slow = slow - slow_step_size * s, then fast = slow.
+    With slow momentum b, of factor mu, and the slow step size eta, this is
+
+        s = slow - fast
+        b = mu * b + s
+        d = s + mu * b with Nesterov's momentum, else b
+        slow = slow - eta * d
+        fast = slow
     """
-    slow = _slow_step(*values, slow_step_size)
+    slow, fast, momentum = values
+    if momentum is None and slow.dtype == fast.dtype:
+        slow = _interpolate(slow, fast, step.slow_step_size)
+    else:
+        slow, momentum = _descend(values, step)
     if constraint is not None:
         slow = jnp.asarray(constraint(slow))
     # A copy for the restart, as at a capture.
-    return Values(slow, jnp.copy(slow))
+    return Values(slow, jnp.copy(slow.astype(fast.dtype)), momentum)
 
 
-def _slow_step(slow: jax.Array, fast: jax.Array, slow_step_size: float | jax.Array) -> jax.Array:
-    """Return the new slow weight, rounded once to its dtype.
+def _descend(values: Values, step: OuterStep) -> tuple[jax.Array, jax.Array | None]:
+    """Return the new slow weight and the new slow momentum, both rounded once to their dtypes.
+
+    The fast weight started from the slow weight rounded to its dtype. Measured from there, a fast weight that did not
+    move leaves a slow weight of a wider dtype alone, bit for bit.
+    """
+    slow, fast, momentum = values
+    dtype = jnp.promote_types(slow.dtype, jnp.float32)
+    start, end = slow.astype(dtype), fast.astype(dtype)
+    pseudo_gradient = _rounded(start, fast.dtype) - end
+    slow_step_size = _as_dtype(step.slow_step_size, dtype)
+    if momentum is None:
+        moved = jnp.where(slow_step_size == 1, end, start - slow_step_size * pseudo_gradient)
+        return moved.astype(slow.dtype), None
+    new_momentum = step.slow_momentum * momentum.astype(dtype) + pseudo_gradient
+    direction = pseudo_gradient + step.slow_momentum * new_momentum if step.slow_nesterov else new_momentum
+    moved = start - slow_step_size * direction
+    return moved.astype(slow.dtype), new_momentum.astype(momentum.dtype)
+
+
+def _rounded(value: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return a value as a narrower dtype has it, in its own dtype.
+
+    XLA may leave out a conversion there and back, as its programs may be more precise than they say. This operation it
+    keeps. It makes 0 of what is below the normal numbers of the narrower dtype, which are rounded by hand.
+    """
+    narrow, wide = jnp.finfo(dtype), jnp.finfo(value.dtype)
+    if (narrow.nexp, narrow.nmant) == (wide.nexp, wide.nmant):
+        return value
+    rounded = jax.lax.reduce_precision(value, narrow.nexp, narrow.nmant)
+    if narrow.nexp == wide.nexp:
+        return rounded
+    spacing = float(narrow.smallest_subnormal)
+    return jnp.where(jnp.abs(value) < float(narrow.tiny), jnp.round(value / spacing) * spacing, rounded)
+
+
+def _as_dtype(slow_step_size: float | jax.Array, dtype: jnp.dtype) -> float | jax.Array:
+    return slow_step_size.astype(dtype) if isinstance(slow_step_size, jax.Array) else slow_step_size
+
+
+def _interpolate(slow: jax.Array, fast: jax.Array, slow_step_size: float | jax.Array) -> jax.Array:
+    """Return the new slow weight, rounded once to its dtype. Without momentum the outer step is an interpolation.
 
     The pseudo-gradient is taken with its sign turned, as `fast - slow`. That is TensorFlow Addons' formula to the last
     bit: only at -0 the two differ, where a weight that stays becomes 0.
@@ -50,8 +108,7 @@ def _slow_step(slow: jax.Array, fast: jax.Array, slow_step_size: float | jax.Arr
         return fast if slow_step_size else slow
     dtype = jnp.promote_types(slow.dtype, jnp.float32)
     start, end = slow.astype(dtype), fast.astype(dtype)
-    if isinstance(slow_step_size, jax.Array):
-        slow_step_size = slow_step_size.astype(dtype)
+    slow_step_size = _as_dtype(slow_step_size, dtype)
     negative_pseudo_gradient = end - start
     mean = jnp.where(start == end, start, (1 - slow_step_size) * start + slow_step_size * end)
     is_usual = jnp.isfinite(negative_pseudo_gradient)

@@ -1,13 +1,15 @@
 """The settings of a wrapper, which take effect in steps that are compiled, too."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
+from lookahead_optim._checks import check_slow_step_size
 from lookahead_optim.keras._backend import backend
 
-__all__ = ["Setting"]
+__all__ = ["Schedule", "Setting", "check_slow_dtype", "check_slow_dtype_of", "make_step_size"]
 
 
 class Setting:
@@ -22,6 +24,13 @@ class Setting:
     def __init__(self, number: Any) -> None:
         self._number = number
         self.variable: keras.Variable | None = None
+
+    def __str__(self) -> str:
+        return str(self.number)
+
+    def config(self) -> Any:
+        """Return the number, for a config."""
+        return self.number
 
     def create_variable(self, wrapper: keras.optimizers.Optimizer, name: str, dtype: str) -> None:
         """Make the variable, as one of the wrapper's."""
@@ -57,6 +66,70 @@ class Setting:
         """Return the number, or in a step that is compiled a scalar tensor."""
         traced = None if self.variable is None else backend.traced(self.variable)
         return self.number if traced is None else traced
+
+    def at(self, syncs: Any) -> Any:
+        """Do `in_step`, as the number does not depend on the number of syncs."""
+        return self.in_step()
+
+
+class Schedule:
+    """A number that depends on the number of syncs so far. It has no variable: a step that is compiled computes it."""
+
+    variable = None
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __str__(self) -> str:
+        return str(self.function)
+
+    def config(self) -> Any:
+        """Return the schedule, serialized for a config."""
+        return keras.saving.serialize_keras_object(self.function)
+
+    def at(self, syncs: Any) -> Any:
+        """Return the number after so many syncs, or in a step that is compiled a scalar tensor."""
+        return backend.float_of(self.function(keras.ops.convert_to_tensor(syncs, "int32")))
+
+
+def make_step_size(slow_step_size: Any) -> Setting | Schedule:
+    """Return what holds a slow step size or a schedule of it, or raise `TypeError` or `ValueError`."""
+    if callable(slow_step_size):
+        return Schedule(slow_step_size)
+    return Setting(check_slow_step_size(slow_step_size))
+
+
+def check_slow_dtype(slow_dtype: Any) -> str | None:
+    """Return the name of a dtype of floats, or `None`, or raise `TypeError` or `ValueError`."""
+    if slow_dtype is None:
+        return None
+    message = (
+        "`slow_dtype` must be a dtype of real numbers, such as 'float32', or None for the dtype of each weight. "
+        f"Received: slow_dtype={slow_dtype!r} of type {type(slow_dtype).__name__}"
+    )
+    try:
+        name = keras.backend.standardize_dtype(slow_dtype)
+    except (TypeError, ValueError) as error:
+        raise TypeError(message) from error
+    if name not in ("float16", "bfloat16", "float32", "float64"):
+        raise TypeError(message)
+    if keras.backend.standardize_dtype(keras.ops.convert_to_tensor(0.0, name).dtype) != name:
+        raise ValueError(
+            f"`slow_dtype` must be a dtype that the backend has. JAX has 'float64' with `jax_enable_x64` alone. "
+            f"Received: slow_dtype={slow_dtype!r}"
+        )
+    return name
+
+
+def check_slow_dtype_of(slow_dtype: str | None, weights: list[Any]) -> None:
+    """Raise `ValueError` if slow weights of a dtype could not hold all values of their weights."""
+    for weight in weights:
+        dtype = keras.backend.standardize_dtype(weight.dtype)
+        if slow_dtype is not None and keras.backend.result_type(slow_dtype, dtype) != slow_dtype:
+            raise ValueError(
+                "`slow_dtype` must hold all values of the weights' dtypes, or the slow weights would lose what the "
+                f"fast ones have. Received: slow_dtype={slow_dtype!r} for the weight {weight.path!r} of {dtype!r}"
+            )
 
 
 def _fitted(number: Any, dtype: str) -> np.generic:

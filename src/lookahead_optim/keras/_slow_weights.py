@@ -1,4 +1,4 @@
-"""The slow weights of one wrapper: which weights have one, where it lies, capture, and who takes part in a sync.
+"""The slow weights of one wrapper and their momentum: which weights have them, where they lie, capture, and syncs.
 
 Nothing is cached here: lists of weights are made when a capture or a sync is due, so that nothing can be stale.
 """
@@ -14,28 +14,34 @@ from lookahead_optim.keras._wrappers import optimizers_in
 
 __all__ = ["Pair", "SlowWeights"]
 
+# The value of "captured" after a sync with momentum, which a second sync would move on.
+_SYNCHRONIZED = 2
+
 
 class Pair(NamedTuple):
-    """A slow weight and its fast one, both `keras.Variable`."""
+    """A slow weight, its fast one, and its slow momentum if it has any."""
 
     slow: keras.Variable
     fast: keras.Variable
+    momentum: keras.Variable | None
 
 
 class SlowWeights:
     """The slow weights of one wrapper. They are variables that the wrapper made, and tracks.
 
     *Captured* is a variable of its own: 1 from the first applied update on, until `forget` or a restored checkpoint
-    without slow weights sets it to 0. It is saved with the slow weights. The step count cannot say it: users assign to
-    it, and checkpoints of bare optimizers have one.
+    without slow weights sets it to 0. With momentum it is 2 from a sync until the next applied update. It is saved with
+    the slow weights. The step count cannot say it: users assign to it, and checkpoints of bare optimizers have one.
     """
 
-    def __init__(self, inner_optimizer: keras.optimizers.Optimizer) -> None:
+    def __init__(self, inner_optimizer: keras.optimizers.Optimizer, has_momentum: bool, dtype: str | None) -> None:
         # Not the wrapper: it would be kept alive until the next run of the cyclic garbage collector.
         self._inner_optimizer = inner_optimizer
+        self._has_momentum, self._dtype = has_momentum, dtype
         self.captured: keras.Variable | None = None
         # In the order of the weights, with None for a weight that has no slow one.
         self.slow_or_none: list[keras.Variable | None] = []
+        self.momentum_or_none: list[keras.Variable | None] = []
         self.fast: list[keras.Variable] = []
 
     def create_captured(self, wrapper: keras.optimizers.Optimizer) -> None:
@@ -47,7 +53,26 @@ class SlowWeights:
     def create(self, wrapper: keras.optimizers.Optimizer, weights: list[keras.Variable]) -> None:
         """Make a slow weight for each weight. A weight that Keras overwrites with its gradient has none."""
         self.fast = weights
-        self.slow_or_none = wrapper.add_optimizer_variables(weights, f"{self.label()}_slow")
+        self.slow_or_none = self._create_like(wrapper, weights, f"{self.label()}_slow")
+        self.momentum_or_none = [None] * len(weights)
+        if self._has_momentum:
+            self.momentum_or_none = self._create_like(wrapper, weights, f"{self.label()}_slow_momentum")
+
+    def _create_like(
+        self, wrapper: keras.optimizers.Optimizer, weights: list[keras.Variable], name: str
+    ) -> list[keras.Variable | None]:
+        if self._dtype is None:
+            return wrapper.add_optimizer_variables(weights, name)
+        created: list[keras.Variable | None] = []
+        for weight in weights:
+            # What `add_optimizer_variables` does, which takes no dtype. The layout is private, as there.
+            settings = {"layout": getattr(weight, "_layout", None), "name": f"{weight.path.replace('/', '_')}_{name}"}
+            if getattr(weight, "overwrite_with_gradient", False):
+                created.append(None)
+            else:
+                with backend.beside(weight):
+                    created.append(wrapper.add_variable(weight.shape, "zeros", self._dtype, **settings))
+        return created
 
     def label(self) -> str:
         """Return a name for variables that two wrappers in one optimizer do not share."""
@@ -59,13 +84,20 @@ class SlowWeights:
         """The slow weights, in the order of the weights that have one."""
         return [slow for slow in self.slow_or_none if slow is not None]
 
+    @property
+    def momentum(self) -> list[keras.Variable]:
+        """The slow momentum, in the order of the slow weights, or an empty list."""
+        return [momentum for momentum in self.momentum_or_none if momentum is not None]
+
     def named(self) -> dict[str, keras.Variable]:
-        """Return the slow weights by the names under which they are saved."""
-        return {f"slow_{index}": slow for index, slow in enumerate(self.slow)}
+        """Return the slow weights and the momentum by the names under which they are saved."""
+        slow = {f"slow_{index}": slow for index, slow in enumerate(self.slow)}
+        return slow | {f"slow_momentum_{index}": momentum for index, momentum in enumerate(self.momentum)}
 
     def pairs(self) -> list[Pair]:
         """Return the pair of every weight that has a slow one."""
-        return [Pair(slow, fast) for slow, fast in zip(self.slow_or_none, self.fast) if slow is not None]
+        rows = zip(self.slow_or_none, self.fast, self.momentum_or_none)
+        return [Pair(slow, fast, momentum) for slow, fast, momentum in rows if slow is not None]
 
     def _inside(self) -> Iterator["SlowWeights"]:
         """Yield the slow weights of all wrappers inside this one."""
@@ -75,7 +107,13 @@ class SlowWeights:
                 yield found
 
     def _pairs_inside(self) -> list[Pair]:
-        return [pair for inside in self._inside() for pair in inside.pairs()]
+        """Return the pairs of all wrappers inside this one, which keep their momentum when they start anew."""
+        return [pair._replace(momentum=None) for inside in self._inside() for pair in inside.pairs()]
+
+    def clear_momentum(self) -> None:
+        """Set the momentum to 0."""
+        for momentum in self.momentum:
+            momentum.assign(keras.ops.zeros_like(momentum))
 
     def is_captured(self) -> bool:
         """Return whether the slow weights were captured. This waits for the device."""
@@ -95,12 +133,14 @@ class SlowWeights:
         backend.capture(self.captured, is_due, self.pairs)
 
     def synchronize_if_due(
-        self, counter: Any, is_due: Callable[[Any], Any], slow_step_size: Any, counts_by_one: bool
+        self, counter: Any, is_due: Callable[[Any], Any], step: Callable[[], Any], counts_by_one: bool
     ) -> None:
         """Make the outer step, in a step and after its update, if `is_due(counter)`.
 
         A frozen weight is not moved. Its slow weight starts anew from it, so as not to draw it back when it is trained
         again. Nor may the slow weights of wrappers inside this one draw any weight back: they start anew, too.
+
+        `step()` returns the settings, an `OuterStep` of the backend.
 
         Only PyTorch's backend uses `counts_by_one`, to know a count without waiting for the device.
         """
@@ -111,20 +151,29 @@ class SlowWeights:
         def others() -> list[Pair]:
             return [pair for pair in self.pairs() if not pair.fast.trainable] + self._pairs_inside()
 
-        backend.synchronize(counter, is_due, trained, slow_step_size, counts_by_one)
+        backend.synchronize(counter, is_due, trained, step, counts_by_one)
         backend.capture(counter, is_due, others, counts_by_one)
+        self._mark_synchronized(counter, is_due, counts_by_one)
 
-    def synchronize(self, slow_step_size: Any) -> None:
-        """Make the outer step now, for frozen weights too."""
-        if self._show_fast_unless_captured():
-            backend.synchronize(self.captured, _always, self.pairs, slow_step_size)
+    def synchronize(self, step: Callable[[], Any]) -> None:
+        """Make the outer step now, for frozen weights too. Momentum does not move weights on after a sync."""
+        if self._show_fast_unless_captured() and to_numpy(self.captured) != _SYNCHRONIZED:
+            backend.synchronize(self.captured, _always, self.pairs, step)
             backend.capture(self.captured, _always, self._pairs_inside)
+            self._mark_synchronized(self.captured, _always)
 
     def reset(self) -> None:
         """Capture anew, as wrappers inside do. What was not captured yet will be, by the first update."""
         for slow_weights in (self, *self._inside()):
             if slow_weights.is_captured():
                 backend.capture(slow_weights.captured, _always, slow_weights.pairs)
+        self._mark_synchronized(self.captured, _always)
+
+    def _mark_synchronized(self, counter: Any, is_due: Callable[[Any], Any], counts_by_one: bool = False) -> None:
+        """Note a sync, which holds for wrappers inside, too, where momentum must know."""
+        for slow_weights in (self, *self._inside()):
+            if slow_weights.momentum:
+                backend.mark_synchronized(slow_weights.captured, counter, is_due, counts_by_one)
 
     def to_swap(self) -> Sequence[tuple[keras.Variable | None, keras.Variable]]:
         """Return what a block swaps: each weight and before it its slow weight, or None if that is not captured."""

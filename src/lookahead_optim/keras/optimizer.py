@@ -3,8 +3,8 @@
 Where things happen:
 
 - a sync: `apply`, `_step`, `SlowWeights.synchronize_if_due` in `_slow_weights.py`, `synchronize` in `_on_jax.py`,
-  `_on_tensorflow.py` or `_on_torch.py`. The arithmetic is `_slow_step` in `_outer_step_jax.py` here, `slow_step` and
-  `_slow_step_in_place` in `../_outer_step_tensorflow.py`, `_interpolate` in `../_outer_step_torch.py`;
+  `_on_tensorflow.py` or `_on_torch.py`. The arithmetic is `outer_step` in `_outer_step_jax.py` here,
+  `../_outer_step_tensorflow.py` or `../_outer_step_torch.py`;
 - capture: `_step`, `SlowWeights.capture_if_due`, as long as the variable `captured` is 0; `mark_captured` sets it;
 - what is saved: `.keras` and `.weights.h5` files by name, in `_own_variables`; `get_weights` by position, in
   `variables`; `tf.train.Checkpoint` by what `_track_own` was given;
@@ -25,6 +25,8 @@ import numpy as np
 from lookahead_optim._checks import (
     OVER_RELAXATION,
     check_outside_block,
+    check_slow_momentum,
+    check_slow_nesterov,
     check_slow_step_size,
     check_sync_period,
     explain_other_names,
@@ -35,7 +37,7 @@ from lookahead_optim._evaluation import Block
 from lookahead_optim.keras._backend import backend
 from lookahead_optim.keras._due import Due
 from lookahead_optim.keras._inner_optimizer import deserialize, make_inner_optimizer
-from lookahead_optim.keras._settings import Setting
+from lookahead_optim.keras._settings import Schedule, Setting, check_slow_dtype, check_slow_dtype_of, make_step_size
 from lookahead_optim.keras._slow_weights import SlowWeights
 from lookahead_optim.keras._state import assign, checked, to_numpy
 from lookahead_optim.keras._wrappers import accumulation_steps, counter_of, counts_by_one, optimizers_in
@@ -59,6 +61,13 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     scaler skips and micro-steps of gradient accumulation do not count. Everything else is the inner optimizer's:
     learning rate, schedules, clipping, weight decay, EMA, accumulation. State takes one copy of the weights.
 
+    With slow momentum $\mu$ the outer step is gradient descent with momentum on the pseudo-gradient
+    $s = \phi - \theta$, as in SNOO and, with one worker, DiLoCo:
+
+    .. math:: b \leftarrow \mu b + s, \qquad \phi \leftarrow \phi - \alpha (s + \mu b), \qquad \theta \leftarrow \phi.
+
+    The momentum $b$ starts from 0 and takes one more copy of the weights.
+
     A weight that is not `trainable` when a sync is due is frozen. The sync does not move it, and its slow weight starts
     anew from its own value. A `sync()` by hand does move it.
 
@@ -70,16 +79,25 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             `keras.optimizers.get` takes. A `LossScaleOptimizer` goes around `Lookahead`, not inside.
         sync_period: Integer >= 0, inner updates per slow step ($k$). 0 switches Lookahead off: the wrapper then
             behaves as the inner optimizer and holds no slow weights. Defaults to 6.
-        slow_step_size: Finite float >= 0, the slow step size ($\alpha$). 1 recovers the inner optimizer. Above 1 there
-            is a `UserWarning`. There is no schedule for it; only the Optax front end takes one. Defaults to 0.5.
+        slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or a schedule of it: a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable that returns a scalar. It is given the
+            number of syncs so far, `iterations // sync_period`, an int32 scalar. 1 recovers the inner optimizer. Above
+            1, without momentum, there is a `UserWarning`. Defaults to 0.5.
         name: String, the name of this optimizer. Defaults to `"Lookahead"`.
+        slow_momentum: Float >= 0 and < 1, the slow momentum ($\mu$). 0 is plain Lookahead, without $b$. Defaults to 0.
+        slow_nesterov: Boolean, whether the momentum is Nesterov's, as above. Otherwise it is heavy ball,
+            $\phi \leftarrow \phi - \alpha b$. Without slow momentum it has no effect. Defaults to `True`.
+        slow_dtype: Dtype of slow weights and slow momentum, at least as wide as the dtype of each weight: `"float32"`
+            for a model in bfloat16 or float16, whose slow weights would lose small moves. The fast weights restart from
+            the slow weights rounded to their dtype, and moves are measured from there. Defaults to `None`, the dtype of
+            each weight.
         **kwargs: Settings for the inner optimizer, for code written for TensorFlow Addons: `learning_rate` (or
             `lr`), `decay` (inverse-time decay of the learning rate, per step), `clipnorm`, `clipvalue`,
             `global_clipnorm` (0 is no clipping, as in Keras). One that contradicts a value which the inner optimizer
             already has is an error.
 
     Raises:
-        TypeError: if `optimizer`, `sync_period` or `slow_step_size` has the wrong type.
+        TypeError: if an argument has the wrong type.
         ValueError: if a value is out of range, a keyword contradicts the inner optimizer, is unknown or is another
             implementation's name of an argument (as in Keras 3; in Keras 2 that is a `TypeError`).
 
@@ -98,6 +116,10 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     References:
         Zhang, Lucas, Hinton and Ba, `Lookahead Optimizer: k steps forward, 1 step back
         <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1.
+
+        Slow momentum: Kallusky, Rao, Nandavar and Shi, `SNOO: Step-K Nesterov Outer Optimizer
+        <https://arxiv.org/abs/2510.15830>`__, 2025; Douillard and others, `DiLoCo
+        <https://arxiv.org/abs/2311.08105>`__, 2023, Algorithm 1.
     """
 
     built: bool
@@ -107,13 +129,20 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         self,
         optimizer: Any,
         sync_period: int = 6,
-        slow_step_size: float = 0.5,
+        slow_step_size: float | Callable[[Any], Any] = 0.5,
         name: str = "Lookahead",
+        *,
+        slow_momentum: float = 0.0,
+        slow_nesterov: bool = True,
+        slow_dtype: Any = None,
         **kwargs: Any,
     ) -> None:
         sync_period = check_sync_period(sync_period)
-        slow_step_size = check_slow_step_size(slow_step_size)
-        warn_if_over_relaxed(slow_step_size, stacklevel=3)
+        step_size = make_step_size(slow_step_size)
+        slow_momentum, slow_nesterov = check_slow_momentum(slow_momentum), check_slow_nesterov(slow_nesterov)
+        slow_dtype = check_slow_dtype(slow_dtype)
+        if isinstance(step_size, Setting):
+            warn_if_over_relaxed(step_size.number, slow_momentum, stacklevel=3)
         inner_optimizer = make_inner_optimizer(optimizer, kwargs)
         # A callable learning rate spares Keras a variable for it; it is never called.
         super().__init__(learning_rate=float, name=name)
@@ -122,8 +151,9 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         # from an optimizer, or tells it for which variables it was built: `_untrack_variable`, and in `build` the three
         # `_trainable_variables`, `_trainable_variables_indices` and `_var_key`, are private.
         self._untrack_variable(*self._variables)
-        self._sync_period, self._slow_step_size = Setting(sync_period), Setting(slow_step_size)
-        self._slow_weights = SlowWeights(inner_optimizer)
+        self._sync_period, self._slow_step_size = Setting(sync_period), step_size
+        self._slow_momentum, self._slow_nesterov, self._slow_dtype = slow_momentum, slow_nesterov, slow_dtype
+        self._slow_weights = SlowWeights(inner_optimizer, bool(slow_momentum), slow_dtype)
         self._block = Block(keras.ops.convert_to_tensor, backend.copy_of, keras.ops.all)
         self._track_own({"inner_optimizer": inner_optimizer})
         # Without slow weights there is no variable either, so that no file of one kind says that there are some.
@@ -139,7 +169,17 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         # The same bits as with a number: none of the weights has a longer dtype.
         is_double = any(keras.backend.standardize_dtype(slow.dtype) == "float64" for slow in self.slow_variables)
         self._sync_period.create_variable(self, f"{label}_sync_period", "int")
-        self._slow_step_size.create_variable(self, f"{label}_slow_step_size", "float64" if is_double else "float32")
+        if isinstance(self._slow_step_size, Setting):
+            dtype = "float64" if is_double else "float32"
+            self._slow_step_size.create_variable(self, f"{label}_slow_step_size", dtype)
+
+    def _settings(self) -> list[Setting]:
+        """Return the settings that have variables."""
+        return [one for one in (self._sync_period, self._slow_step_size) if isinstance(one, Setting)]
+
+    def _outer_step(self, syncs: Any) -> Any:
+        """Return the settings of the outer step after so many syncs, a tuple of the backend."""
+        return backend.OuterStep(self._slow_step_size.at(syncs), self._slow_momentum, self._slow_nesterov)
 
     def __repr__(self) -> str:
         inner = self.__dict__.get("inner_optimizer")
@@ -147,7 +187,12 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             return super().__repr__()
         # Keras' optimizers have Python's `repr`.
         shown = repr(inner) if isinstance(inner, Lookahead) else f"<{type(inner).__name__} {inner.name!r}>"
-        return f"{type(self).__name__}({shown}, sync_period={self.sync_period}, slow_step_size={self.slow_step_size})"
+        settings = f"sync_period={self.sync_period}, slow_step_size={self._slow_step_size}"
+        if self.slow_momentum:
+            settings += f", slow_momentum={self.slow_momentum}, slow_nesterov={self.slow_nesterov}"
+        if self.slow_dtype:
+            settings += f", slow_dtype={self.slow_dtype!r}"
+        return f"{type(self).__name__}({shown}, {settings})"
 
     @property
     def _captured(self) -> Any:
@@ -205,20 +250,44 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     @property
     def slow_step_size(self) -> float:
-        r"""The slow step size, $\alpha$. A new value holds from the next sync on, as that of `sync_period` does.
+        r"""The slow step size of the next sync, $\alpha$.
+
+        A new value holds from the next sync on, as a new `sync_period` does. A schedule cannot be replaced.
 
         Raises:
-            TypeError: if it is no real number.
+            TypeError: if it is no real number, or the optimizer was made with a schedule.
             ValueError: if it is negative or not finite.
         """
-        return self._slow_step_size.number
+        if isinstance(self._slow_step_size, Setting):
+            return self._slow_step_size.number
+        return self._slow_step_size.at(self._syncs())
 
     @slow_step_size.setter
     def slow_step_size(self, slow_step_size: float) -> None:
         slow_step_size = check_slow_step_size(slow_step_size)
+        if isinstance(self._slow_step_size, Schedule):
+            raise TypeError(
+                "`slow_step_size` cannot be set, as this `Lookahead` was made with a schedule of it. Make a new one "
+                f"with a number. Received: slow_step_size={slow_step_size!r}"
+            )
         # The `__setattr__` of this class is between here and the user's line.
-        warn_if_over_relaxed(slow_step_size, stacklevel=3)
+        warn_if_over_relaxed(slow_step_size, self.slow_momentum, stacklevel=3)
         self._slow_step_size.number = slow_step_size
+
+    @property
+    def slow_momentum(self) -> float:
+        r"""The slow momentum, $\mu$. It cannot be set: state and compiled steps depend on it."""
+        return self._slow_momentum
+
+    @property
+    def slow_nesterov(self) -> bool:
+        """Whether slow momentum is Nesterov's. It cannot be set."""
+        return self._slow_nesterov
+
+    @property
+    def slow_dtype(self) -> str | None:
+        """The dtype of slow weights and slow momentum, `None` for the dtype of each weight. It cannot be set."""
+        return self._slow_dtype
 
     @property
     def learning_rate(self) -> Any:
@@ -260,8 +329,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     @property
     def variables(self) -> list[Any]:
-        """All state: whether the slow weights were captured, these, `sync_period`, `slow_step_size`, then the inner
-        optimizer's variables."""
+        """All state: whether the slow weights were captured, these, the slow momentum if there is any, `sync_period`,
+        `slow_step_size` unless it is a schedule, then the inner optimizer's variables."""
         return self._variables + self.inner_optimizer.variables
 
     @property
@@ -271,9 +340,10 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     @property
     def slow_variables(self) -> list[Any]:
-        """The slow weights, a list of `keras.Variable`, shaped and typed like the variables the optimizer was built
-        with, and in their order. Undefined before the first update; empty if it was built with a `sync_period` of 0.
-        Variables that Keras overwrites with their gradients, the scales of float8, have none; see `get_slot`."""
+        """The slow weights, a list of `keras.Variable`, shaped like the variables the optimizer was built with, of
+        their dtypes or `slow_dtype`, and in their order. Undefined before the first update; empty if it was built with
+        a `sync_period` of 0. Variables that Keras overwrites with their gradients, the scales of float8, have none; see
+        `get_slot`."""
         return self._slow_weights.slow
 
     def build(self, variables: Iterable[Any]) -> None:
@@ -281,12 +351,13 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
         Raises:
             ValueError: if the inner optimizer was built for other variables, or belongs to another
-                `tf.distribute` strategy than they.
+                `tf.distribute` strategy than they, or if `slow_dtype` is narrower than the dtype of a variable.
         """
         if self.built:
             return
         variables = list(variables)
         backend.check_scope(list(optimizers_in(self)), variables)
+        check_slow_dtype_of(self.slow_dtype, variables)
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         built_for = [self._var_key(variable) for variable in self.inner_optimizer._trainable_variables]
@@ -310,6 +381,10 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
     def _count(self) -> int:
         return int(to_numpy(self.iterations))
+
+    def _syncs(self) -> int:
+        """Return the number of syncs so far, if the period has always been this one."""
+        return self._count() // max(self.sync_period, 1)
 
     def _check_built(self, caller: str) -> None:
         if not self.built:
@@ -422,7 +497,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             by_one = counts_by_one(self.inner_optimizer)
             # Only now: an update that raised was none.
             backend.mark_captured(self._captured, counter, due.mark, by_one)
-            self._slow_weights.synchronize_if_due(counter, due.sync, self._slow_step_size.in_step(), by_one)
+            self._slow_weights.synchronize_if_due(counter, due.sync, lambda: self._outer_step(due.syncs()), by_one)
 
     def minimize(self, loss: Callable[[], Any], var_list: Any, grad_loss: Any = None, name: str | None = None) -> Any:
         """Compute the gradients of `loss` and apply them.
@@ -462,26 +537,27 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
 
         Nor does a call before the first applied update.
 
-        There is a `UserWarning` if `iterations` is less than `sync_period`, the slow step size is below 1, and neither
-        this method nor `reset_slow_weights` was called before. After a run this short the slow weights are those from
-        before the first update, so that this call takes back a part of all that was trained.
+        There is a `UserWarning` if `iterations` is less than `sync_period`, the slow step size is below 1, there is no
+        slow momentum, and neither this method nor `reset_slow_weights` was called before. After a run this short the
+        slow weights are those from before the first update, so that this call takes back a part of all that was
+        trained.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block.
         """
         self._end_block_of_callback("sync()")
         self._warn_if_within_first_cycle()
-        self._slow_weights.synchronize(self._slow_step_size.in_step())
+        self._slow_weights.synchronize(lambda: self._outer_step(self._syncs()))
         self._block.note_made_equal(self._count)
 
     def _warn_if_within_first_cycle(self) -> None:
-        if self._has_slow_weights() and self._block.made_equal_at is None:
+        if not self.slow_momentum and self._has_slow_weights() and self._block.made_equal_at is None:
             warn_if_within_first_cycle(self._count(), self.sync_period, self.slow_step_size, stacklevel=3)
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the model again, after restoring its best weights, say.
 
-        A call before the first applied update changes nothing: that update captures.
+        Slow momentum starts from 0 again. A call before the first applied update changes nothing: that update captures.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block.
@@ -493,6 +569,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
         """Context manager that runs a block, an evaluation or an export, with the slow weights in the model.
+
+        Slow weights of a wider dtype are rounded to the dtypes of the model's weights.
 
         The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
         memory of one more set of weights. A block inside a block changes nothing; do not train in one. Before the first
@@ -570,36 +648,37 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
     def get_slot_names(self) -> list[str]:
-        """Return the names that `get_slot` takes: `["slow"]`."""
-        return ["slow"]
+        """Return the names that `get_slot` takes: `["slow"]`, with slow momentum also `"slow_momentum"`."""
+        return ["slow", "slow_momentum"] if self.slow_momentum else ["slow"]
 
     def __dir__(self) -> list[str]:
         # TensorFlow's checkpoints take an object that lists `get_slot_names` for an optimizer of TensorFlow 1.
         return [name for name in super().__dir__() if name != "get_slot_names"]
 
     def get_slot(self, var: Any, slot_name: str) -> Any:
-        """Return the slow weight of a variable, a `keras.Variable` of its shape and dtype.
+        """Return the slow weight of a variable, or its slow momentum: a `keras.Variable` of its shape.
 
         Args:
             var: A trainable variable that the optimizer was built with.
-            slot_name: `"slow"`.
+            slot_name: `"slow"` or, if there is slow momentum, `"slow_momentum"`.
 
         Raises:
             ValueError: for another slot name, an unbuilt optimizer, or a variable without a slow weight.
         """
-        if slot_name != "slow":
+        if slot_name not in self.get_slot_names():
             raise ValueError(f"`slot_name` must be one of {self.get_slot_names()}. Received: slot_name={slot_name!r}")
         self._check_built("get_slot(var, slot_name)")
         self._check_variables_are_known([var])
         if not self._slow_weights.slow_or_none:
             raise ValueError("There are no slow weights: Lookahead is switched off. Received: sync_period=0")
-        slow = self._slow_weights.slow_or_none[self._get_variable_index(var)]
-        if slow is None:
+        slots = self._slow_weights.slow_or_none if slot_name == "slow" else self._slow_weights.momentum_or_none
+        slot = slots[self._get_variable_index(var)]
+        if slot is None:
             raise ValueError(
                 "`var` must not be a variable that Keras overwrites with its gradient, such as a scale of float8: "
                 f"those have no slow weight. Received: var={var!r}"
             )
-        return slow
+        return slot
 
     def get_weights(self) -> list[np.ndarray]:
         """Return the values of `variables` as a list of NumPy arrays."""
@@ -619,13 +698,13 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         self._end_block_of_callback("set_weights(weights)")
         arrays = checked(self.variables, weights, "set_weights(weights)")
         own = dict(zip(map(id, self._variables), arrays))
-        if id(self._slow_step_size.variable) in own:
+        if self._slow_step_size.variable is not None:
             check_slow_step_size(float(own[id(self._slow_step_size.variable)]))
         self.inner_optimizer.set_weights(arrays[len(own) :])
         for variable in self._variables:
             variable.assign(own[id(variable)])
         self._block.loaded = {}
-        for setting in (self._sync_period, self._slow_step_size):
+        for setting in self._settings():
             setting.take_what_was_loaded()
 
     def _own_variables(self) -> dict[str, Any]:
@@ -634,7 +713,7 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         return {"captured": self._captured, **self._slow_weights.named()} if self.sync_period and self.built else {}
 
     def save_own_variables(self, store: Any) -> None:
-        """Save the slow weights and whether they were captured.
+        """Save the slow weights, the slow momentum and whether they were captured.
 
         Keras has the inner optimizer save its own state beside them. While the slow weights are in the model, the fast
         ones are saved, too, and the number of updates after which they are right.
@@ -648,8 +727,12 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 store[f"fast_{index}"] = keras.ops.convert_to_numpy(fast[id(pair.fast)])
 
     def load_own_variables(self, store: Any) -> None:
-        """Load what `save_own_variables` saved. Settings are those of the constructor, or as they were set since."""
-        for setting in (self._sync_period, self._slow_step_size):
+        """Load what `save_own_variables` saved. Settings are those of the constructor, or as they were set since.
+
+        Where no slow momentum was saved, it starts from 0. One that this optimizer has no use for is left out, with a
+        warning.
+        """
+        for setting in self._settings():
             setting.keep_what_was_set()
         caller = "load_own_variables(store)"
         variables = self._own_variables()
@@ -660,6 +743,17 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             saved -= {"fast_count", *fast}
         else:
             fast = []
+        momentum = {f"slow_momentum_{index}" for index in range(len(self.slow_variables))}
+        found, wanted = saved & momentum, variables.keys() & momentum
+        if {frozenset(found), frozenset(wanted)} == {frozenset(), frozenset(momentum)}:
+            if found and self.built:
+                warnings.warn(
+                    f"Leaving out the slow momentum that was saved, as the optimizer {self.name!r} has none. Make it "
+                    "with the `slow_momentum` of the optimizer that was saved to go on with it.",
+                    stacklevel=2,
+                )
+            saved -= momentum
+            variables = {name: variable for name, variable in variables.items() if name not in momentum}
         if saved != set(variables) and not self.built:
             warnings.warn(
                 f"Skipping the state of optimizer {self.name!r}, which is not built yet. To load it, call "
@@ -679,6 +773,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         count = int(np.asarray(store["fast_count"])) if fast else 0
         values = checked(self.slow_variables if fast else [], [store[name] for name in fast], caller)
         assign(list(variables.values()), [store[name] for name in variables], caller)
+        if wanted and not found:
+            self._slow_weights.clear_momentum()
         self._block.loaded_at = count
         self._block.loaded = {
             id(pair.fast): (pair.fast, value) for pair, value in zip(self._slow_weights.pairs(), values)
@@ -690,7 +786,10 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
             "name": self.name,
             "optimizer": keras.optimizers.serialize(self.inner_optimizer),
             "sync_period": self.sync_period,
-            "slow_step_size": self.slow_step_size,
+            "slow_step_size": self._slow_step_size.config(),
+            "slow_momentum": self.slow_momentum,
+            "slow_nesterov": self.slow_nesterov,
+            "slow_dtype": self.slow_dtype,
         }
 
     @classmethod
@@ -704,6 +803,8 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         config = dict(config)
         if isinstance(config["optimizer"], dict):
             config["optimizer"] = deserialize(config["optimizer"], custom_objects)
+        if isinstance(config.get("slow_step_size"), dict):
+            config["slow_step_size"] = keras.saving.deserialize_keras_object(config["slow_step_size"], custom_objects)
         with warnings.catch_warnings():
             # Who made the config was warned.
             warnings.filterwarnings("ignore", OVER_RELAXATION)

@@ -15,7 +15,7 @@ import tensorflow as tf
 from lookahead_optim import _outer_step_tensorflow
 from lookahead_optim._control_flow_tensorflow import after, operations
 from lookahead_optim._evaluation import Block
-from lookahead_optim._outer_step_tensorflow import Pair
+from lookahead_optim._outer_step_tensorflow import OuterStep, Pair
 from lookahead_optim.tf_keras._count import Counting, to_int
 from lookahead_optim.tf_keras._order import appended
 
@@ -173,9 +173,10 @@ class SlowWeights(Counting):
             slots = {id(self.get_slot(fast, "slow")) for fast in trained if id(fast) in self._fast_variables}
             return [pair for pair in self._pairs() if (id(pair.slow) in slots) == are_trained]
 
-        done = _outer_step_tensorflow.synchronize(
-            self._steps, is_due, lambda: pairs(True), self._get_hyper("slow_step_size"), constrain_slow=False
-        )
+        def step() -> OuterStep:
+            return OuterStep(self._get_hyper("slow_step_size"))
+
+        done = _outer_step_tensorflow.synchronize(self._steps, is_due, lambda: pairs(True), step, constrain_slow=False)
         if trained is not None:
             with after(done):
                 done = operations(done, _outer_step_tensorflow.capture(self._steps, is_due, lambda: pairs(False)))
