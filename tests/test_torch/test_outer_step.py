@@ -235,6 +235,22 @@ def test_a_checkpoint_brings_its_momentum_with_its_settings():
     )
 
 
+@pytest.mark.parametrize("is_saved_wide", [True, False])
+def test_a_checkpoint_takes_the_slow_dtype_of_the_optimizer_that_loads_it(is_saved_wide):
+    def make(weights, is_wide):
+        dtype = torch.float32 if is_wide else None
+        return Lookahead(torch.optim.SGD(weights, 0.1), 3, slow_momentum=0.5, slow_dtype=dtype)
+
+    trained = train(make(parameters((3,), dtype=torch.bfloat16), is_saved_wide), 4)
+    (weight,) = weights = parameters((3,), dtype=torch.bfloat16, seed=1)
+    other = make(weights, not is_saved_wide)
+    other.load_state_dict(trained.state_dict())
+    train(other, 6, 4)
+    state = other.state[weight]
+    assert state["slow"].dtype == state["slow_momentum"].dtype == (torch.bfloat16 if is_saved_wide else torch.float32)
+    assert_same_bits([weight], [state["slow"].bfloat16()])
+
+
 def test_momentum_that_is_switched_off_is_dropped_at_the_next_sync():
     (weight,) = parameters((3,))
     optimizer = train(Lookahead(torch.optim.SGD([weight], 0.1), 2, slow_momentum=0.5), 3)
@@ -263,6 +279,7 @@ def test_a_model_that_changes_its_dtype_has_slow_weights_at_least_as_wide(at, dt
     ("name", "value", "error", "message"),
     [
         ("slow_momentum", 1.0, ValueError, r"`slow_momentum` must be >= 0 and < 1.*Received: slow_momentum=1\.0"),
+        ("slow_momentum", 1.5, ValueError, r"Received: slow_momentum=1\.5"),
         ("slow_momentum", -0.1, ValueError, r"Received: slow_momentum=-0\.1"),
         ("slow_momentum", NAN, ValueError, "Received: slow_momentum=nan"),
         ("slow_momentum", "0.9", TypeError, "`slow_momentum` must be a real number.*Received: slow_momentum='0.9'"),
@@ -302,6 +319,26 @@ def test_bad_settings_are_refused_and_change_nothing(name, value, error, message
     assert "sync_period" not in inner.param_groups[0]
     assert str(optimizer.state_dict()) == str(before[1])
     assert_same_bits(weights, before[0])
+
+
+@pytest.mark.parametrize(
+    ("momentum", "received"),
+    [(torch.ones(4), r"shape \(4,\)"), (torch.ones(1, 3), r"shape \(1, 3\)"), (1.0, r"1\.0"), ("x", "'x'")],
+)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_state_dict_with_a_bad_momentum_is_refused_and_changes_nothing(momentum, received, is_nested):
+    weights = parameters((2,), (3,))
+    optimizer = Lookahead(torch.optim.SGD(weights, 0.1, momentum=0.9), 3, slow_momentum=0.9)
+    if is_nested:
+        optimizer = Lookahead(optimizer, 2, slow_momentum=0.5)
+    train(optimizer, 4)
+    before = copy.deepcopy((weights, optimizer.state_dict()))
+    bad = copy.deepcopy(optimizer.state_dict())
+    bad["state"][1]["slow_momentum"] = momentum
+    with pytest.raises(ValueError, match=rf"slow momentum of shape \(3,\) for parameter 1\. Received: {received}"):
+        optimizer.load_state_dict(bad)
+    assert_same_bits(weights, before[0])
+    assert str(optimizer.state_dict()) == str(before[1])
 
 
 @pytest.mark.parametrize(
@@ -351,17 +388,3 @@ def test_momentum_explains_a_step_size_above_1():
     Lookahead(torch.optim.SGD(parameters((3,)), 0.1), 2, 1.2, slow_momentum=0.5)
     with pytest.warns(UserWarning, match="over-relaxation"):
         Lookahead(torch.optim.SGD(parameters((3,)), 0.1), 2, 1.2)
-
-
-def test_an_infinite_gradient_that_a_scaler_skips_does_not_reach_the_momentum():
-    (weight,) = parameters((3,))
-    optimizer = Lookahead(torch.optim.SGD([weight], 0.1), 1, slow_momentum=0.9)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    for step in range(4):
-        optimizer.zero_grad()
-        loss = (weight * (float("inf") if step == 2 else 1.0)).sum()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    assert optimizer.param_groups[0]["lookahead_step"] == 3
-    assert optimizer.state[weight]["slow_momentum"].isfinite().all()
