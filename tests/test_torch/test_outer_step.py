@@ -246,7 +246,7 @@ def test_a_checkpoint_takes_the_slow_dtype_of_the_optimizer_that_loads_it(is_sav
     other = make(weights, not is_saved_wide)
     other.load_state_dict(trained.state_dict())
     train(other, 6, 4)
-    state = other.state[weight]
+    state = other.state_dict()["state"][0]
     assert state["slow"].dtype == state["slow_momentum"].dtype == (torch.bfloat16 if is_saved_wide else torch.float32)
     assert_same_bits([weight], [state["slow"].bfloat16()])
 
