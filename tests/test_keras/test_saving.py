@@ -273,7 +273,9 @@ def test_the_config_is_plain_data_with_the_documented_keys():
     import json
 
     config = CONFIGURED["plain"]().get_config()
-    assert set(config) == {"name", "optimizer", "sync_period", "slow_step_size"}
+    outer = {"slow_momentum": 0.0, "slow_nesterov": True, "slow_dtype": None}
+    assert set(config) == {"name", "optimizer", "sync_period", "slow_step_size", *outer}
+    assert {name: config[name] for name in outer} == outer
     assert (config["name"], config["sync_period"], config["slow_step_size"]) == ("wrapper", 7, 0.25)
     assert config["optimizer"]["config"]["name"] == "mine"
     assert json.loads(json.dumps(config)) == config

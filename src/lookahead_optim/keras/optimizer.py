@@ -6,7 +6,7 @@ Where things happen:
   `_on_tensorflow.py` or `_on_torch.py`. The arithmetic is `outer_step` in `_outer_step_jax.py` here,
   `../_outer_step_tensorflow.py` or `../_outer_step_torch.py`;
 - capture: `_step`, `SlowWeights.capture_if_due`, as long as the variable `captured` is 0; `mark_captured` sets it;
-- what is saved: `.keras` and `.weights.h5` files by name, in `_own_variables`; `get_weights` by position, in
+- what is saved: `.keras` and `.weights.h5` files by name, in `Saving._own_variables`; `get_weights` by position, in
   `variables`; `tf.train.Checkpoint` by what `_track_own` was given;
 - a skipped update: a loss scaler around does not call `_step`. A micro-step of accumulation raises the count of calls,
   but not the count of updates, at which `Due` looks. It captures, too: the last capture before an update counts;
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from lookahead_optim._checks import (
     OVER_RELAXATION,
@@ -37,9 +36,10 @@ from lookahead_optim._evaluation import Block
 from lookahead_optim.keras._backend import backend
 from lookahead_optim.keras._due import Due
 from lookahead_optim.keras._inner_optimizer import deserialize, make_inner_optimizer
+from lookahead_optim.keras._saving import Saving
 from lookahead_optim.keras._settings import Schedule, Setting, check_slow_dtype, check_slow_dtype_of, make_step_size
 from lookahead_optim.keras._slow_weights import SlowWeights
-from lookahead_optim.keras._state import assign, checked, to_numpy
+from lookahead_optim.keras._state import to_numpy
 from lookahead_optim.keras._wrappers import accumulation_steps, counter_of, counts_by_one, optimizers_in
 
 __all__ = ["Lookahead"]
@@ -48,7 +48,7 @@ _Tracked: Any = backend.Tracked
 
 
 @keras.saving.register_keras_serializable(package="lookahead_optim")
-class Lookahead(_Tracked, keras.optimizers.Optimizer):
+class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
     r"""Lookahead: `k` steps forward, one step back.
 
     Wraps an optimizer, which moves the model's weights, the *fast* weights $\theta$. After every `sync_period`
@@ -172,10 +172,6 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         if isinstance(self._slow_step_size, Setting):
             dtype = "float64" if is_double else "float32"
             self._slow_step_size.create_variable(self, f"{label}_slow_step_size", dtype)
-
-    def _settings(self) -> list[Setting]:
-        """Return the settings that have variables."""
-        return [one for one in (self._sync_period, self._slow_step_size) if isinstance(one, Setting)]
 
     def _outer_step(self, syncs: Any) -> Any:
         """Return the settings of the outer step after so many syncs, a tuple of the backend."""
@@ -326,17 +322,6 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
         """The number of applied updates, $t$, a scalar integer. It is the inner optimizer's, also when assigned to."""
         counter, calls = counter_of(self.inner_optimizer)
         return counter if calls == 1 else keras.ops.floor_divide(counter, calls)
-
-    @property
-    def variables(self) -> list[Any]:
-        """All state: whether the slow weights were captured, these, the slow momentum if there is any, `sync_period`,
-        `slow_step_size` unless it is a schedule, then the inner optimizer's variables."""
-        return self._variables + self.inner_optimizer.variables
-
-    @property
-    def weights(self) -> list[Any]:
-        """The same as `variables`, the name that Keras 2 used."""
-        return self.variables
 
     @property
     def slow_variables(self) -> list[Any]:
@@ -622,16 +607,6 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 averages |= {id(weight): average for weight, average in found if average is not None}
         return averages
 
-    def _loaded_fast_weights(self) -> dict[int, Any]:
-        """Return the fast weights of the file that was loaded last, unless an update was applied since."""
-        loaded = {key: value for key, (_, value) in self._block.loaded.items()}
-        return loaded if loaded and self._count() == self._block.loaded_at else {}
-
-    def _take_loaded_fast_weights(self) -> None:
-        if loaded := self._loaded_fast_weights():
-            self._block.put_back(loaded, self._pairs_to_swap())
-        self._block.loaded = {}
-
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
         """Let the inner optimizer end the training, at the end of `fit`: with its EMA in the model, say."""
         self._leave_slow_weights()
@@ -679,106 +654,6 @@ class Lookahead(_Tracked, keras.optimizers.Optimizer):
                 f"those have no slow weight. Received: var={var!r}"
             )
         return slot
-
-    def get_weights(self) -> list[np.ndarray]:
-        """Return the values of `variables` as a list of NumPy arrays."""
-        return [to_numpy(variable) for variable in self.variables]
-
-    def set_weights(self, weights: Iterable[Any]) -> None:
-        """Set the values of `variables`.
-
-        Args:
-            weights: List of arrays, as from `get_weights`.
-
-        Raises:
-            ValueError: if the optimizer is not built, the number or a shape of the arrays is wrong, one is not of
-                numbers, or a step count or setting is out of range. Nothing is changed then.
-        """
-        self._check_built("set_weights(weights)")
-        self._end_block_of_callback("set_weights(weights)")
-        arrays = checked(self.variables, weights, "set_weights(weights)")
-        own = dict(zip(map(id, self._variables), arrays))
-        if self._slow_step_size.variable is not None:
-            check_slow_step_size(float(own[id(self._slow_step_size.variable)]))
-        self.inner_optimizer.set_weights(arrays[len(own) :])
-        for variable in self._variables:
-            variable.assign(own[id(variable)])
-        self._block.loaded = {}
-        for setting in self._settings():
-            setting.take_what_was_loaded()
-
-    def _own_variables(self) -> dict[str, Any]:
-        # Numbers for names would let a bare optimizer's momentum, of the same count and shapes, load as slow weights.
-        # A wrapper that is switched off saves none, so that its file loads into a wrapper made with a period of 0.
-        return {"captured": self._captured, **self._slow_weights.named()} if self.sync_period and self.built else {}
-
-    def save_own_variables(self, store: Any) -> None:
-        """Save the slow weights, the slow momentum and whether they were captured.
-
-        Keras has the inner optimizer save its own state beside them. While the slow weights are in the model, the fast
-        ones are saved, too, and the number of updates after which they are right.
-        """
-        for name, variable in self._own_variables().items():
-            store[name] = to_numpy(variable)
-        fast = self._loaded_fast_weights() or self._block.fast_weights()
-        if fast and self._own_variables():
-            store["fast_count"] = np.asarray(self._count())
-            for index, pair in enumerate(self._slow_weights.pairs()):
-                store[f"fast_{index}"] = keras.ops.convert_to_numpy(fast[id(pair.fast)])
-
-    def load_own_variables(self, store: Any) -> None:
-        """Load what `save_own_variables` saved. Settings are those of the constructor, or as they were set since.
-
-        Where no slow momentum was saved, it starts from 0. One that this optimizer has no use for is left out, with a
-        warning.
-        """
-        for setting in self._settings():
-            setting.keep_what_was_set()
-        caller = "load_own_variables(store)"
-        variables = self._own_variables()
-        self._block.loaded = {}
-        saved = set(store.keys())
-        fast = [f"fast_{index}" for index in range(len(self.slow_variables))]
-        if saved >= {"fast_count", *fast}:
-            saved -= {"fast_count", *fast}
-        else:
-            fast = []
-        momentum = {f"slow_momentum_{index}" for index in range(len(self.slow_variables))}
-        found, wanted = saved & momentum, variables.keys() & momentum
-        if {frozenset(found), frozenset(wanted)} == {frozenset(), frozenset(momentum)}:
-            if found and self.built:
-                warnings.warn(
-                    f"Leaving out the slow momentum that was saved, as the optimizer {self.name!r} has none. Make it "
-                    "with the `slow_momentum` of the optimizer that was saved to go on with it.",
-                    stacklevel=2,
-                )
-            saved -= momentum
-            variables = {name: variable for name, variable in variables.items() if name not in momentum}
-        if saved != set(variables) and not self.built:
-            warnings.warn(
-                f"Skipping the state of optimizer {self.name!r}, which is not built yet. To load it, call "
-                "`optimizer.build(model.trainable_variables)` before.",
-                stacklevel=2,
-            )
-            return
-        if saved != set(variables):
-            warnings.warn(
-                f"Skipping the state of optimizer {self.name!r}, which has {len(self.slow_variables)} slow weights, as "
-                f"what was saved is another optimizer's state ({len(store.keys())} variables). The slow weights start "
-                "anew, from the model's weights.",
-                stacklevel=2,
-            )
-            self._slow_weights.forget()
-            return
-        count = int(np.asarray(store["fast_count"])) if fast else 0
-        values = checked(self.slow_variables if fast else [], [store[name] for name in fast], caller)
-        assign(list(variables.values()), [store[name] for name in variables], caller)
-        if wanted and not found:
-            self._slow_weights.clear_momentum()
-        self._block.loaded_at = count
-        self._block.loaded = {
-            id(pair.fast): (pair.fast, value) for pair, value in zip(self._slow_weights.pairs(), values)
-        }
 
     def get_config(self) -> dict[str, Any]:
         """Return the config, from which `from_config` makes the same optimizer, without its state."""

@@ -7,12 +7,41 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lookahead_optim._checks import check_slow_step_size, check_sync_period, warn_if_over_relaxed
+from lookahead_optim._checks import (
+    check_slow_momentum,
+    check_slow_step_size,
+    check_sync_period,
+    warn_if_over_relaxed,
+)
 from lookahead_optim.optax._count import SlowStepSize, SyncPeriod
-from lookahead_optim.optax._slow_weights import LookaheadState, first_missing
+from lookahead_optim.optax._momentum import Outer, SlowMomentumState
+from lookahead_optim.optax._outer_step import OuterStep
+from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, takes_slow_dtype, weights_of
 from lookahead_optim.optax._trees import by_path, has_node_types_of, is_array, shapes
 
-__all__ = ["InnerStates", "as_transformation", "check_update", "checked_slow_step_size", "checked_sync_period"]
+__all__ = [
+    "States",
+    "as_outer",
+    "as_transformation",
+    "check_outer_alone",
+    "check_slow_dtype_holds",
+    "check_state",
+    "check_update",
+    "checked_slow_dtype",
+    "checked_slow_momentum",
+    "checked_slow_step_size",
+    "checked_sync_period",
+]
+
+
+def as_outer(outer: Any) -> optax.GradientTransformationExtraArgs | None:
+    """Return the transformation that makes the outer step, if there is one, or raise `TypeError`."""
+    if outer is not None and not isinstance(outer, optax.GradientTransformation):
+        raise TypeError(
+            "`outer` must be an `optax.GradientTransformation`, such as `optax.sgd(0.7, momentum=0.9, nesterov=True)`, "
+            f"or None. Received: outer={outer!r} of type {type(outer).__name__}"
+        )
+    return None if outer is None else optax.with_extra_args_support(outer)
 
 
 def as_transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
@@ -35,7 +64,7 @@ def checked_sync_period(sync_period: Any) -> SyncPeriod:
     return sync_period
 
 
-def checked_slow_step_size(slow_step_size: Any) -> SlowStepSize | optax.Schedule:
+def checked_slow_step_size(slow_step_size: Any, has_momentum: bool) -> SlowStepSize | optax.Schedule:
     """Return a step size or a schedule, or raise `TypeError` or `ValueError`. Warn of a number above 1.
 
     Values of arrays are not checked.
@@ -45,10 +74,76 @@ def checked_slow_step_size(slow_step_size: Any) -> SlowStepSize | optax.Schedule
     if not is_array(slow_step_size):
         number = check_slow_step_size(slow_step_size)
         # This function, `lookahead`, its decorator and then the user's line.
-        warn_if_over_relaxed(number, stacklevel=4)
+        warn_if_over_relaxed(number, float(has_momentum), stacklevel=4)
         return number
     _check_scalar("slow_step_size", slow_step_size, (np.integer, np.floating), "a real")
     return slow_step_size
+
+
+def checked_slow_momentum(slow_momentum: Any) -> SlowStepSize:
+    """Return a momentum factor, or raise `TypeError` or `ValueError`. Values of arrays are not checked."""
+    if not is_array(slow_momentum):
+        return check_slow_momentum(slow_momentum)
+    _check_scalar("slow_momentum", slow_momentum, (np.integer, np.floating), "a real")
+    return slow_momentum
+
+
+def checked_slow_dtype(slow_dtype: Any) -> np.dtype | None:
+    """Return a dtype of slow weights, or raise `TypeError`."""
+    if slow_dtype is None:
+        return None
+    try:
+        dtype = jnp.dtype(slow_dtype)
+    except TypeError:
+        dtype = None
+    # `float` and `bool` would be dtypes for NumPy, and mean another dtype than JAX has for them.
+    if dtype is None or slow_dtype in (bool, int, float, complex) or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            "`slow_dtype` must be a dtype of real numbers, such as 'float32', or None for the dtype of each weight. "
+            f"Received: slow_dtype={slow_dtype!r} of type {type(slow_dtype).__name__}"
+        )
+    return dtype
+
+
+def check_slow_dtype_holds(slow_dtype: np.dtype | None, params: optax.Params) -> None:
+    """Raise `ValueError` if slow weights of some dtype would be less precise than parameters, or are not to be had."""
+    if slow_dtype is None:
+        return
+    if jax.dtypes.canonicalize_dtype(slow_dtype) != slow_dtype:
+        raise ValueError(
+            "`slow_dtype` must be a dtype that JAX has: for 'float64' call `jax.config.update('jax_enable_x64', True)` "
+            f"first. Received: slow_dtype={slow_dtype}"
+        )
+    for leaf in jax.tree.leaves(params):
+        if takes_slow_dtype(leaf):
+            has, wants = jnp.finfo(slow_dtype), jnp.finfo(jnp.result_type(leaf))
+            if has.nmant < wants.nmant or has.maxexp < wants.maxexp or has.minexp > wants.minexp:
+                raise ValueError(
+                    "`slow_dtype` must hold all values of the weights' dtypes, or the slow weights would lose what the "
+                    f"fast ones have. Received: slow_dtype={slow_dtype} for a weight of {wants.dtype}"
+                )
+
+
+def check_outer_alone(slow_step_size: Any, slow_momentum: Any, slow_nesterov: bool) -> None:
+    """Raise `ValueError` if settings of the outer step were given beside a transformation that makes it."""
+    settings = {
+        "slow_step_size": (slow_step_size, 0.5),
+        "slow_momentum": (slow_momentum, 0.0),
+        "slow_nesterov": (slow_nesterov, True),
+    }
+    given = {
+        name: value
+        for name, (value, default) in settings.items()
+        if is_array(value) or callable(value) or value != default
+    }
+    if given:
+        received = ", ".join(f"{name}={value!r:.100}" for name, value in given.items())
+        raise ValueError(
+            "`outer` stands in the place of `slow_step_size`, `slow_momentum` and `slow_nesterov`: leave these out, "
+            "and give `outer` such settings, as in `outer=optax.sgd(0.7, momentum=0.9, nesterov=True)`. Under "
+            "`optax.inject_hyperparams`, which gives every setting, pass it `static_args='slow_step_size'`. "
+            f"Received: {received} beside outer"
+        )
 
 
 def _check_scalar(name: str, value: jax.Array | np.ndarray, kinds: tuple[type, ...], article: str) -> None:
@@ -92,34 +187,62 @@ def check_update(state: Any, params: Any, is_off: bool) -> None:
         )
 
 
-class InnerStates:
-    """Which states are those of an inner transformation.
+class States:
+    """Which states are those of a transformation.
 
     To find that out from `init` means to trace it, so the structures that it made, or an update, are kept.
     """
 
-    def __init__(self, inner: optax.GradientTransformation) -> None:
-        self._init = inner.init
+    def __init__(self, transformation: optax.GradientTransformation) -> None:
+        self._init = transformation.init
         self._structures: list[Any] = []
 
-    def add(self, inner_state: optax.OptState) -> None:
-        """Note that the inner transformation made a state of this structure."""
-        structure = jax.tree.structure(inner_state)
+    def add(self, state: optax.OptState) -> None:
+        """Note that the transformation made a state of this structure."""
+        structure = jax.tree.structure(state)
         if structure not in self._structures:
             self._structures.append(structure)
 
-    def check(self, state: LookaheadState, params: optax.Params) -> None:
-        """Raise `ValueError` if the inner state in a state is that of another transformation."""
-        inner_state = state.inner_state
-        if jax.tree.structure(inner_state) in self._structures:
-            return
+    def other_than(self, state: optax.OptState, params: optax.Params) -> Any:
+        """Return the structure that a state should have, or `None` if it is right, or nobody can tell."""
+        if jax.tree.structure(state) in self._structures:
+            return None
         try:
-            like = jax.eval_shape(self._init, params if state.slow_params is None else state.slow_params)
+            like = jax.eval_shape(self._init, params)
         except Exception:  # An `init` that cannot be traced, as it reads values, does not say what it returns.
-            return
-        if not has_node_types_of(inner_state, like):
-            raise ValueError(
-                "`state` must be that of a `lookahead` around the same inner transformation, whose state has the "
-                f"structure {jax.tree.structure(like)!s:.500}. Call `init` anew for another one. "
-                f"Received: state.inner_state={inner_state!r:.500}"
-            )
+            return None
+        return None if has_node_types_of(state, like) else jax.tree.structure(like)
+
+
+def check_state(
+    state: LookaheadState,
+    params: optax.Params,
+    inner_states: States,
+    outer: Outer | None,
+    outer_states: States | None,
+    slow_dtype: np.dtype | None,
+) -> None:
+    """Raise `ValueError` if a state is that of a `lookahead` with another inner transformation or outer step.
+
+    `outer` is `None` where the outer step has no state, or Lookahead is off and the state of one does not matter.
+    """
+    like = inner_states.other_than(state.inner_state, params if state.slow_params is None else state.slow_params)
+    if like is not None:
+        raise ValueError(
+            "`state` must be that of a `lookahead` around the same inner transformation, whose state has the "
+            f"structure {like!s:.500}. Call `init` anew for another one. "
+            f"Received: state.inner_state={state.inner_state!r:.500}"
+        )
+    if slow_dtype is not None:
+        leaves = by_path(params)
+        for path, slow in by_path(state.slow_params).items():
+            if path in leaves and takes_slow_dtype(leaves[path]) and jnp.result_type(slow) != slow_dtype:
+                raise ValueError(
+                    "`state` must have slow parameters of `slow_dtype`. To go on from others, call "
+                    "`reset_slow_params` with a new state: `init(params)._replace(inner_state=state.inner_state, "
+                    f"step=state.step)`. Received: slow_dtype={slow_dtype} with a slow parameter of {slow.dtype}"
+                )
+
+
+def has_outer_state_of(state: LookaheadState, outer: Outer | None, outer_states: States | None) -> bool:
+    return False

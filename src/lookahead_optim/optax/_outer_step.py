@@ -1,10 +1,11 @@
-"""The outer step: pseudo-gradient, slow step, restart.
+"""The outer step: pseudo-gradient, momentum, slow step, restart.
 
-`outer_step` makes it for one weight. The functions for trees make it for all weights if it is due: one for parameters,
-one for updates that are still to be added to them.
+`outer_step` makes it for one weight. The functions for trees make the plain one, without momentum and in the weights'
+own dtype, for all weights if it is due: one for parameters, one for updates that are still to be added to them.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +16,84 @@ from lookahead_optim.optax._count import SlowStepSize
 from lookahead_optim.optax._slow_weights import is_weight
 from lookahead_optim.optax._trees import map_at_paths_of
 
-__all__ = ["is_one", "outer_step", "params_after_sync", "updates_to_sync"]
+__all__ = ["OuterStep", "is_one", "outer_step", "params_after_sync", "pseudo_gradient", "update_to", "updates_to_sync"]
 
 
-def outer_step(slow: ArrayLike, fast: ArrayLike, slow_step_size: SlowStepSize) -> jax.Array:
-    """Return the slow weight after an outer step, which the fast weight restarts from, in the fast weight's dtype."""
-    fast = jnp.asarray(fast)
-    if is_one(slow_step_size):
-        return fast
-    if jnp.iscomplexobj(fast):
-        return _by_parts(outer_step, slow, fast, slow_step_size=slow_step_size)
-    wide_slow, wide_fast = _wide(slow), _wide(fast)
-    pseudo_gradient = _pseudo_gradient(wide_slow, wide_fast)
-    new_slow = _slow_step(wide_slow, wide_fast, pseudo_gradient, slow_step_size)
-    return new_slow.astype(fast.dtype)  # where the fast weight restarts
+class OuterStep(NamedTuple):
+    """The settings of an outer step. Arrays may be traced."""
+
+    slow_step_size: SlowStepSize
+    slow_momentum: SlowStepSize = 0.0
+    slow_nesterov: bool | jax.Array = True
 
 
-def _pseudo_gradient(slow: jax.Array, fast: jax.Array) -> jax.Array:
-    """Return slow - fast, or 0 where that is not finite.
+def outer_step(
+    slow: ArrayLike, fast: ArrayLike, momentum: jax.Array | None, step: OuterStep
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return a slow weight and its momentum after an outer step. The fast weight restarts from the slow one.
 
-    The sign changes last. The bits of `slow - fast` are the same, but XLA rounds sums and products once where it fuses
-    them, and `fast` ends in a sum: with `slow - fast` runs on several devices more often differ from those on one by
+    With slow momentum b, of factor mu, and the slow step size eta, this is
+
+        s = slow - fast
+        b = mu * b + s
+        d = s + mu * b with Nesterov's momentum, else b
+        slow = slow - eta * d
+
+    where s is measured from the restart point, the slow weight rounded to the fast weight's dtype. Numbers in half
+    precision are computed in float32 and rounded once. Without momentum d is s, and b is `None`.
+    """
+    slow, fast = jnp.asarray(slow), jnp.asarray(fast)
+    if momentum is None and is_one(step.slow_step_size):
+        return fast.astype(slow.dtype), None
+    if jnp.iscomplexobj(slow):
+        values = (slow, fast) if momentum is None else (slow, fast, momentum)
+        return _by_parts(lambda slow, fast, momentum=None: outer_step(slow, fast, momentum, step), *values)
+    wide_slow = _wide(slow)
+    start, end = slow.astype(fast.dtype).astype(wide_slow.dtype), fast.astype(wide_slow.dtype)
+    if momentum is None:
+        new_slow = _slow_step(wide_slow, end, _finite_pseudo_gradient(start, end), step.slow_step_size)
+        return new_slow.astype(slow.dtype), None
+    new_slow, new_momentum = _descend(wide_slow, start, end, _wide(momentum), step)
+    return new_slow.astype(slow.dtype), new_momentum.astype(momentum.dtype)
+
+
+def _descend(
+    slow: jax.Array, start: jax.Array, end: jax.Array, momentum: jax.Array, step: OuterStep
+) -> tuple[jax.Array, jax.Array]:
+    """Return slow - eta * d and b."""
+    slow_step_size, slow_momentum, slow_nesterov = step
+    momentum = slow_momentum * momentum + pseudo_gradient(start, end)
+    # Computed again from values that XLA takes for others. It would keep the first one in an array as large as the
+    # weight, for two loops that write two arrays. So each loop subtracts, and writes to the array that it replaces.
+    start, end = jax.lax.optimization_barrier((start, end))
+    s = pseudo_gradient(start, end)
+    nesterov = s + slow_momentum * momentum
+    if isinstance(slow_nesterov, bool):
+        d = nesterov if slow_nesterov else momentum
+    else:
+        d = jnp.where(slow_nesterov, nesterov, momentum)
+    new_slow = slow - slow_step_size * d
+    if not isinstance(slow_momentum, float):
+        # A traced factor of 0 gives the bits of the plain step. d - s is 0 then, but its derivative is not.
+        plain = _slow_step(slow, end, _finite_pseudo_gradient(start, end), slow_step_size)
+        new_slow = jnp.where(slow_momentum == 0, plain - slow_step_size * (d - s), new_slow)
+    return new_slow, momentum
+
+
+def pseudo_gradient(start: jax.Array, end: jax.Array) -> jax.Array:
+    """Return the way back to the restart point. Equal infinities, such as those of a mask, have none between them."""
+    way = start - end
+    return jnp.where(jnp.isnan(way) & (start == end), 0, way)
+
+
+def _finite_pseudo_gradient(start: jax.Array, end: jax.Array) -> jax.Array:
+    """Return the pseudo-gradient, or 0 where it is not finite.
+
+    The sign changes last. The bits of `start - end` are the same, but XLA rounds sums and products once where it fuses
+    them, and `end` ends in a sum: with `start - end` runs on several devices more often differ from those on one by
     a rounding.
     """
-    way = fast - slow
+    way = end - start
     return -jnp.where(jnp.isfinite(way), way, 0)
 
 
@@ -61,7 +116,7 @@ def _slow_step(slow: jax.Array, fast: jax.Array, pseudo_gradient: jax.Array, slo
 
 
 def is_one(slow_step_size: SlowStepSize) -> bool:
-    """Return whether a slow step size is known to be 1: then an outer step changes no parameter."""
+    """Return whether a slow step size is known to be 1: then a plain outer step changes no parameter."""
     return isinstance(slow_step_size, float) and slow_step_size == 1
 
 
@@ -79,7 +134,7 @@ def params_after_sync(
     def restart(slow: ArrayLike, fast: ArrayLike, update: ArrayLike | None) -> ArrayLike:
         if update is None or not is_weight(slow):
             return fast
-        return jnp.where(is_sync, outer_step(slow, fast, slow_step_size), fast)
+        return jnp.where(is_sync, outer_step(slow, fast, None, OuterStep(slow_step_size))[0], fast)
 
     return fast if is_one(slow_step_size) else map_at_paths_of(restart, slow, fast, updates)
 
@@ -101,24 +156,45 @@ def updates_to_sync(
 def _update_to_sync(slow: ArrayLike, update: jax.Array, param: jax.Array, slow_step_size: SlowStepSize) -> jax.Array:
     """Return the update from a parameter to where the outer step brings it, in place of the one to the fast weight."""
     if jnp.iscomplexobj(param):
-        return _by_parts(_update_to_sync, slow, update, param, slow_step_size=slow_step_size)
+        return _by_parts(lambda *parts: _update_to_sync(*parts, slow_step_size), slow, update, param)
     fast = (param + update).astype(param.dtype)
-    end, start = _wide(outer_step(slow, fast, slow_step_size)), _wide(param)
+    end, _ = outer_step(slow, fast, None, OuterStep(slow_step_size))
+    way = _update_between(param, end, update.dtype)
+    # For a step size of 1 the update itself, bit for bit, with the same derivative by the step size.
+    pseudo_gradient = _finite_pseudo_gradient(_wide(slow), _wide(fast))
+    unchanged = update + ((1 - slow_step_size) * pseudo_gradient).astype(update.dtype)
+    return jnp.where(slow_step_size == 1, unchanged, way)
+
+
+def update_to(end: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
+    """Return the update from a parameter to a restart point, in the dtype of the update that leads to `fast`.
+
+    Where the outer step leaves the fast weight as it is, that is the update itself, bit for bit, with the derivatives
+    of the restart point.
+    """
+    if jnp.iscomplexobj(param):
+        return _by_parts(update_to, end, update, param)
+    fast = (param + update).astype(param.dtype)
+    unchanged = update + (end - fast).astype(update.dtype)
+    return jnp.where(end == fast, unchanged, _update_between(param, end, update.dtype))
+
+
+def _update_between(start: jax.Array, end: jax.Array, dtype: Any) -> jax.Array:
+    """Return the difference of two parameters as an update of a dtype, computed in at least that dtype."""
+    wide = jnp.promote_types(_wide(start).dtype, _wide(jnp.zeros((), dtype)).dtype)
+    start, end = start.astype(wide), end.astype(wide)
     # Equal infinities, such as those of a mask among the parameters, have no difference. Nothing moves them.
     way = jnp.where(jnp.isinf(end) & (end == start), 0, end - start)
     # No finite update leads from a large number to one of opposite sign. The largest goes as far as one can.
-    largest = min(float(jnp.finfo(dtype).max) for dtype in (update.dtype, way.dtype))
+    largest = min(float(jnp.finfo(one).max) for one in (dtype, way.dtype))
     way = jnp.where(jnp.isfinite(end), jnp.clip(way, -largest, largest), way)
-    # For a step size of 1 the update itself, bit for bit, with the same derivative by the step size.
-    pseudo_gradient = _pseudo_gradient(_wide(slow), _wide(fast))
-    unchanged = update + ((1 - slow_step_size) * pseudo_gradient).astype(update.dtype)
-    return jnp.where(slow_step_size == 1, unchanged, way.astype(update.dtype))
+    return way.astype(dtype)
 
 
-def _by_parts(function: Callable[..., jax.Array], *values: ArrayLike, slow_step_size: SlowStepSize) -> jax.Array:
+def _by_parts(function: Callable[..., Any], *values: ArrayLike) -> Any:
     """Return what a function makes of the real and of the imaginary parts of complex numbers."""
-    real, imaginary = (function(*map(part, values), slow_step_size=slow_step_size) for part in (jnp.real, jnp.imag))
-    return jax.lax.complex(real, imaginary)
+    real, imaginary = (function(*map(part, values)) for part in (jnp.real, jnp.imag))
+    return jax.tree.map(jax.lax.complex, real, imaginary)
 
 
 def _wide(value: ArrayLike) -> jax.Array:

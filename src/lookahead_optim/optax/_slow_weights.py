@@ -15,7 +15,18 @@ from jax.typing import ArrayLike
 from lookahead_optim.optax._combinators import restarted_line_searches
 from lookahead_optim.optax._trees import at_paths_of, by_path, is_number
 
-__all__ = ["LookaheadState", "Missing", "capture_if_stale", "first_missing", "initial", "is_weight", "mark_stale"]
+__all__ = [
+    "LookaheadState",
+    "Missing",
+    "captured_from",
+    "capture_if_stale",
+    "first_missing",
+    "has_wider",
+    "initial",
+    "is_weight",
+    "mark_stale",
+    "weights_of",
+]
 
 
 class LookaheadState(NamedTuple):
@@ -23,14 +34,17 @@ class LookaheadState(NamedTuple):
 
     Attributes:
         inner_state: State of the inner transformation.
-        slow_params: Tree like the parameters, with their shapes, dtypes and shardings: the slow parameters where
-            `captured` is not 0. `None` for what is no number, and if Lookahead is switched off.
+        slow_params: Tree like the parameters, with their shapes and shardings, and their dtypes or `slow_dtype`: the
+            slow parameters where `captured` is not 0. `None` for what is no number, and if Lookahead is switched off.
         step: int32 scalar, the number of applied updates of the inner transformation. After 2^31 - 1 it goes back by
             one cycle.
         captured: int32 scalar. 0 from `init` or a sync until the next applied update: the slow parameters are the
             parameters themselves then, and `slow_params` is set to them at the next update. Otherwise the number of
             applied updates since they were captured, and after `reset_slow_params` or an adversarial step more.
-        next_slow_step_size: float scalar, the slow step size of the next sync, for `sync`, which has no settings.
+        next_slow_step_size: float scalar, the slow step size of the next sync, for `sync`, which has no settings. 1
+            with `outer`, which has its own.
+        outer_state: With slow momentum a `SlowMomentumState`, with `outer` the state of that transformation. `None`
+            otherwise, and if Lookahead is switched off.
     """
 
     inner_state: optax.OptState
@@ -38,6 +52,8 @@ class LookaheadState(NamedTuple):
     step: jax.Array
     captured: jax.Array
     next_slow_step_size: jax.Array
+    # The default is for pickles that were written before this field was there.
+    outer_state: Any = None
 
 
 # The module that pickles name, so that they load whatever file defines the class.
@@ -49,15 +65,36 @@ def is_weight(slow: ArrayLike) -> bool:
     return jnp.issubdtype(jnp.result_type(slow), jnp.inexact)
 
 
-def initial(params: optax.Params) -> optax.Params:
+def weights_of(slow: optax.Params) -> optax.Params:
+    """Return the slow parameters that take part in the outer step, and `None` in place of others."""
+    return jax.tree.map(lambda leaf: leaf if is_weight(leaf) else None, slow)
+
+
+def initial(params: optax.Params, slow_dtype: np.dtype | None = None) -> optax.Params:
     """Return room for the slow parameters, which holds the parameters. Copies, as no buffer can be donated twice."""
 
     def copy(leaf: Any) -> jax.Array | None:
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jnp.zeros_like(leaf)
-        return jnp.copy(leaf) if is_number(leaf) else None
+            return jnp.zeros_like(leaf, slow_dtype if takes_slow_dtype(leaf) else None)
+        if not is_number(leaf):
+            return None
+        # A wider dtype makes a copy, too.
+        return jnp.array(leaf, slow_dtype) if slow_dtype is not None and takes_slow_dtype(leaf) else jnp.copy(leaf)
 
     return jax.tree.map(copy, params)
+
+
+def takes_slow_dtype(leaf: Any) -> bool:
+    """Return whether a leaf of the parameters is a real weight. Complex ones have slow weights of their own dtype."""
+    return (is_number(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)) and jnp.issubdtype(
+        jnp.result_type(leaf), jnp.floating
+    )
+
+
+def has_wider(slow: optax.Params, params: optax.Params) -> bool:
+    """Return whether any slow weight has another dtype than its fast one, which is wider then."""
+    leaves = by_path(params)
+    return any(is_weight(one) and one.dtype != jnp.result_type(leaves[path]) for path, one in by_path(slow).items())
 
 
 def capture_if_stale(state: LookaheadState, params: optax.Params) -> optax.Params:
@@ -72,7 +109,21 @@ def capture_if_stale(state: LookaheadState, params: optax.Params) -> optax.Param
 
 # Branches of a conditional: as functions of the module they are traced and compiled once outside of `jit` too.
 def _capture(slow: optax.Params, params: optax.Params) -> optax.Params:
-    return jax.tree.map(lambda slow, param: slow if param is None else jnp.asarray(param, slow.dtype), slow, params)
+    return jax.tree.map(captured_from, slow, params)
+
+
+def captured_from(slow: jax.Array, param: ArrayLike | None) -> jax.Array:
+    """Return the slow weight that is captured from a parameter.
+
+    A slow weight of a wider dtype that still rounds to the parameter has more digits of it: it stays. After a sync that
+    is so unless something else has moved the parameter.
+    """
+    if param is None:
+        return slow
+    param = jnp.asarray(param)
+    if is_weight(slow) and slow.dtype != param.dtype:
+        return jnp.where(slow.astype(param.dtype) == param, slow, param.astype(slow.dtype))
+    return jnp.asarray(param, slow.dtype)
 
 
 def _keep(slow: optax.Params, params: optax.Params) -> optax.Params:

@@ -18,6 +18,7 @@ __all__ = [
     "is_number",
     "map_at_paths_of",
     "outermost_nodes",
+    "replaced",
     "shapes",
 ]
 
@@ -62,10 +63,14 @@ def map_at_paths_of(function: Callable[..., Any], like: Any, tree: Any, *others:
 
     There it has what the function makes of the leaves of `like`, `tree` and the others.
     """
-    mapped = jax.tree.map(function, like, *(at_paths_of(like, given) for given in (tree, *others)))
-    if jax.tree.structure(tree) == jax.tree.structure(mapped):  # type: ignore[operator]
-        return mapped
-    leaves = by_path(mapped)
+    return replaced(tree, jax.tree.map(function, like, *(at_paths_of(like, given) for given in (tree, *others))))
+
+
+def replaced(tree: Any, new: Any) -> Any:
+    """Return the first tree with the leaves of the second where that has any at the same paths."""
+    if jax.tree.structure(tree) == jax.tree.structure(new):  # type: ignore[operator]
+        return new
+    leaves = by_path(new)
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
 
 
