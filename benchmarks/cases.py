@@ -49,7 +49,17 @@ MODES = {
 
 
 # Modes of front ends that have momentum on the pseudo-gradient.
-OUTER = ("PyTorch, foreach", "PyTorch, fused")
+OUTER = (
+    "PyTorch, foreach",
+    "PyTorch, fused",
+    "Keras, TensorFlow graph",
+    "Keras, TensorFlow XLA",
+    "Keras, JAX",
+    "Keras, PyTorch",
+    "Optax",
+)
+# Its settings there, those of MuLoCo.
+OUTER_STEP = {"slow_step_size": 0.7, "slow_momentum": 0.6}
 
 
 @dataclasses.dataclass(frozen=True)

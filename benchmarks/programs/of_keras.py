@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 import models
+from cases import OUTER_STEP
 from lookahead_optim.keras import Lookahead
 from timing import Program
 
@@ -21,15 +22,25 @@ def versions():
 
 def optimizers(case):
     """Return functions that make the optimizers to compare, by name; the bare one comes first."""
-    return {"bare": INNER[case.inner], "lookahead-optim": lambda: Lookahead(INNER[case.inner](), case.period)}
+    forms = {"lookahead-optim": {}}
+    if case.kind == "outer":
+        forms["lookahead-optim, momentum"] = OUTER_STEP
+        if case.dtype != "float32":
+            forms["lookahead-optim, float32"] = {"slow_dtype": "float32"}
+            forms["lookahead-optim, momentum, float32"] = {**OUTER_STEP, "slow_dtype": "float32"}
+
+    def made(form):
+        return lambda: Lookahead(INNER[case.inner](), case.period, **form)
+
+    return {"bare": INNER[case.inner], **{name: made(form) for name, form in forms.items()}}
 
 
 def step_program(case, make):
     """Return the program of the optimizer's step alone."""
     rng = np.random.default_rng(0)
     shape = (case.weights, case.side, case.side)
-    weights = [keras.Variable(value) for value in rng.normal(size=shape).astype("float32")]
-    gradients = [keras.ops.convert_to_tensor(value) for value in rng.normal(size=shape).astype("float32")]
+    weights = [keras.Variable(value, dtype=case.dtype) for value in rng.normal(size=shape).astype("float32")]
+    gradients = [keras.ops.cast(value, case.dtype) for value in rng.normal(size=shape).astype("float32")]
     optimizer = make()
     optimizer.build(weights)
 

@@ -6,6 +6,7 @@ import keras
 import optax
 
 import models
+from cases import OUTER_STEP
 from lookahead_optim.optax import lookahead
 from programs.of_keras import jax_program
 from timing import Program
@@ -60,6 +61,8 @@ def _with_pairs(optimizer):
 def optimizers(case):
     """Return functions that make (step, function that makes the state, one that makes the parameters), by name."""
     inner = INNER[case.inner]
+    if case.kind == "outer":
+        return _outer_optimizers(case)
     return {
         "bare": lambda: _with_updates(inner()),
         "lookahead-optim": lambda: _with_updates(lookahead(inner(), case.period)),
@@ -69,11 +72,56 @@ def optimizers(case):
     }
 
 
+def _outer_optimizers(case):
+    """Return the forms of the outer step, with updates and with new parameters, and Optax' SGD by hand."""
+    inner, wide = INNER[case.inner], {"slow_dtype": "float32"}
+    forms = {"": {}, ", momentum": OUTER_STEP}
+    if case.dtype != "float32":
+        forms |= {", float32": wide, ", momentum, float32": {**OUTER_STEP, **wide}}
+
+    def made(form, way):
+        return lambda: way(lookahead(inner(), case.period, **form))
+
+    made_optimizers = {"bare": lambda: _with_updates(inner())}
+    for ending, way in {"": _with_updates, ", apply_gradients": _with_apply_gradients}.items():
+        made_optimizers |= {f"lookahead-optim{name}{ending}": made(form, way) for name, form in forms.items()}
+    return {**made_optimizers, "SGD by hand": lambda: _by_hand(inner(), case.period)}
+
+
+def _by_hand(inner, period):
+    """Return a step with Optax' SGD on the pseudo-gradients, as training scripts write it."""
+    step, init, to_params = _with_updates(inner)
+    rate, momentum = OUTER_STEP.values()
+    outer = optax.sgd(rate, momentum, nesterov=True)
+
+    def synchronized(params, slow, outer_state):
+        pseudo_gradients = jax.tree.map(jnp.subtract, slow, params)
+        updates, outer_state = outer.update(pseudo_gradients, outer_state, slow)
+        slow = optax.apply_updates(slow, updates)
+        return jax.tree.map(jnp.copy, slow), slow, outer_state
+
+    def by_hand(params, state, grads):
+        inner_state, slow, outer_state, count = state
+        params, inner_state = step(params, inner_state, grads)
+        count += 1
+        params, slow, outer_state = jax.lax.cond(
+            count % period == 0, synchronized, lambda *state: state, params, slow, outer_state
+        )
+        return params, (inner_state, slow, outer_state, count)
+
+    def init_all(params):
+        slow = jax.tree.map(jnp.copy, params)
+        return init(params), slow, outer.init(params), jnp.zeros((), jnp.int32)
+
+    return by_hand, init_all, to_params
+
+
 def step_program(case, make):
     """Return the program of the optimizer's step alone."""
     step, init, to_params = make()
     shape = (case.side, case.side)
-    grads = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), case.weights)]
+    keys = jax.random.split(jax.random.key(0), case.weights)
+    grads = [jax.random.normal(key, shape).astype(case.dtype) for key in keys]
     params = to_params([one + 1 for one in grads])
     jitted = jax.jit(lambda state, grads: step(*state, grads), donate_argnums=0)
     return jax_program(jitted, (params, init(params)), grads)

@@ -6,6 +6,7 @@ import importlib.util
 import torch
 
 import models
+from cases import OUTER_STEP
 from lookahead_optim.torch import Lookahead
 from timing import Program
 
@@ -61,14 +62,14 @@ def optimizers(case):
 
 
 def _outer_optimizers(case):
-    """Return the forms of the outer step, at the settings of MuLoCo."""
-    momentum, wide = {"slow_momentum": 0.6}, {"slow_dtype": torch.float32}
+    """Return the forms of the outer step."""
+    momentum, wide = OUTER_STEP, {"slow_dtype": torch.float32}
     forms = {"lookahead-optim, momentum": momentum}
     if case.dtype != "float32":
         forms |= {"lookahead-optim, float32": wide, "lookahead-optim, momentum, float32": {**momentum, **wide}}
 
     def made(form):
-        return lambda weights: Lookahead(inner_optimizer(case, weights), case.period, 0.7, **form)
+        return lambda weights: Lookahead(inner_optimizer(case, weights), case.period, **form)
 
     return {**{name: made(form) for name, form in forms.items()}, "SGD by hand": lambda weights: ByHand(case, weights)}
 
@@ -80,7 +81,8 @@ class ByHand:
         self.fast, self.period, self.steps = weights, case.period, 0
         self.slow = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
         self.inner = inner_optimizer(case, weights)
-        self.outer = torch.optim.SGD(self.slow, 0.7, momentum=0.6, nesterov=True, foreach=True)
+        lr, momentum = OUTER_STEP.values()
+        self.outer = torch.optim.SGD(self.slow, lr, momentum=momentum, nesterov=True, foreach=True)
 
     @torch.no_grad()
     def step(self):
