@@ -154,7 +154,7 @@ bench-report: .venv/.installed  ## Make the tables and plots of the docs from RE
 	$(DEV)python benchmarks/report.py docs/benchmarks $(RESULTS)
 	$(DEV)python benchmarks/report_gpu.py docs/benchmarks_gpu $(GPU_RESULTS)
 
-EXPERIMENTS := noisy_quadratic deterministic_quadratic bilinear_game outer_step digits characters loss_surface
+EXPERIMENTS := noisy_quadratic deterministic_quadratic bilinear_game outer_step inner_moments digits characters loss_surface
 
 experiments: .venv/.installed  ## Reproduce the paper's claims; results in experiments/results, plots in docs/experiments/drawn.
 	@for one in $(EXPERIMENTS); do echo "== $$one"; $(DEV)python experiments/$$one.py $(ARGS) || exit 1; done

@@ -15,6 +15,7 @@ import torch
 
 import cifar
 import common
+from lookahead_optim.torch import Lookahead
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "experiments"
@@ -24,6 +25,7 @@ NAMES = [
     "deterministic_quadratic",
     "bilinear_game",
     "outer_step",
+    "inner_moments",
     "digits",
     "characters",
     "loss_surface",
@@ -109,6 +111,30 @@ def test_noise_and_rate_of_the_outer_step_are_the_closed_forms(quick):
     for one in results_of(quick, "outer_step"):
         assert one["variance"] == pytest.approx(one["variance_expected"], rel=0.02)
         assert one["rate"] == pytest.approx(one["rate_expected"], abs=1e-12)
+
+
+def test_moments_are_pulled_back_as_the_weights_are():
+    at_sync = importlib.import_module("inner_moments").at_sync
+    weight = torch.nn.Parameter(torch.zeros(1))
+    inner, before_sync = torch.optim.SGD([weight], 0.1, momentum=1.0), []
+    inner.register_step_post_hook(lambda *_: before_sync.append(float(inner.state[weight]["momentum_buffer"])))
+    optimizer = Lookahead(inner, sync_period=1, slow_step_size=0.5)
+    optimizer.register_step_post_hook(at_sync("pulled", ["momentum_buffer"]))
+    for _ in range(4):
+        weight.grad = torch.ones(1)
+        optimizer.step()
+    assert before_sync == [1, 1.5, 2, 2.5]
+    optimizer.register_step_post_hook(at_sync("zero", ["momentum_buffer"]))
+    optimizer.step()
+    assert float(optimizer.state[weight]["momentum_buffer"]) == 0
+
+
+def test_each_form_of_inner_moments_is_tuned_within_its_learning_rates():
+    module = importlib.import_module("inner_moments")
+    results = json.loads((FOLDER / "results" / "inner_moments.json").read_text())["results"]
+    assert len(results) == 2 * sum(map(len, module.FORMS.values()))
+    for one in results:
+        assert module.best(one)[1] not in (one["rates"][0], one["rates"][-1]), one["form"]
 
 
 def test_accuracies_of_digits_are_of_every_setting_and_seed(quick):
