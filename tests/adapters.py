@@ -183,6 +183,7 @@ if _joins("optax"):
     class Optax(Adapter):
         oracle_settings: ClassVar = {"adam": {"pytorch": True}}
         exact = False
+        has_momentum = True
         lookahead = staticmethod(lookahead_optim.optax.lookahead)
 
         @staticmethod

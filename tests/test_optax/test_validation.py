@@ -117,7 +117,10 @@ def test_other_words_are_what_python_says_of_them(arguments, name):
 
 
 def test_the_signature_is_that_of_the_function():
-    assert list(inspect.signature(lookahead).parameters) == ["inner", "sync_period", "slow_step_size"]
+    parameters = inspect.signature(lookahead).parameters
+    assert list(parameters)[:3] == ["inner", "sync_period", "slow_step_size"]
+    by_keyword = [name for name, one in parameters.items() if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert by_keyword == ["slow_momentum", "slow_nesterov", "outer", "slow_dtype"]
 
 
 def test_a_step_size_above_1_warns_at_the_line_that_makes_the_optimizer_and_nowhere_else():

@@ -1,7 +1,16 @@
 """Lookahead for Optax: an ordinary gradient transformation."""
 
+from lookahead_optim.optax._momentum import SlowMomentumState
 from lookahead_optim.optax._slow_weights import LookaheadState
 from lookahead_optim.optax.between_updates import reset_slow_params, slow_params, sync
 from lookahead_optim.optax.transformation import LookaheadTransformation, lookahead
 
-__all__ = ["LookaheadState", "LookaheadTransformation", "lookahead", "reset_slow_params", "slow_params", "sync"]
+__all__ = [
+    "LookaheadState",
+    "LookaheadTransformation",
+    "SlowMomentumState",
+    "lookahead",
+    "reset_slow_params",
+    "slow_params",
+    "sync",
+]

@@ -14,8 +14,7 @@ from lookahead_optim._checks import (
     warn_if_over_relaxed,
 )
 from lookahead_optim.optax._count import SlowStepSize, SyncPeriod
-from lookahead_optim.optax._momentum import Outer, SlowMomentumState
-from lookahead_optim.optax._outer_step import OuterStep
+from lookahead_optim.optax._momentum import SlowMomentumState
 from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, takes_slow_dtype, weights_of
 from lookahead_optim.optax._trees import by_path, has_node_types_of, is_array, shapes
 
@@ -23,9 +22,11 @@ __all__ = [
     "States",
     "as_outer",
     "as_transformation",
+    "check_inner_state",
     "check_outer_alone",
+    "check_outer_state",
     "check_slow_dtype_holds",
-    "check_state",
+    "check_slow_dtype_of",
     "check_update",
     "checked_slow_dtype",
     "checked_slow_momentum",
@@ -214,18 +215,8 @@ class States:
         return None if has_node_types_of(state, like) else jax.tree.structure(like)
 
 
-def check_state(
-    state: LookaheadState,
-    params: optax.Params,
-    inner_states: States,
-    outer: Outer | None,
-    outer_states: States | None,
-    slow_dtype: np.dtype | None,
-) -> None:
-    """Raise `ValueError` if a state is that of a `lookahead` with another inner transformation or outer step.
-
-    `outer` is `None` where the outer step has no state, or Lookahead is off and the state of one does not matter.
-    """
+def check_inner_state(state: LookaheadState, inner_states: States, params: optax.Params) -> None:
+    """Raise `ValueError` if the inner state in a state is that of another transformation."""
     like = inner_states.other_than(state.inner_state, params if state.slow_params is None else state.slow_params)
     if like is not None:
         raise ValueError(
@@ -233,16 +224,36 @@ def check_state(
             f"structure {like!s:.500}. Call `init` anew for another one. "
             f"Received: state.inner_state={state.inner_state!r:.500}"
         )
-    if slow_dtype is not None:
-        leaves = by_path(params)
-        for path, slow in by_path(state.slow_params).items():
-            if path in leaves and takes_slow_dtype(leaves[path]) and jnp.result_type(slow) != slow_dtype:
-                raise ValueError(
-                    "`state` must have slow parameters of `slow_dtype`. To go on from others, call "
-                    "`reset_slow_params` with a new state: `init(params)._replace(inner_state=state.inner_state, "
-                    f"step=state.step)`. Received: slow_dtype={slow_dtype} with a slow parameter of {slow.dtype}"
-                )
 
 
-def has_outer_state_of(state: LookaheadState, outer: Outer | None, outer_states: States | None) -> bool:
-    return False
+def check_outer_state(state: LookaheadState, has_momentum: bool, outer_states: States | None) -> None:
+    """Raise `ValueError` if the outer state in a state is that of a `lookahead` with another outer step.
+
+    `outer_states` are those of `outer`, if that was given.
+    """
+    if outer_states is not None:
+        is_right = state.outer_state is not None
+        is_right &= outer_states.other_than(state.outer_state, weights_of(state.slow_params)) is None
+    else:
+        is_right = isinstance(state.outer_state, SlowMomentumState) if has_momentum else state.outer_state is None
+    if not is_right:
+        raise ValueError(
+            "`state` must be that of a `lookahead` with the same outer step: with slow momentum, with this `outer`, or "
+            "with none of both. To go on with another outer step, which starts anew, pass "
+            "`state._replace(outer_state=init(params).outer_state)`. "
+            f"Received: state.outer_state={state.outer_state!r:.500}"
+        )
+
+
+def check_slow_dtype_of(state: LookaheadState, params: optax.Params, slow_dtype: np.dtype | None) -> None:
+    """Raise `ValueError` if slow parameters have another dtype than `slow_dtype`, if that was given."""
+    if slow_dtype is None:
+        return
+    leaves = by_path(params)
+    for path, slow in by_path(state.slow_params).items():
+        if path in leaves and takes_slow_dtype(leaves[path]) and jnp.result_type(slow) != slow_dtype:
+            raise ValueError(
+                "`state` must have slow parameters of `slow_dtype`. To go on from a state that has others, pass "
+                "`init(params)._replace(inner_state=state.inner_state, step=state.step)`. "
+                f"Received: slow_dtype={slow_dtype} with slow parameters of {jnp.result_type(slow)}"
+            )

@@ -16,7 +16,16 @@ from lookahead_optim.optax._count import SlowStepSize
 from lookahead_optim.optax._slow_weights import is_weight
 from lookahead_optim.optax._trees import map_at_paths_of
 
-__all__ = ["OuterStep", "is_one", "outer_step", "params_after_sync", "pseudo_gradient", "update_to", "updates_to_sync"]
+__all__ = [
+    "OuterStep",
+    "has_momentum",
+    "is_one",
+    "outer_step",
+    "params_after_sync",
+    "pseudo_gradient",
+    "update_to",
+    "updates_to_sync",
+]
 
 
 class OuterStep(NamedTuple):
@@ -62,7 +71,7 @@ def _descend(
 ) -> tuple[jax.Array, jax.Array]:
     """Return slow - eta * d and b."""
     slow_step_size, slow_momentum, slow_nesterov = step
-    momentum = slow_momentum * momentum + pseudo_gradient(start, end)
+    momentum = jnp.asarray(slow_momentum * momentum + pseudo_gradient(start, end))
     # Computed again from values that XLA takes for others. It would keep the first one in an array as large as the
     # weight, for two loops that write two arrays. So each loop subtracts, and writes to the array that it replaces.
     start, end = jax.lax.optimization_barrier((start, end))
@@ -120,6 +129,11 @@ def is_one(slow_step_size: SlowStepSize) -> bool:
     return isinstance(slow_step_size, float) and slow_step_size == 1
 
 
+def has_momentum(slow_momentum: SlowStepSize) -> bool:
+    """Return whether a factor of the slow momentum is not known to be 0."""
+    return not (isinstance(slow_momentum, float) and slow_momentum == 0)
+
+
 def params_after_sync(
     is_sync: jax.Array, slow: optax.Params, fast: optax.Params, updates: optax.Updates, slow_step_size: SlowStepSize
 ) -> optax.Params:
@@ -156,7 +170,9 @@ def updates_to_sync(
 def _update_to_sync(slow: ArrayLike, update: jax.Array, param: jax.Array, slow_step_size: SlowStepSize) -> jax.Array:
     """Return the update from a parameter to where the outer step brings it, in place of the one to the fast weight."""
     if jnp.iscomplexobj(param):
-        return _by_parts(lambda *parts: _update_to_sync(*parts, slow_step_size), slow, update, param)
+        return _by_parts(
+            lambda slow, update, param: _update_to_sync(slow, update, param, slow_step_size), slow, update, param
+        )
     fast = (param + update).astype(param.dtype)
     end, _ = outer_step(slow, fast, None, OuterStep(slow_step_size))
     way = _update_between(param, end, update.dtype)

@@ -18,13 +18,14 @@ from lookahead_optim.optax._trees import at_paths_of, by_path, is_number
 __all__ = [
     "LookaheadState",
     "Missing",
-    "captured_from",
     "capture_if_stale",
+    "captured_from",
     "first_missing",
     "has_wider",
     "initial",
     "is_weight",
     "mark_stale",
+    "takes_slow_dtype",
     "weights_of",
 ]
 

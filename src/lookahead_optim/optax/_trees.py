@@ -1,6 +1,6 @@
 """Trees: nodes of a type, leaves at the paths of another tree, types of nodes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import jax
@@ -20,6 +20,7 @@ __all__ = [
     "outermost_nodes",
     "replaced",
     "shapes",
+    "with_leaves",
 ]
 
 Path = tuple[Any, ...]  # of keys, of a type for each kind of node
@@ -70,7 +71,11 @@ def replaced(tree: Any, new: Any) -> Any:
     """Return the first tree with the leaves of the second where that has any at the same paths."""
     if jax.tree.structure(tree) == jax.tree.structure(new):  # type: ignore[operator]
         return new
-    leaves = by_path(new)
+    return with_leaves(tree, by_path(new))
+
+
+def with_leaves(tree: Any, leaves: Mapping[Path, Any]) -> Any:
+    """Return a tree with other leaves at some paths."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
 
 

@@ -3,8 +3,8 @@
 They find each `lookahead` in the state of any optimizer.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,21 @@ import optax
 from jax.typing import ArrayLike
 
 from lookahead_optim._checks import warn_if_within_first_cycle
-from lookahead_optim.optax._outer_step import outer_step
-from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, is_weight, mark_stale
-from lookahead_optim.optax._trees import at_paths_of, by_path, is_array, outermost_nodes, shapes
+from lookahead_optim.optax._arguments import as_outer
+from lookahead_optim.optax._momentum import SlowMomentumState, outer_step_by
+from lookahead_optim.optax._outer_step import OuterStep, outer_step
+from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, is_weight, mark_stale, weights_of
+from lookahead_optim.optax._trees import at_paths_of, by_path, is_array, outermost_nodes, shapes, with_leaves
 
 __all__ = ["reset_slow_params", "slow_params", "sync"]
+
+
+class _Weight(NamedTuple):
+    """A weight, with the path of both of its values in the trees of the slow parameters and the parameters."""
+
+    path: Any
+    slow: jax.Array
+    param: ArrayLike
 
 
 def slow_params(state: optax.OptState, params: optax.Params) -> optax.Params:
@@ -31,71 +41,129 @@ def slow_params(state: optax.OptState, params: optax.Params) -> optax.Params:
         params: Tree of the current parameters, as the optimizer gets them.
 
     Returns:
-        A tree like `params`, in new buffers. A parameter that no `lookahead` in `state` has, as it is masked out, is
-        that of `params`.
+        A tree like `params`, in new buffers and in the parameters' dtypes, to which slow ones of a wider dtype are
+        rounded. A parameter that no `lookahead` in `state` has, as it is masked out, is that of `params`.
 
     Raises:
         ValueError: if `state` has no `lookahead`, or one of other parameters.
     """
-    return _where_captured(lambda state, slow, param: slow, state, params)
+    found = _check(state, params)
+    leaves = by_path(params)
+    mapped = _copies(leaves)
+
+    def visit(lookahead_state: LookaheadState) -> None:
+        # Those inside first: what an outer one has captured counts, or what they have if it is switched off.
+        for inside in outermost_nodes(lookahead_state.inner_state, (LookaheadState,)):
+            visit(inside)
+        for path, slow, param in _weights(lookahead_state, leaves):
+            is_captured = _scalar(lookahead_state.captured, param) != 0
+            mapped[path] = jnp.where(is_captured, slow.astype(jnp.result_type(param)), mapped[path])
+
+    for lookahead_state in found:
+        visit(lookahead_state)
+    return jax.tree.unflatten(jax.tree.structure(params), [mapped[path] for path in leaves])
 
 
-def sync(state: optax.OptState, params: optax.Params) -> tuple[optax.Params, optax.OptState]:
-    """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
+def sync(
+    state: optax.OptState, params: optax.Params, *, outer: optax.GradientTransformation | None = None
+) -> tuple[optax.Params, optax.OptState]:
+    """Synchronise now, for the end of a run that does not end on a sync.
 
-    There is a `UserWarning` if the slow parameters are still those from before the first update, and the slow step size
-    is below 1: after a run shorter than `sync_period`, this call takes back a part of all that was trained. In a
-    function that JAX traces, and after `reset_slow_params`, there is none.
+    Without an update since the last sync it changes nothing. So a second call changes nothing, also with slow momentum,
+    and also in a run that was resumed.
+
+    There is a `UserWarning` if the slow parameters are still those from before the first update, the slow step size is
+    below 1, and there is no slow momentum: after a run shorter than `sync_period`, this call takes back a part of all
+    that was trained. In a function that JAX traces, and after `reset_slow_params`, there is none.
 
     Args:
         state: As for `slow_params`.
         params: Tree of the current parameters.
+        outer: The transformation that was given to `lookahead` as `outer`, if one was. A state has the numbers of the
+            other settings, and no functions.
 
     Returns:
         The new parameters and the new state.
 
     Raises:
-        ValueError: as `slow_params`.
+        TypeError: if `outer` is no transformation.
+        ValueError: as `slow_params`, or if `outer` is needed and not given, or does not fit the state.
     """
+    found = _check(state, params)
+    transformation = as_outer(outer)
+    _check_outer(state, transformation)
+    leaves = by_path(params)
+    mapped = _copies(leaves)
 
-    def synchronized(state: LookaheadState, slow: Any, param: Any) -> jax.Array:
-        return outer_step(slow, param, _scalar(state.next_slow_step_size, param))
+    def synchronize(node: LookaheadState, captured_around: list[Any]) -> LookaheadState:
+        """Return a state after the sync, and put its parameters into `mapped`."""
+        # Those inside first: what an outer one has captured counts.
+        around = [*captured_around, node.captured]
+        node = node._replace(inner_state=_map_lookaheads(lambda inside: synchronize(inside, around), node.inner_state))
 
-    new_params = _where_captured(synchronized, state, params)
-    for lookahead_state in outermost_nodes(state, (LookaheadState,)):
+        def own(new: jax.Array, old: jax.Array) -> jax.Array:
+            is_own = _scalar(node.captured, old) != 0
+            for captured in captured_around:
+                is_own &= _scalar(captured, old) == 0
+            return jnp.where(is_own, new, old)
+
+        weights = _weights(node, leaves)
+        new_slow, outer_state = _outer_step(node, weights, transformation)
+        wider = {}
+        for (path, slow, param), new in zip(weights, new_slow):
+            dtype = jnp.result_type(param)
+            mapped[path] = jnp.where(_scalar(node.captured, param) != 0, new.astype(dtype), mapped[path])
+            if slow.dtype != dtype:
+                wider[path] = own(new, slow)
+        return node._replace(
+            slow_params=with_leaves(node.slow_params, wider),
+            outer_state=jax.tree.map(own, outer_state, node.outer_state),
+        )
+
+    for lookahead_state in found:
         _warn_if_within_first_cycle(lookahead_state)
-    return new_params, mark_stale(state, True)
+    new_state = _map_lookaheads(lambda node: synchronize(node, []), state)
+    new_params = jax.tree.unflatten(jax.tree.structure(params), [mapped[path] for path in leaves])
+    return new_params, mark_stale(new_state, True)
 
 
-def reset_slow_params(state: optax.OptState, params: optax.Params) -> optax.OptState:
-    """Capture the slow parameters again, after restoring the best ones, say.
+def reset_slow_params(
+    state: optax.OptState, params: optax.Params, *, outer: optax.GradientTransformation | None = None
+) -> optax.OptState:
+    """Capture the slow parameters again, after restoring the best ones, say. Slow momentum starts anew from 0.
 
     Args:
         state: As for `slow_params`.
         params: Tree of the parameters to capture.
+        outer: The transformation that was given to `lookahead` as `outer`, if one was. Its state starts anew.
 
     Returns:
         The new state, with a copy of the parameters.
 
     Raises:
-        ValueError: as `slow_params`.
+        TypeError: if `outer` is no transformation.
+        ValueError: as `sync`.
     """
     _check(state, params)
+    transformation = as_outer(outer)
+    _check_outer(state, transformation)
 
     def copy(slow: Any, param: Any) -> jax.Array:
-        return jnp.copy(slow if param is None else param)
+        return jnp.copy(slow) if param is None else jnp.array(param, jnp.result_type(slow))
 
-    def capture(node: Any) -> Any:
-        if not isinstance(node, LookaheadState):
-            return node
+    def capture(node: LookaheadState) -> LookaheadState:
+        if node.slow_params is None:
+            return node._replace(inner_state=_map_lookaheads(capture, node.inner_state))
+        slow = jax.tree.map(copy, node.slow_params, at_paths_of(node.slow_params, params))
         return node._replace(
-            slow_params=jax.tree.map(copy, node.slow_params, at_paths_of(node.slow_params, params)),
+            slow_params=slow,
             # Unequal to `step`, now and later, so that it does not look like the capture before the first update.
             captured=jax.tree.map(lambda step: jnp.where(step == 1, 2, 1).astype(jnp.int32), node.step),
+            outer_state=_reset(node.outer_state, slow, transformation),
         )
 
-    # The outermost only: those inside capture at the next update, as after any sync of an outer one.
-    return jax.tree.map(capture, mark_stale(state, True), is_leaf=lambda node: isinstance(node, LookaheadState))
+    # The outermost that is on. Those inside capture at the next update, as after any sync of an outer one.
+    return _map_lookaheads(capture, mark_stale(state, True))
 
 
 def _check(state: Any, params: Any) -> list[LookaheadState]:
@@ -116,6 +184,93 @@ def _check(state: Any, params: Any) -> list[LookaheadState]:
     return found
 
 
+def _check_outer(state: Any, outer: optax.GradientTransformationExtraArgs | None) -> None:
+    """Raise `ValueError` if `outer` is needed and not given, or given and not needed."""
+    is_needed = False
+    nodes = list(outermost_nodes(state, (LookaheadState,)))
+    while nodes:
+        node = nodes.pop()
+        is_needed |= not (node.outer_state is None or isinstance(node.outer_state, SlowMomentumState))
+        nodes += outermost_nodes(node.inner_state, (LookaheadState,))
+    if is_needed != (outer is not None):
+        raise ValueError(
+            "`outer` must be the transformation that was given to `lookahead` as `outer`, and is left out if none was. "
+            f"Received: outer={outer!r} with a state {'with' if is_needed else 'without'} that of one"
+        )
+
+
+def _map_lookaheads(function: Callable[[LookaheadState], LookaheadState], tree: Any) -> Any:
+    """Return a tree in which the outermost states of a `lookahead` are what a function makes of them."""
+
+    def visit(node: Any) -> Any:
+        return function(node) if isinstance(node, LookaheadState) else node
+
+    return jax.tree.map(visit, tree, is_leaf=lambda node: isinstance(node, LookaheadState))
+
+
+def _weights(state: LookaheadState, leaves: Mapping[Any, Any]) -> list[_Weight]:
+    """Return the weights of a state, in the order of their leaves, or none if it is about other parameters.
+
+    By path: where parameters are masked out there are none in the state, and those of `nnx` are variables there. A
+    `lookahead` that is inside `optax.flatten`, for example, gets other parameters.
+    """
+    if first_missing(state.slow_params, leaves):
+        return []
+    return [_Weight(path, slow, leaves[path]) for path, slow in by_path(state.slow_params).items() if is_weight(slow)]
+
+
+def _outer_step(
+    state: LookaheadState, weights: list[_Weight], outer: optax.GradientTransformationExtraArgs | None
+) -> tuple[list[jax.Array], Any]:
+    """Return the slow weights and the outer state after an outer step."""
+    outer_state = state.outer_state
+    if outer_state is None or isinstance(outer_state, SlowMomentumState):
+        momentum = {} if outer_state is None else by_path(outer_state.slow_momentum)
+        moved = {}
+        for path, slow, param in weights:
+            step = OuterStep(_scalar(state.next_slow_step_size, param))
+            if outer_state is not None:
+                scalars = outer_state.next_factor, outer_state.next_nesterov
+                step = step._replace(**dict(zip(step._fields[1:], (_scalar(one, param) for one in scalars))))
+            moved[path] = outer_step(slow, param, momentum.get(path), step)
+        if outer_state is not None:
+            new_momentum = with_leaves(outer_state.slow_momentum, {path: one for path, (_, one) in moved.items()})
+            outer_state = outer_state._replace(slow_momentum=new_momentum)
+        return [slow for slow, _ in moved.values()], outer_state
+    if not weights or outer is None:
+        return [one.slow for one in weights], outer_state
+    tree = weights_of(state.slow_params)
+    # `nnx` has variables in the place of the leaves, which the transformation does not know.
+    leaves, structure = jax.tree.flatten(outer_state)
+    like: Any = jax.tree.structure(jax.eval_shape(outer.init, tree))
+    if len(leaves) != like.num_leaves:
+        raise ValueError(
+            "`outer` must be the transformation that was given to `lookahead` as `outer`, whose state has "
+            f"{len(leaves)} leaves. Received: outer={outer!r}, whose state has {like.num_leaves}"
+        )
+    new_slow, new_state = outer_step_by(
+        outer,
+        [one.slow for one in weights],
+        [jnp.asarray(one.param) for one in weights],
+        jax.tree.unflatten(like, leaves),
+        jax.tree.structure(tree),
+    )
+    return new_slow, jax.tree.unflatten(structure, jax.tree.leaves(new_state))
+
+
+def _reset(outer_state: Any, slow: optax.Params, outer: optax.GradientTransformationExtraArgs | None) -> Any:
+    """Return the outer state before the first sync."""
+    if isinstance(outer_state, SlowMomentumState):
+        return outer_state._replace(slow_momentum=jax.tree.map(jnp.zeros_like, outer_state.slow_momentum))
+    if outer_state is None or outer is None:
+        return outer_state
+    return jax.tree.unflatten(jax.tree.structure(outer_state), jax.tree.leaves(outer.init(weights_of(slow))))
+
+
+def _copies(leaves: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {path: jnp.copy(param) if is_array(param) else param for path, param in leaves.items()}
+
+
 def _warn_if_within_first_cycle(state: LookaheadState) -> None:
     """Warn if the slow parameters were captured before the first update, from the state of `sync`."""
     scalars = jax.tree.leaves((state.captured, state.step, state.next_slow_step_size))
@@ -128,34 +283,8 @@ def _warn_if_within_first_cycle(state: LookaheadState) -> None:
         for inside in outermost_nodes(state.inner_state, (LookaheadState,)):
             _warn_if_within_first_cycle(inside)
     # Later captures have another number of updates since than there were in all.
-    elif (captured == step).all():
+    elif (captured == step).all() and state.outer_state is None:
         warn_if_within_first_cycle(int(step.max()), None, float(slow_step_size.max()), stacklevel=3)
-
-
-def _where_captured(
-    function: Callable[[LookaheadState, Any, Any], ArrayLike], state: optax.OptState, params: optax.Params
-) -> optax.Params:
-    """Return the parameters, or what a function of state, slow parameter and parameter gives where one is captured."""
-    found = _check(state, params)
-    leaves = by_path(params)
-    mapped = {path: jnp.copy(param) if is_array(param) else param for path, param in leaves.items()}
-
-    def visit(lookahead_state: LookaheadState) -> None:
-        # Those inside first: what an outer one has captured counts, or what they have if it is switched off.
-        for inside in outermost_nodes(lookahead_state.inner_state, (LookaheadState,)):
-            visit(inside)
-        if first_missing(lookahead_state.slow_params, leaves):
-            return  # One that is inside `optax.flatten`, for example, gets other parameters.
-        # By path: where parameters are masked out there are none in the state, and those of `nnx` are variables there.
-        for path, slow in by_path(lookahead_state.slow_params).items():
-            if path in leaves and is_weight(slow):
-                param = leaves[path]
-                is_captured = _scalar(lookahead_state.captured, param) != 0
-                mapped[path] = jnp.where(is_captured, function(lookahead_state, slow, param), mapped[path])
-
-    for lookahead_state in found:
-        visit(lookahead_state)
-    return jax.tree.unflatten(jax.tree.structure(params), [mapped[path] for path in leaves])
 
 
 def _scalar(node: Any, param: ArrayLike) -> jax.Array:

@@ -2,31 +2,53 @@
 
 Where things happen:
 
-- a sync: `_Lookahead.update`, `updates_to_sync` or, for `apply_gradients`, `params_after_sync` in `_outer_step.py`;
-- capture: `_Lookahead._advance`, `capture_if_stale` in `_slow_weights.py`, where the state's `captured` is 0;
-- what is saved: `LookaheadState` in `_slow_weights.py`;
+- the outer step of a weight: `outer_step` in `_outer_step.py`;
+- a plain sync, without momentum and in the weights' own dtype: `_Lookahead.update`, `updates_to_sync` or, for
+  `apply_gradients`, `params_after_sync` in `_outer_step.py`;
+- a sync with momentum, `outer` or wider slow weights: `_Lookahead.update`, `sync_if_due` in `_conditional.py`;
+- capture: `_Lookahead._captured`, `capture_if_stale` in `_slow_weights.py` or `capture_passing_params` in
+  `_conditional.py`, where the state's `captured` is 0;
+- what is saved: `LookaheadState` in `_slow_weights.py`, `SlowMomentumState` in `_momentum.py`;
 - a skipped update: `is_applied` and `completes_step` in `_combinators.py`;
-- a frozen weight: both functions of a sync leave a weight alone whose update is `None`.
+- a frozen weight: all functions of a sync leave a weight alone whose update is `None`.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from lookahead_optim._checks import explain_other_names
+from lookahead_optim._checks import check_slow_nesterov, explain_other_names
 from lookahead_optim.optax._arguments import (
-    InnerStates,
+    States,
+    as_outer,
     as_transformation,
+    check_inner_state,
+    check_outer_alone,
+    check_outer_state,
+    check_slow_dtype_holds,
+    check_slow_dtype_of,
     check_update,
+    checked_slow_dtype,
+    checked_slow_momentum,
     checked_slow_step_size,
     checked_sync_period,
 )
 from lookahead_optim.optax._combinators import completes_step, is_applied
+from lookahead_optim.optax._conditional import capture_passing_params, sync_if_due
 from lookahead_optim.optax._count import END, SlowStepSize, SyncPeriod, is_due, is_off, next_count, slow_step_size_at
-from lookahead_optim.optax._outer_step import params_after_sync, updates_to_sync
-from lookahead_optim.optax._slow_weights import LookaheadState, capture_if_stale, initial, mark_stale
+from lookahead_optim.optax._momentum import SlowMomentumState, initial_momentum
+from lookahead_optim.optax._outer_step import OuterStep, has_momentum, params_after_sync, updates_to_sync
+from lookahead_optim.optax._slow_weights import (
+    LookaheadState,
+    capture_if_stale,
+    has_wider,
+    initial,
+    mark_stale,
+    weights_of,
+)
 from lookahead_optim.optax._trees import add_updates
 
 __all__ = ["LookaheadTransformation", "lookahead"]
@@ -92,11 +114,21 @@ class _Step(NamedTuple):
     state: LookaheadState
 
 
+# `optax.inject_hyperparams` makes traced arrays of the Python numbers among the arguments, also of defaults. A traced
+# factor needs memory for the momentum. As a number of NumPy the default stays what it is: no momentum.
+_NO_MOMENTUM = np.float32(0.0)
+
+
 @explain_other_names("inner")
 def lookahead(
     inner: optax.GradientTransformation,
     sync_period: jax.typing.ArrayLike = 6,
     slow_step_size: jax.typing.ArrayLike | optax.Schedule = 0.5,
+    *,
+    slow_momentum: jax.typing.ArrayLike = _NO_MOMENTUM,
+    slow_nesterov: bool = True,
+    outer: optax.GradientTransformation | None = None,
+    slow_dtype: jax.typing.DTypeLike | None = None,
 ) -> LookaheadTransformation:
     r"""Lookahead: `k` steps forward, one step back.
 
@@ -122,9 +154,17 @@ def lookahead(
     A `lookahead` may be inside another. Both count the updates of the innermost transformation, and all parameters
     restart from those that the outer one has synchronised, the inner one's slow ones too.
 
-    A weight whose update is `None` at a sync is frozen. The sync does not move it, and its slow weight starts anew from
-    its own value. A weight whose update is 0, from `optax.set_to_zero` say, takes part. It stays if it has
-    not moved since the last sync.
+    A weight whose update is `None` at a sync is frozen. The sync does not move it, its slow weight starts anew from
+    its own value, and its slow momentum from 0. A weight whose update is 0, from `optax.set_to_zero` say, takes part.
+    It stays if it has not moved since the last sync and has no slow momentum.
+
+    The way back of a cycle, $s = \phi - \theta$, is the *pseudo-gradient*. With slow momentum ($\mu$) the slow step is
+    gradient descent with it, and $b$ starts from 0:
+
+    .. math:: b \leftarrow \mu b + s, \qquad d = s + \mu b, \qquad \phi \leftarrow \phi - \alpha d, \qquad
+        \theta \leftarrow \phi.
+
+    That needs one more copy of the parameters, for $b$. With `outer`, any transformation makes the slow step from $s$.
 
     Args:
         inner: The inner transformation, or an `optax.MultiSteps`. What changes its updates belongs inside:
@@ -134,17 +174,30 @@ def lookahead(
             to 6.
         slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or an Optax schedule of the number of syncs
             so far, `step // sync_period`. (The other front ends take numbers only.) 1 recovers the inner
-            transformation. Above 1 there is a `UserWarning`. An array may be traced, and its value is not checked.
-            Defaults to 0.5.
+            transformation, without slow momentum. Above 1 there is a `UserWarning`, unless there is slow momentum. An
+            array may be traced, and its value is not checked. Defaults to 0.5.
+        slow_momentum: Float in [0, 1), the factor of the slow momentum ($\mu$), by which steps become
+            $1 / (1 - \mu)$ times as long in the long run. An array may be traced, and its value is not checked; it
+            needs the memory for $b$ also where it is 0. Defaults to 0, no momentum.
+        slow_nesterov: Boolean, whether the momentum is Nesterov's. Otherwise it is heavy ball, $d = b$. Defaults to
+            `True`.
+        outer: Transformation of the pseudo-gradients, whose updates are added to the slow parameters, in place of
+            `slow_step_size`, `slow_momentum` and `slow_nesterov`. `optax.sgd(eta, momentum=mu, nesterov=True)` is what
+            these three do. Its schedules count syncs, and `sync` and `reset_slow_params` need it. Defaults to `None`.
+        slow_dtype: Dtype of the slow parameters and $b$ for real weights, at least as wide as the dtype of each:
+            `"float32"` for parameters in bfloat16, whose slow ones would lose small moves. Then $s$ is measured from
+            where the fast weights restarted, the rounded slow ones. `update` returns updates of this dtype, so that
+            `optax.apply_updates`, which adds first and rounds then, ends at the rounded slow weights. Defaults to
+            `None`, the dtype of each parameter.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that has `apply_gradients` too.
 
     Raises:
-        TypeError: if `inner`, `sync_period` or `slow_step_size` has the wrong type, or an argument another
-            implementation's name.
-        ValueError: if a number is out of range, or, from an update, if it is not given a state of this transformation
-            and parameters like those of `init`. Parameters that the state does not have are left alone.
+        TypeError: if an argument has the wrong type, or another implementation's name.
+        ValueError: if a number is out of range, or `outer` is given with settings that it replaces; from `init`, if
+            `slow_dtype` is narrower than a parameter's; from an update, if it is not given a state of this
+            transformation and parameters like those of `init`. Parameters that the state does not have are left alone.
 
     Example:
 
@@ -163,9 +216,23 @@ def lookahead(
     References:
         Zhang, Lucas, Hinton and Ba, `Lookahead Optimizer: k steps forward, 1 step back
         <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1.
+
+        With slow momentum: Kallusky, Rao, Nandavanam and Shi, `SNOO: Step-K Nesterov Outer Optimizer
+        <https://arxiv.org/abs/2510.15830>`__, 2025, and on many workers Douillard et al., `DiLoCo
+        <https://arxiv.org/abs/2311.08105>`__, 2023.
     """
+    momentum = checked_slow_momentum(slow_momentum)
+    transformation = as_outer(outer)
+    if transformation is not None:
+        check_outer_alone(slow_step_size, momentum, check_slow_nesterov(slow_nesterov))
     rule = _Lookahead(
-        as_transformation(inner), checked_sync_period(sync_period), checked_slow_step_size(slow_step_size)
+        as_transformation(inner),
+        checked_sync_period(sync_period),
+        checked_slow_step_size(slow_step_size, has_momentum(momentum)),
+        momentum,
+        check_slow_nesterov(slow_nesterov),
+        transformation,
+        checked_slow_dtype(slow_dtype),
     )
     return LookaheadTransformation(rule.init, rule.update)
 
@@ -173,9 +240,12 @@ def lookahead(
 class _Lookahead:
     """The functions of the transformation, with its settings.
 
-    A sync only changes the parameters; the slow ones are read from them at the next update. That makes it
+    A plain sync only changes the parameters; the slow ones are read from them at the next update. That makes it
     elementwise, so that XLA fuses it into the inner transformation's last operation and needs no buffer for it, and
     whatever the caller's addition rounds the updates to, fast and slow parameters are the same afterwards.
+
+    A sync that changes more than the parameters runs under a conditional, as `_conditional.py` says. The slow ones are
+    read from the parameters all the same.
     """
 
     def __init__(
@@ -183,24 +253,56 @@ class _Lookahead:
         inner: optax.GradientTransformationExtraArgs,
         sync_period: SyncPeriod,
         slow_step_size: SlowStepSize | optax.Schedule,
+        slow_momentum: SlowStepSize,
+        slow_nesterov: bool,
+        outer: optax.GradientTransformationExtraArgs | None,
+        slow_dtype: np.dtype | None,
     ) -> None:
         self.inner, self.sync_period, self.slow_step_size = inner, sync_period, slow_step_size
-        self.inner_states = InnerStates(inner)
+        self.slow_momentum, self.slow_nesterov, self.outer, self.slow_dtype = (
+            slow_momentum,
+            slow_nesterov,
+            outer,
+            slow_dtype,
+        )
+        self.inner_states = States(inner)
+        self.outer_states = None if outer is None else States(outer)
 
     def __repr__(self) -> str:
-        return f"lookahead({self.inner!r}, sync_period={self.sync_period!r}, slow_step_size={self.slow_step_size!r})"
+        settings = f"sync_period={self.sync_period!r}, slow_step_size={self.slow_step_size!r}"
+        if self.outer is not None:
+            settings = f"sync_period={self.sync_period!r}, outer={self.outer!r}"
+        elif has_momentum(self.slow_momentum):
+            settings += f", slow_momentum={self.slow_momentum!r}, slow_nesterov={self.slow_nesterov!r}"
+        if self.slow_dtype is not None:
+            settings += f", slow_dtype={self.slow_dtype.name!r}"
+        return f"lookahead({self.inner!r}, {settings})"
 
     def init(self, params: optax.Params) -> LookaheadState:
+        check_slow_dtype_holds(self.slow_dtype, params)
         step = jnp.zeros((), jnp.int32)
         inner_state = self.inner.init(params)
         self.inner_states.add(inner_state)
+        slow = None if is_off(self.sync_period) else initial(params, self.slow_dtype)
         return LookaheadState(
             inner_state=inner_state,
-            slow_params=None if is_off(self.sync_period) else initial(params),
+            slow_params=slow,
             step=step,
             captured=jnp.zeros((), jnp.int32),
             next_slow_step_size=self._next_slow_step_size(step),
+            outer_state=None if is_off(self.sync_period) else self._initial_outer_state(slow),
         )
+
+    def _initial_outer_state(self, slow: optax.Params) -> Any:
+        if self.outer is not None and self.outer_states is not None:
+            outer_state = self.outer.init(weights_of(slow))
+            self.outer_states.add(outer_state)
+            return outer_state
+        return self._momentum_state(initial_momentum(slow)) if has_momentum(self.slow_momentum) else None
+
+    def _momentum_state(self, momentum: optax.Params) -> SlowMomentumState:
+        # Copies, as no buffer can be donated twice.
+        return SlowMomentumState(momentum, jnp.array(self.slow_momentum, float), jnp.array(self.slow_nesterov))
 
     def update(
         self,
@@ -210,25 +312,39 @@ class _Lookahead:
         **extra_args: Any,
     ) -> tuple[optax.Updates | None, LookaheadState | _Step]:
         check_update(state, params, is_off(self.sync_period))
-        self.inner_states.check(state, params)
+        check_inner_state(state, self.inner_states, params)
+        if not is_off(self.sync_period):
+            check_slow_dtype_of(state, params, self.slow_dtype)
+            check_outer_state(state, has_momentum(self.slow_momentum), self.outer_states)
         grads = updates.grads if isinstance(updates, _ForParams) else updates
-        inner_updates, is_sync, new_state = self._advance(grads, state, params, extra_args)
-        slow_step_size = slow_step_size_at(state.step, self.sync_period, self.slow_step_size)
-        slow = new_state.slow_params
+        slow, params = self._captured(state, params)
+        inner_updates, is_sync, new_state = self._advance(grads, state, slow, params, extra_args)
         if isinstance(updates, _ForParams):
             fast = add_updates(params, inner_updates)
-            if not is_off(self.sync_period):
-                fast = params_after_sync(is_sync, slow, fast, inner_updates, slow_step_size)
-            return None, _Step(fast, new_state)
-        if not is_off(self.sync_period):
-            inner_updates = updates_to_sync(is_sync, slow, inner_updates, params, slow_step_size)
-        return inner_updates, new_state
+            return None, _Step(*self._synced(is_sync, new_state, state.step, fast, inner_updates, None))
+        return self._synced(is_sync, new_state, state.step, inner_updates, inner_updates, params)
+
+    def _is_plain(self, state: LookaheadState, params: optax.Params) -> bool:
+        """Return whether a sync changes nothing but the parameters."""
+        return state.outer_state is None and not has_wider(state.slow_params, params)
+
+    def _captured(self, state: LookaheadState, params: optax.Params) -> tuple[optax.Params, optax.Params]:
+        """Return the slow parameters with which the update starts, and the parameters."""
+        if is_off(self.sync_period):
+            return state.slow_params, params
+        if self._is_plain(state, params):
+            return capture_if_stale(state, params), params
+        return capture_passing_params(state, params)
 
     def _advance(
-        self, grads: optax.Updates, state: LookaheadState, params: optax.Params, extra_args: dict[str, Any]
+        self,
+        grads: optax.Updates,
+        state: LookaheadState,
+        slow: optax.Params,
+        params: optax.Params,
+        extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, jax.Array, LookaheadState]:
-        """Return the inner updates, whether a sync follows them, and the new state."""
-        slow = state.slow_params if is_off(self.sync_period) else capture_if_stale(state, params)
+        """Return the inner updates, whether a sync follows them, and the new state before it."""
         updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra_args)
         self.inner_states.add(inner_state)
         is_moved = is_applied(state.inner_state, inner_state)
@@ -245,9 +361,45 @@ class _Lookahead:
             step=step,
             captured=jnp.where(is_moved, captured, state.captured).astype(jnp.int32),
             next_slow_step_size=self._next_slow_step_size(step),
+            outer_state=state.outer_state,
         )
         return updates, is_sync, new_state
 
+    def _synced(
+        self,
+        is_sync: jax.Array,
+        state: LookaheadState,
+        step_before: jax.Array,
+        moving: optax.Updates,
+        updates: optax.Updates,
+        params: optax.Params | None,
+    ) -> tuple[optax.Updates, LookaheadState]:
+        """Return what moves, and the state, after a sync if it is due.
+
+        What moves are the fast parameters, or, if `params` are given, the updates that lead from these to the fast
+        parameters.
+        """
+        if is_off(self.sync_period):
+            return moving, state
+        slow = state.slow_params
+        slow_step_size = slow_step_size_at(step_before, self.sync_period, self.slow_step_size)
+        if self._is_plain(state, moving if params is None else params):
+            if params is None:
+                return params_after_sync(is_sync, slow, moving, updates, slow_step_size), state
+            return updates_to_sync(is_sync, slow, moving, params, slow_step_size), state
+        if self.outer is not None:
+            slow, moving, outer_state = sync_if_due(
+                is_sync, self.outer, slow, moving, state.outer_state, updates, params
+            )
+        else:
+            outer_step = OuterStep(slow_step_size, self.slow_momentum, self.slow_nesterov)
+            momentum = None if state.outer_state is None else state.outer_state.slow_momentum
+            slow, moving, momentum = sync_if_due(is_sync, outer_step, slow, moving, momentum, updates, params)
+            outer_state = None if momentum is None else self._momentum_state(momentum)
+        return moving, state._replace(slow_params=slow, outer_state=outer_state)
+
     def _next_slow_step_size(self, step: jax.Array) -> jax.Array:
+        if self.outer is not None:
+            return jnp.ones((), float)
         # A copy, as no buffer can be donated twice.
         return jnp.array(slow_step_size_at(step, self.sync_period, self.slow_step_size), float)

@@ -1,0 +1,68 @@
+"""The outer step with a state of its own: slow momentum, or any transformation of pseudo-gradients.
+
+Functions here take the weights as lists, in the order of their leaves in the tree of the slow parameters.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lookahead_optim.optax._outer_step import OuterStep, pseudo_gradient
+from lookahead_optim.optax._slow_weights import weights_of
+from lookahead_optim.optax._trees import add_updates
+
+__all__ = ["Outer", "SlowMomentumState", "initial_momentum", "outer_step_by"]
+
+
+class SlowMomentumState(NamedTuple):
+    """State of slow momentum, the `outer_state` of a `LookaheadState`.
+
+    Attributes:
+        slow_momentum: Tree like the slow parameters, with their shapes, dtypes and shardings: the momentum on the
+            pseudo-gradients. `None` for what is no weight.
+        next_factor: float scalar, the factor of the momentum at the next sync, for `sync`, which has no settings.
+        next_nesterov: bool scalar, whether it is Nesterov's momentum then.
+    """
+
+    slow_momentum: optax.Params
+    next_factor: jax.Array
+    next_nesterov: jax.Array
+
+
+# The module that pickles name.
+SlowMomentumState.__module__ = "lookahead_optim.optax"
+
+# What makes the outer step: the settings, or the transformation that stands in their place.
+Outer: TypeAlias = OuterStep | optax.GradientTransformationExtraArgs
+
+
+def initial_momentum(slow: optax.Params) -> optax.Params:
+    """Return the momentum before the first sync."""
+    return jax.tree.map(jnp.zeros_like, weights_of(slow))
+
+
+def outer_step_by(
+    outer: optax.GradientTransformationExtraArgs,
+    slow: list[jax.Array],
+    fast: Sequence[jax.Array | None],
+    outer_state: Any,
+    structure: Any,
+) -> tuple[list[jax.Array], Any]:
+    """Return the slow weights and the state of a transformation after an outer step that it makes.
+
+    It gets the pseudo-gradients in the slow weights' dtypes, and 0 for a frozen weight, whose fast one is `None`. Its
+    updates are added to the slow weights.
+    """
+
+    def way_back(slow: jax.Array, fast: jax.Array | None) -> jax.Array:
+        if fast is None:
+            return jnp.zeros_like(slow)
+        return pseudo_gradient(slow.astype(fast.dtype).astype(slow.dtype), fast.astype(slow.dtype))
+
+    weights = structure.unflatten(slow)
+    pseudo_gradients = structure.unflatten(list(map(way_back, slow, fast)))
+    moves, outer_state = outer.update(pseudo_gradients, outer_state, weights)
+    return structure.flatten_up_to(add_updates(weights, moves)), outer_state
