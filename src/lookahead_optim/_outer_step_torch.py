@@ -68,7 +68,7 @@ def _moves(piece: Piece, in_place_of_fast: bool = False) -> list[Tensor]:
     A fast weight started from the slow weight rounded to its dtype. Measured from there, a fast weight that did not
     move leaves a slow weight of a wider dtype alone, bit for bit.
     """
-    slow, fast, _ = piece
+    slow, fast, *_ = piece
     if slow[0].dtype == fast[0].dtype:
         if not in_place_of_fast:
             return list(torch._foreach_sub(fast, slow))
@@ -85,13 +85,28 @@ def _moves(piece: Piece, in_place_of_fast: bool = False) -> list[Tensor]:
 
 def _descend(piece: Piece, step: OuterStep, moves: list[Tensor]) -> None:
     """Move slow weights by momentum on their pseudo-gradients, which are `moves` with their signs turned."""
-    slow, fast, momentum = piece
+    slow, fast, momentum, fits_kernels = piece
     slow_step_size, slow_momentum, slow_nesterov = step
     if not momentum:
         if slow_step_size == 1:
             torch._foreach_copy_(slow, fast)
         else:
             torch._foreach_add_(slow, moves, alpha=slow_step_size)
+        return
+    if fits_kernels:
+        # PyTorch's fused SGD makes the same moves in one pass over memory.
+        torch._fused_sgd_(
+            slow,
+            moves,
+            momentum,
+            weight_decay=0,
+            momentum=slow_momentum,
+            lr=slow_step_size,
+            dampening=0,
+            nesterov=slow_nesterov,
+            maximize=True,
+            is_first_step=False,
+        )
         return
     torch._foreach_mul_(momentum, slow_momentum)
     torch._foreach_sub_(momentum, moves)
@@ -115,7 +130,7 @@ def _interpolate(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
 
     Other devices than the CPU would have to be waited for. There only `is_large` finds infinities.
     """
-    slow, fast, _ = piece
+    slow, fast, *_ = piece
     if slow_step_size == 1:
         torch._foreach_copy_(slow, fast)
     elif slow_step_size == 0:
@@ -145,7 +160,7 @@ def outer_step_unshared(piece: Piece, step: OuterStep, is_careful: bool) -> bool
         torch._foreach_copy_(piece.fast, piece.slow)
         return is_careful
     if len(piece.slow) == 1 and not is_careful and 0 < step.slow_step_size < 1:
-        (slow,), (fast,), _ = piece
+        (slow,), (fast,), *_ = piece
         kernel = _kernel() if is_large_on_gpu(slow, fast) else None
         if kernel is not None and kernel(slow, fast, step.slow_step_size):
             return False

@@ -22,12 +22,14 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 class Piece(NamedTuple):
     """Slow weights, their fast ones and their slow momentum, in one order.
 
-    All are on the CPU, or all on one other device. Without slow momentum the last list is empty.
+    All are on the CPU, or all on one other device. Without slow momentum its list is empty. `fits_kernels` says whether
+    kernels that go through memory can take all of them together.
     """
 
     slow: list[Tensor]
     fast: list[Tensor]
     momentum: list[Tensor]
+    fits_kernels: bool = False
 
 
 def cut(slow: list[Tensor], fast: list[Tensor], momentum: Sequence[Tensor] = ()) -> list[Piece]:
@@ -46,7 +48,7 @@ def cut(slow: list[Tensor], fast: list[Tensor], momentum: Sequence[Tensor] = ())
             is_alone = fast_weight.is_cuda and fast_weight.nbytes >= _BYTES_OF_LARGE
             kind = id(fast_weight) if is_alone else (fast_weight.device, fast_weight.dtype, slow_weight.dtype)
             _append(by_kind[kind], row)
-        return list(by_kind.values())
+        return [piece._replace(fits_kernels=_fits_kernels(piece)) for piece in by_kind.values()]
     pieces, size, limit = [_empty()], 0, _BYTES_PER_THREAD * torch.get_num_threads()
     for row in rows:
         for part in _parts(row, limit):
@@ -57,7 +59,7 @@ def cut(slow: list[Tensor], fast: list[Tensor], momentum: Sequence[Tensor] = ())
                 size = 0
             _append(pieces[-1], part)
             size += part[0].nbytes
-    return pieces if fast else []
+    return [piece._replace(fits_kernels=_fits_kernels(piece)) for piece in pieces] if fast else []
 
 
 def is_large_on_gpu(slow: Tensor, fast: Tensor) -> bool:
@@ -68,7 +70,23 @@ def is_large_on_gpu(slow: Tensor, fast: Tensor) -> bool:
         and type(fast) in _PLAIN
         and fast.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (slow.dtype, slow.device, slow.stride()) == (fast.dtype, fast.device, fast.stride())
-        and (fast.is_contiguous() or (fast.dim() == 4 and fast.is_contiguous(memory_format=torch.channels_last)))
+        and _has_no_gaps(fast)
+    )
+
+
+def _has_no_gaps(weight: Tensor) -> bool:
+    return weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+
+
+def _fits_kernels(piece: Piece) -> bool:
+    """Return whether weights lie in memory as their slow weights and momentum do, without gaps, and are real."""
+    return all(
+        type(fast) in _PLAIN
+        and slow.is_floating_point()
+        and (slow.is_cpu or slow.is_cuda)
+        and slow.stride() == fast.stride() == momentum.stride()
+        and _has_no_gaps(fast)
+        for slow, fast, momentum in zip(piece.slow, piece.fast, piece.momentum)
     )
 
 
@@ -77,7 +95,7 @@ def _empty() -> Piece:
 
 
 def _append(piece: Piece, row: Sequence[Tensor]) -> None:
-    for weights, weight in zip(piece, row):
+    for weights, weight in zip((piece.slow, piece.fast, piece.momentum), row):
         weights.append(weight)
 
 

@@ -406,20 +406,26 @@ def test_momentum_explains_a_step_size_above_1():
         Lookahead(torch.optim.SGD(parameters((3,)), 0.1), 2, 1.2)
 
 
+LAYOUTS = {
+    "transposed": ((6, 5), lambda one: one.t().contiguous().t()),
+    "channels last": ((2, 3, 4, 5), lambda one: one.to(memory_format=torch.channels_last)),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128])
 @pytest.mark.parametrize("slow_nesterov", [True, False])
-def test_weights_that_lie_otherwise_in_memory_make_the_same_outer_step(slow_nesterov, dtype):
+@pytest.mark.parametrize(("shape", "lay_out"), LAYOUTS.values(), ids=LAYOUTS)
+def test_weights_that_lie_otherwise_in_memory_make_the_same_outer_step(shape, lay_out, slow_nesterov, dtype):
     outer = {"slow_momentum": 0.9, "slow_nesterov": slow_nesterov}
 
     def made():
-        weights = [torch.nn.Parameter(one.detach().to(dtype)) for one in parameters((6, 5), (2, 3, 4, 5))]
+        weights = [torch.nn.Parameter(one.detach().to(dtype)) for one in parameters(shape)]
         return weights, Lookahead(torch.optim.SGD(weights, 0.1), 2, 0.7, **outer)
 
     (plain, optimizer), (moved, other) = made(), made()
     for step in range(8):
         if step == 3:
-            moved[0].data = moved[0].detach().t().contiguous().t()
-            moved[1].data = moved[1].detach().to(memory_format=torch.channels_last)
+            moved[0].data = lay_out(moved[0].detach())
         for weights, one in ((plain, optimizer), (moved, other)):
             set_gradients(weights, step)
             one.step()
