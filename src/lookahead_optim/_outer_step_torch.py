@@ -9,9 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lookahead_optim._pieces_torch import Piece, is_large_on_gpu
+from lookahead_optim._pieces_torch import Piece, is_large_on_gpu, is_wide
 
-__all__ = ["OuterStep", "ask_is_large", "is_large", "outer_step", "outer_step_unshared"]
+__all__ = [
+    "OuterStep",
+    "ask_is_large",
+    "form_pseudo_gradients",
+    "is_large",
+    "outer_step",
+    "outer_step_reduced",
+    "outer_step_unshared",
+]
 
 
 class OuterStep(NamedTuple):
@@ -45,7 +53,7 @@ def outer_step(pieces: list[Piece], steps: list[OuterStep], is_careful: bool) ->
     Returns:
         Whether the next outer step must be careful.
     """
-    moves = [_moves(piece) if _needs_moves(piece) else None for piece in pieces]
+    moves = [_moves(piece) if _needs_moves(piece, step) else None for piece, step in zip(pieces, steps)]
     is_careful_next = is_careful
     for piece, step, move in zip(pieces, steps, moves):
         if move is None:
@@ -57,9 +65,9 @@ def outer_step(pieces: list[Piece], steps: list[OuterStep], is_careful: bool) ->
     return is_careful_next
 
 
-def _needs_moves(piece: Piece) -> bool:
+def _needs_moves(piece: Piece, step: OuterStep) -> bool:
     """Return whether an outer step is more than an interpolation, which needs no memory for the pseudo-gradient."""
-    return bool(piece.momentum) or (bool(piece.slow) and piece.slow[0].dtype != piece.fast[0].dtype)
+    return bool(piece.momentum) or (is_wide(piece) and step.slow_step_size != 1)
 
 
 def _moves(piece: Piece, in_place_of_fast: bool = False) -> list[Tensor]:
@@ -85,13 +93,10 @@ def _moves(piece: Piece, in_place_of_fast: bool = False) -> list[Tensor]:
 
 def _descend(piece: Piece, step: OuterStep, moves: list[Tensor]) -> None:
     """Move slow weights by momentum on their pseudo-gradients, which are `moves` with their signs turned."""
-    slow, fast, momentum, fits_kernels = piece
+    slow, _, momentum, fits_kernels = piece
     slow_step_size, slow_momentum, slow_nesterov = step
     if not momentum:
-        if slow_step_size == 1:
-            torch._foreach_copy_(slow, fast)
-        else:
-            torch._foreach_add_(slow, moves, alpha=slow_step_size)
+        torch._foreach_add_(slow, moves, alpha=slow_step_size)
         return
     if fits_kernels:
         # PyTorch's fused SGD makes the same moves in one pass over memory.
@@ -154,7 +159,7 @@ def outer_step_unshared(piece: Piece, step: OuterStep, is_careful: bool) -> bool
     A large weight on a GPU, which is a piece by itself, takes one kernel. The operations of PyTorch take two, which
     move five arrays where four do.
     """
-    if _needs_moves(piece):
+    if _needs_moves(piece, step):
         # The fast weights are read once. Then their memory is free for the moves, until the restart.
         _descend(piece, step, _moves(piece, in_place_of_fast=bool(piece.momentum)))
         torch._foreach_copy_(piece.fast, piece.slow)
@@ -165,6 +170,23 @@ def outer_step_unshared(piece: Piece, step: OuterStep, is_careful: bool) -> bool
         if kernel is not None and kernel(slow, fast, step.slow_step_size):
             return False
     return outer_step([piece], [step], is_careful)
+
+
+def form_pseudo_gradients(slow: list[Tensor], fast: list[Tensor], out: list[Tensor]) -> None:
+    """Write the pseudo-gradients into `out`, in the dtypes of the fast weights. It may be `fast` itself."""
+    for slow_weight, fast_weight, pseudo_gradient in zip(slow, fast, out):
+        # A fast weight started from the slow weight rounded to its dtype.
+        torch.sub(slow_weight.to(fast_weight.dtype), fast_weight, out=pseudo_gradient)
+
+
+def outer_step_reduced(piece: Piece, step: OuterStep) -> None:
+    """Make the slow step of a piece that has pseudo-gradients in the place of its fast weights.
+
+    They are used up. The fast weights restart afterwards.
+    """
+    slow, moves, *_ = piece
+    torch._foreach_neg_(moves)
+    _descend(piece, step, [move.to(slow[0].dtype) for move in moves] if is_wide(piece) else moves)
 
 
 @functools.cache

@@ -432,3 +432,15 @@ def test_weights_that_lie_otherwise_in_memory_make_the_same_outer_step(shape, la
     for weight, expected in zip(moved, plain):
         torch.testing.assert_close(weight, expected)
         torch.testing.assert_close(other.state[weight]["slow_momentum"], optimizer.state[expected]["slow_momentum"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_momentum_in_a_narrow_dtype_moves_all_elements(dtype):
+    # PyTorch's fused SGD on the CPU leaves whole vectors of elements where they are.
+    weight = torch.nn.Parameter(torch.ones(33, dtype=dtype))
+    optimizer = Lookahead(torch.optim.SGD([weight], 0.25), 1, 0.5, slow_momentum=0.5)
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    # s = 1/4; b = 1/4, then 3/8; d = 3/8, then 7/16.
+    assert torch.equal(weight.detach().float(), torch.full((33,), 1 - 0.5 * (3 / 8 + 7 / 16)))

@@ -113,7 +113,7 @@ class SlowWeights:
     def clear_momentum(self) -> None:
         """Set the momentum to 0."""
         for momentum in self.momentum:
-            momentum.assign(keras.ops.zeros_like(momentum))
+            momentum.assign(keras.ops.zeros(momentum.shape, momentum.dtype))
 
     def is_captured(self) -> bool:
         """Return whether the slow weights were captured. This waits for the device."""
