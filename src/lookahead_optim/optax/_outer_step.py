@@ -58,12 +58,13 @@ def outer_step(
         values = (slow, fast) if momentum is None else (slow, fast, momentum)
         return _by_parts(lambda slow, fast, momentum=None: outer_step(slow, fast, momentum, step), *values)
     wide_slow = _wide(slow)
-    start, end = slow.astype(fast.dtype).astype(wide_slow.dtype), fast.astype(wide_slow.dtype)
+    start = wide_slow if slow.dtype == fast.dtype else slow.astype(fast.dtype).astype(wide_slow.dtype)
+    end = fast.astype(wide_slow.dtype)
     if momentum is None:
         new_slow = _slow_step(wide_slow, end, _finite_pseudo_gradient(start, end), step.slow_step_size)
         return new_slow.astype(slow.dtype), None
-    new_slow, new_momentum = _descend(wide_slow, start, end, _wide(momentum), step)
-    return new_slow.astype(slow.dtype), new_momentum.astype(momentum.dtype)
+    new_slow, momentum = _descend(wide_slow, start, end, momentum, step)
+    return new_slow.astype(slow.dtype), momentum
 
 
 def _descend(
@@ -71,7 +72,9 @@ def _descend(
 ) -> tuple[jax.Array, jax.Array]:
     """Return slow - eta * d and b."""
     slow_step_size, slow_momentum, slow_nesterov = step
-    momentum = jnp.asarray(slow_momentum * momentum + pseudo_gradient(start, end))
+    # Rounded as it is saved, in half precision too: otherwise XLA would keep both in arrays as large as the weight.
+    new_momentum = jnp.asarray(slow_momentum * _wide(momentum) + pseudo_gradient(start, end)).astype(momentum.dtype)
+    momentum = _wide(new_momentum)
     # Computed again from values that XLA takes for others. It would keep the first one in an array as large as the
     # weight, for two loops that write two arrays. So each loop subtracts, and writes to the array that it replaces.
     start, end = jax.lax.optimization_barrier((start, end))
@@ -86,7 +89,7 @@ def _descend(
         # A traced factor of 0 gives the bits of the plain step. d - s is 0 then, but its derivative is not.
         plain = _slow_step(slow, end, _finite_pseudo_gradient(start, end), slow_step_size)
         new_slow = jnp.where(slow_momentum == 0, plain - slow_step_size * (d - s), new_slow)
-    return new_slow, momentum
+    return new_slow, new_momentum
 
 
 def pseudo_gradient(start: jax.Array, end: jax.Array) -> jax.Array:
@@ -191,7 +194,7 @@ def update_to(end: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(param):
         return _by_parts(update_to, end, update, param)
     fast = (param + update).astype(param.dtype)
-    unchanged = update + (end - fast).astype(update.dtype)
+    unchanged = update + pseudo_gradient(end, fast).astype(update.dtype)
     return jnp.where(end == fast, unchanged, _update_between(param, end, update.dtype))
 
 
