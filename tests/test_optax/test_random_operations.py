@@ -21,19 +21,24 @@ from tests.random_operations import operation
 
 LEARNING_RATE, MOMENTUM, MICRO_STEPS = 0.125, 0.5, 2
 NAMES = ("w", "b")
+# The outer step: without momentum, with it, or by a transformation.
+SLOW_MOMENTUM = 0.5
+OUTER = optax.sgd(0.5, momentum=SLOW_MOMENTUM, nesterov=True)
+OUTERS = {"plain": {}, "momentum": {"slow_momentum": SLOW_MOMENTUM}, "outer": {"outer": OUTER}}
 END = 2**31 - 1
 
 
 class Plain:
     """SGD in Lookahead wrappers, the innermost first."""
 
-    def __init__(self, weights, has_momentum, slow_step_sizes):
-        self.fast, self.momentum = weights, MOMENTUM if has_momentum else 0.0
+    def __init__(self, weights, has_momentum, slow_step_sizes, outer):
+        self.fast, self.momentum, self.outer = weights, MOMENTUM if has_momentum else 0.0, outer
         self.velocity = {name: np.zeros_like(one) for name, one in weights.items()}
         self.start(slow_step_sizes)
 
     def start(self, slow_step_sizes):
         self.slow = [self.fast for _ in slow_step_sizes]
+        self.slow_momentum = [self.no_momentum() for _ in slow_step_sizes]
         self.captured, self.count = [False] * len(self.slow), [0] * len(self.slow)
         self.next_slow_step_size = list(slow_step_sizes)
 
@@ -54,10 +59,24 @@ class Plain:
                 self.restart(level, slow_step_size, moving)
             self.captured[level] = not is_due and period > 0
 
+    def no_momentum(self):
+        return {name: np.zeros_like(one) for name, one in self.fast.items()}
+
     def restart(self, level, slow_step_size, names):
-        slow = self.slow[level]
-        moved = {name: slow[name] + slow_step_size * (self.fast[name] - slow[name]) for name in names}
-        self.fast = self.fast | moved
+        slow, before, factor = self.slow[level], self.slow_momentum[level], SLOW_MOMENTUM
+        if self.outer == "plain":
+            factor = 0.0
+        if self.outer == "outer":
+            slow_step_size = 0.5
+        pseudo_gradients = {name: slow[name] - self.fast[name] if name in names else 0.0 for name in slow}
+        momentum = {name: factor * before[name] + one for name, one in pseudo_gradients.items()}
+        moved = {
+            name: slow[name] - slow_step_size * (pseudo_gradients[name] + factor * momentum[name]) for name in names
+        }
+        if self.outer == "momentum":
+            # Those of frozen weights.
+            momentum |= {name: 0.0 * one for name, one in momentum.items() if name not in names}
+        self.fast, self.slow_momentum[level] = self.fast | moved, momentum
         self.captured[: level + 1] = [False] * (level + 1)
 
     def sync(self):
@@ -67,7 +86,7 @@ class Plain:
 
     def reset(self):
         if self.slow:
-            self.slow[-1] = self.fast
+            self.slow[-1], self.slow_momentum[-1] = self.fast, self.no_momentum()
             self.captured = [False] * (len(self.slow) - 1) + [True]
 
     def outermost_captured(self):
@@ -77,18 +96,24 @@ class Plain:
         return self.slow[self.outermost_captured()] if any(self.captured) else self.fast
 
 
-def make(structure, has_momentum, settings):
+def make(structure, has_momentum, outer, settings):
     """Return an optimizer with two pairs of settings, of which most structures use one."""
     (period, slow_step_size), (other_period, other_slow_step_size) = settings
+    if outer == "outer":
+        slow_step_size = other_slow_step_size = 0.5
+    wrap = functools.partial(lookahead, **OUTERS[outer])
+    injected = functools.partial(
+        optax.inject_hyperparams(lookahead, "slow_step_size" if outer == "outer" else ()), **OUTERS[outer]
+    )
     inner = optax.sgd(LEARNING_RATE, momentum=MOMENTUM if has_momentum else None)
     if structure.endswith("inside"):
         around = {
             "multi_steps_inside": lambda: optax.MultiSteps(inner, MICRO_STEPS),
             "finite_inside": lambda: optax.apply_if_finite(inner, 10**6),
         }
-        return lookahead(around[structure](), period, slow_step_size)
-    one = lookahead(inner, period, slow_step_size)
-    other = lookahead(inner, other_period, other_slow_step_size)
+        return wrap(around[structure](), period, slow_step_size)
+    one = wrap(inner, period, slow_step_size)
+    other = wrap(inner, other_period, other_slow_step_size)
     masks = {"w": True, "b": False}, {"w": False, "b": True}
     return {
         "alone": lambda: one,
@@ -97,8 +122,8 @@ def make(structure, has_momentum, settings):
         "partition": lambda: optax.partition({"one": one, "other": other}, {"w": "one", "b": "other"}),
         "multi_steps_around": lambda: optax.MultiSteps(one, MICRO_STEPS).gradient_transformation(),
         "finite_around": lambda: optax.apply_if_finite(one, 10**6),
-        "nested": lambda: lookahead(one, other_period, other_slow_step_size),
-        "injected": lambda: optax.inject_hyperparams(lookahead)(inner, period, slow_step_size),
+        "nested": lambda: wrap(one, other_period, other_slow_step_size),
+        "injected": lambda: injected(inner, period, slow_step_size),
     }[structure]()
 
 
@@ -111,8 +136,8 @@ WITH_APPLY_GRADIENTS = ["alone", "nested", "multi_steps_inside", "finite_inside"
 PARTS = {"masked": ["w"], "partition": ["w", "b"]}
 
 
-def make_step(structure, has_momentum, form, settings):
-    optimizer = make(structure, has_momentum, settings)
+def make_step(structure, has_momentum, outer, form, settings):
+    optimizer = make(structure, has_momentum, outer, settings)
 
     def step(params, state, grads):
         if form == "apply_gradients":
@@ -127,14 +152,14 @@ def make_step(structure, has_momentum, form, settings):
 
 
 @functools.cache
-def compiled_step(structure, has_momentum, form, settings=None):
+def compiled_step(structure, has_momentum, outer, form, settings=None):
     """Return a step of parameters, state and gradients, and of settings if none are given."""
     if settings is not None:
-        return jax.jit(make_step(structure, has_momentum, form, settings))
+        return jax.jit(make_step(structure, has_momentum, outer, form, settings))
 
     @jax.jit
     def step(params, state, grads, settings):
-        return make_step(structure, has_momentum, form, settings)(params, state, grads)
+        return make_step(structure, has_momentum, outer, form, settings)(params, state, grads)
 
     return step
 
@@ -175,26 +200,29 @@ class Operations(stateful.RuleBasedStateMachine):
     @stateful.initialize(
         structure=st.sampled_from(STRUCTURES),
         has_momentum=st.booleans(),
+        outer=st.sampled_from(sorted(OUTERS)),
         settings=st.tuples(pairs, pairs),
         is_jitted=st.booleans(),
         is_traced=st.booleans(),
     )
-    def start(self, structure, has_momentum, settings, is_jitted, is_traced):
-        self.structure, self.has_momentum, self.is_jitted = structure, has_momentum, is_jitted
+    def start(self, structure, has_momentum, outer, settings, is_jitted, is_traced):
+        self.structure, self.has_momentum, self.is_jitted, self.outer = structure, has_momentum, is_jitted, outer
+        # What `sync` and `reset_slow_params` need.
+        self.given = {"outer": OUTERS[outer]["outer"]} if outer == "outer" else {}
         self.is_traced, self.settings = is_traced, settings
         weights = {"w": np.array([1.0, -2.0]), "b": np.array([0.5])}
         self.params = {name: jnp.array(one, "float32") for name, one in weights.items()}
         # With a period that is not 0: a state that is made with that has no room for slow parameters.
-        self.optimizer = make(structure, has_momentum, [(max(period, 1), size) for period, size in settings])
+        self.optimizer = make(structure, has_momentum, outer, [(max(period, 1), size) for period, size in settings])
         self.state = self.optimizer.init(self.params)
         parts = PARTS.get(structure, [NAMES])
         self.parts = []
         for index, names in enumerate(parts):
             sizes = [settings[index][1]] if structure != "nested" else [size for _, size in settings]
             part = {name: weights[name] for name in names}
-            self.parts.append((index, Plain(part, has_momentum, sizes)))
+            self.parts.append((index, Plain(part, has_momentum, sizes, outer)))
         rest = {name: weights[name] for name in NAMES if not any(name in names for names in parts)}
-        self.parts.append((len(parts), Plain(rest, has_momentum, [])))
+        self.parts.append((len(parts), Plain(rest, has_momentum, [], outer)))
         self.accumulated, self.saved = [], None
         self.inject(settings[0])
 
@@ -203,12 +231,14 @@ class Operations(stateful.RuleBasedStateMachine):
             # In a new tree: the old one may have been kept.
             self.state = jax.tree.map(lambda leaf: leaf, self.state)
             for name, value in zip(("sync_period", "slow_step_size"), pair):
+                if name not in self.state.hyperparams:
+                    continue
                 self.state.hyperparams[name] = jnp.asarray(value, self.state.hyperparams[name].dtype)
 
     def step(self, grads, form):
         form = form if self.structure in WITH_APPLY_GRADIENTS else "update"
         leaves = {name: None if one is None else jnp.array(one, "float32") for name, one in grads.items()}
-        key, arguments = (self.structure, self.has_momentum, form), (self.params, self.state, leaves)
+        key, arguments = (self.structure, self.has_momentum, self.outer, form), (self.params, self.state, leaves)
         # An injected one has its settings in the state.
         settings = ((1, 0.5), (1, 0.5)) if self.structure == "injected" else self.settings
         if not self.is_jitted:
@@ -277,15 +307,16 @@ class Operations(stateful.RuleBasedStateMachine):
             jax.tree.map(np.testing.assert_array_equal, slow_params(self.state, self.params), before)
         assert is_kept == (period > 0 and model.count[0] % period != 0)
         self.params = before
-        self.state = reset_slow_params(self.state, self.params)
+        self.state = reset_slow_params(self.state, self.params, **self.given)
         model.fast = {name: np.array(one, "float64") for name, one in before.items()}
         model.velocity = {name: np.zeros_like(one) for name, one in model.fast.items()}
         model.reset()
 
     @operation(is_jitted=st.booleans())
     def synchronize(self, is_jitted):
-        self.params, self.state = (jax.jit(sync) if is_jitted else sync)(self.state, self.params)
-        again, _ = sync(self.state, self.params)
+        run = functools.partial(sync, **self.given)
+        self.params, self.state = (jax.jit(run) if is_jitted else run)(self.state, self.params)
+        again, _ = run(self.state, self.params)
         jax.tree.map(np.testing.assert_array_equal, again, self.params)
         for _, model in self.parts:
             model.sync()
@@ -295,7 +326,7 @@ class Operations(stateful.RuleBasedStateMachine):
         """Capture the slow parameters anew, also from other parameters."""
         if is_loaded:
             self.load_weights(seed)
-        self.state = reset_slow_params(self.state, self.params)
+        self.state = reset_slow_params(self.state, self.params, **self.given)
         for _, model in self.parts:
             model.reset()
 
@@ -320,7 +351,7 @@ class Operations(stateful.RuleBasedStateMachine):
 
     @operation(name=st.sampled_from(sorted(FORMATS)))
     def save_and_load_anew(self, name):
-        optimizer = make(self.structure, self.has_momentum, ((1, 0.5), (1, 0.5)))
+        optimizer = make(self.structure, self.has_momentum, self.outer, ((1, 0.5), (1, 0.5)))
         like = {"params": self.params, "state": optimizer.init(self.params)}
         loaded = FORMATS[name]({"params": self.params, "state": self.state}, like, self.folder)
         jax.tree.map(np.testing.assert_array_equal, loaded, {"params": self.params, "state": self.state})
@@ -351,7 +382,7 @@ class Operations(stateful.RuleBasedStateMachine):
     @operation()
     def leave_lookahead_and_come_back(self):
         settings = [(1, self.settings[0][1]), (1, 0.5)]
-        state = make("alone", self.has_momentum, settings).init(self.params)
+        state = make("alone", self.has_momentum, self.outer, settings).init(self.params)
         self.state = state._replace(inner_state=self.state.inner_state)
         for index, model in self.parts:
             model.start([size for _, size in self.settings[index:]][: len(model.slow)])
