@@ -35,18 +35,23 @@ OPTIMIZERS = {
     ),
     "masked": optax.masked(lookahead(optax.adam(0.05), 4), MASK),
     "multi_steps": optax.MultiSteps(lookahead(optax.adam(0.05), 2), 2).gradient_transformation(),
+    "slow_momentum": lookahead(optax.adam(0.05), 4, 0.7, slow_momentum=0.6),
+    "wide": lookahead(optax.adam(0.05), 4, 0.7, slow_momentum=0.6, slow_dtype="float32"),
+    "outer": lookahead(
+        optax.adam(0.05), 4, outer=optax.sgd(optax.linear_schedule(0.8, 0.2, 3), momentum=0.6, nesterov=True)
+    ),
     "injected": optax.inject_hyperparams(lookahead)(optax.sgd(0.05, momentum=0.9), sync_period=4, slow_step_size=0.7),
 }
 
 
 def start(name):
-    params = make_params()
+    params = make_params(dtype="bfloat16" if name == "wide" else "float32")
     return {"params": params, "state": OPTIMIZERS[name].init(params), "steps": jnp.zeros((), jnp.int32)}
 
 
-def make_params():
+def make_params(dtype="float32"):
     rng = np.random.default_rng(0)
-    return {"w": jnp.array(rng.normal(size=(8, 4)), "float32"), "b": jnp.array(rng.normal(size=4), "float32")}
+    return {"w": jnp.array(rng.normal(size=(8, 4)), dtype), "b": jnp.array(rng.normal(size=4), dtype)}
 
 
 def loss(params, inputs, labels):
@@ -75,7 +80,8 @@ def train_all(runs, end=STEPS):
     return {name: train(name, run, end) for name, run in runs.items()}
 
 
-SHARDED = lookahead(optax.adam(0.05), 4, 0.3)
+# With momentum, one weight in half precision, and its slow one in float32.
+SHARDED = lookahead(optax.adam(0.05), 4, 0.3, slow_momentum=0.6, slow_dtype="float32")
 
 
 def on_all_devices(tree):
@@ -86,7 +92,7 @@ def on_all_devices(tree):
 
 
 def start_sharded():
-    params = make_params()
+    params = make_params() | {"b": make_params("bfloat16")["b"]}
     return on_all_devices((params, SHARDED.init(params)))
 
 
@@ -94,9 +100,14 @@ def train_sharded(params, state, steps):
     update = jax.jit(SHARDED.apply_gradients)
     for index in steps:
         numbers = np.random.default_rng(index).normal(size=(8, 4)).astype("float32")
-        grads = {"w": numbers, "b": numbers[0]}
+        grads = {"w": numbers, "b": numbers[0].astype(params["b"].dtype)}
         params, state = update(on_all_devices(grads), state, params)
     return params, state
+
+
+def saved_leaves(tree):
+    """Return the leaves as NumPy saves them: it has no bfloat16."""
+    return [np.asarray(leaf, "float32" if leaf.dtype == "bfloat16" else None) for leaf in jax.tree.leaves(tree)]
 
 
 def like(tree):
@@ -163,7 +174,7 @@ def resharded(directory):
     pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(state.slow_params)))
     np.savez(
         directory / f"resharded-{jax.device_count()}.npz",
-        *jax.tree.leaves((params, state, slow_params(state, params))),
+        *saved_leaves((params, state, slow_params(state, params))),
         devices=[len(one.addressable_shards) for pair in pairs for one in pair],
         alike=[slow.sharding.is_equivalent_to(param.sharding, param.ndim) for param, slow in pairs],
     )
