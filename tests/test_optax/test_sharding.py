@@ -41,8 +41,18 @@ def make_matrices(seed=0):
     }
 
 
+OUTERS = {
+    "slow_momentum": {"slow_momentum": 0.5},
+    "outer": {"outer": optax.sgd(0.5, momentum=0.5, nesterov=True)},
+}
+
+
 def wrapped(name):
-    return lookahead(INNER[name](), SYNC_PERIOD, SLOW_STEP_SIZE)
+    if name == "outer":
+        return lookahead(INNER["momentum"](), SYNC_PERIOD, **OUTERS[name])
+    return lookahead(
+        INNER[name if name in INNER else "momentum"](), SYNC_PERIOD, SLOW_STEP_SIZE, **OUTERS.get(name, {})
+    )
 
 
 def assert_sharded(tree, shardings):
@@ -88,6 +98,9 @@ def test_under_an_explicit_mesh_jitted_init_and_step_keep_all_shardings(layout, 
         ("one_axis", AxisType.Auto, "momentum"),
         ("two_axes", AxisType.Auto, "adamw"),
         ("two_axes", AxisType.Explicit, "momentum"),
+        ("two_axes", AxisType.Auto, "slow_momentum"),
+        ("one_axis", AxisType.Explicit, "slow_momentum"),
+        ("two_axes", AxisType.Auto, "outer"),
     ],
 )
 def test_sharded_params_train_as_on_one_device_without_communication_and_keep_their_shardings(
@@ -98,6 +111,7 @@ def test_sharded_params_train_as_on_one_device_without_communication_and_keep_th
     step = jax.jit(whole_step(optimizer, form))
     # Products with powers of two are exact, whether or not XLA fuses them into additions.
     assert_equal = assert_close if name == "adamw" else assert_same_bits
+    outer = OUTERS[name]["outer"] if name == "outer" else None
     single = make_matrices()
     params = jax.device_put(single, shardings)
     single_state, state = optimizer.init(single), optimizer.init(params)
@@ -108,10 +122,11 @@ def test_sharded_params_train_as_on_one_device_without_communication_and_keep_th
         params, state = step(params, state, sharded_grads)
         single, single_state = step(single, single_state, grads)
         if number == 4:
-            params, state = sync(state, params)
-            single, single_state = sync(single_state, single)
+            params, state = sync(state, params, outer=outer)
+            single, single_state = sync(single_state, single, outer=outer)
         if number == 6:
-            state, single_state = reset_slow_params(state, params), reset_slow_params(single_state, single)
+            state = reset_slow_params(state, params, outer=outer)
+            single_state = reset_slow_params(single_state, single, outer=outer)
         slow = slow_params(state, params)
         for tree in (params, state, slow):
             assert_sharded(tree, shardings)
