@@ -16,8 +16,10 @@ class ByHand:
     Half-precision parameters take the slow step in float32.
     """
 
-    def __init__(self, optimizer, params, sync_period=6, slow_step_size=0.5):
+    def __init__(self, optimizer, params, sync_period=6, slow_step_size=0.5, slow_momentum=0.0):
         self.params = self.slow = params
+        self.slow_momentum = slow_momentum
+        self.reset()
         self.state = optimizer.init(params)
         self.sync_period, self.slow_step_size = sync_period, slow_step_size
         self.update = jax.jit(optax.with_extra_args_support(optimizer).update)
@@ -30,12 +32,26 @@ class ByHand:
         if self.steps % self.sync_period == 0:
             self.sync()
 
+    def reset(self):
+        self.slow, self.b = self.params, jax.tree.map(jnp.zeros_like, self.params)
+
     def sync(self):
+        if self.slow_momentum:
+            self.sync_with_momentum()
+            return
+
         def slow_step(slow, fast):
             dtype = jnp.promote_types(fast.dtype, jnp.float32)
             return (slow.astype(dtype) + self.slow_step_size * (fast.astype(dtype) - slow)).astype(fast.dtype)
 
         self.params = self.slow = jax.tree.map(slow_step, self.slow, self.params)
+
+    def sync_with_momentum(self):
+        mu, pseudo_gradients = self.slow_momentum, jax.tree.map(jnp.subtract, self.slow, self.params)
+        self.b = jax.tree.map(lambda b, s: mu * b + s, self.b, pseudo_gradients)
+        self.params = self.slow = jax.tree.map(
+            lambda slow, b, s: slow - self.slow_step_size * (s + mu * b), self.slow, self.b, pseudo_gradients
+        )
 
 
 def make_params(seed=0, dtype="float32"):

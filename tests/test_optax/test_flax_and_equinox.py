@@ -525,3 +525,113 @@ def test_an_ensemble_of_whole_equinox_models_trains_as_its_members(form):
     slow = [slow_params(state, eqx.filter(model, INEXACT)) for model, state in members]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *slow)
     assert_close(slow_params(ensemble[1], eqx.filter(ensemble[0], INEXACT)), stacked, 1e-5)
+
+
+# With momentum on the pseudo-gradient, by numbers and by a transformation.
+
+ETA, MU = 0.7, 0.6
+OUTERS = {
+    "numbers": ({"slow_step_size": ETA, "slow_momentum": MU}, None),
+    "outer": ({"outer": optax.sgd(ETA, momentum=MU, nesterov=True)}, optax.sgd(ETA, momentum=MU, nesterov=True)),
+}
+outers = pytest.mark.parametrize("kind", OUTERS)
+
+
+def momentum_by_hand(params):
+    return ByHand(inner(), params, SYNC_PERIOD, ETA, MU)
+
+
+@outers
+def test_train_state_of_linen_with_momentum(kind):
+    settings, outer = OUTERS[kind]
+    model = LinenModel()
+    params = model.init(jax.random.key(0), make_batch(0)[0])["params"]
+    hand = momentum_by_hand(jax.tree.map(jnp.copy, params))
+
+    @jax.jit
+    def gradient(params, batch):
+        return jax.grad(lambda params: squared_error(functools.partial(model.apply, {"params": params}), batch))(params)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train(state, batch):
+        return state.apply_gradients(grads=gradient(state.params, batch))
+
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=lookahead(inner(), SYNC_PERIOD, **settings))
+    for number in range(STEPS):
+        state = train(state, make_batch(number))
+        hand.apply(gradient(hand.params, make_batch(number)))
+        if number == 3:
+            params, state = sync(state, state.params, outer=outer)
+            state = state.replace(params=params)
+            hand.sync()
+        if number == 4:
+            state = reset_slow_params(state, state.params, outer=outer)
+            hand.reset()
+        assert_close(state.params, hand.params, 1e-5)
+        assert_close(slow_params(state, state.params), hand.slow, 1e-5)
+
+
+@outers
+@pytest.mark.parametrize("synchronize", ["state", "optimizer"])
+def test_nnx_optimizer_with_momentum(kind, synchronize):
+    settings, outer = OUTERS[kind]
+    model, other = NnxModel(), NnxModel()
+    optimizer = nnx.Optimizer(model, lookahead(inner(), SYNC_PERIOD, **settings), wrt=nnx.Param)
+    train, gradient = nnx_step(nnx.Param), nnx.jit(nnx.grad(squared_error))
+    hand = momentum_by_hand(jax.tree.map(jnp.copy, nnx.state(other, nnx.Param)))
+    for number in range(STEPS):
+        train(model, optimizer, make_batch(number))
+        hand.apply(gradient(other, make_batch(number)))
+        params = nnx.state(model, nnx.Param)
+        if number == 3:
+            if synchronize == "state":
+                params, optimizer.opt_state = sync(optimizer.opt_state, params, outer=outer)
+            else:
+                params, synced = sync(optimizer, params, outer=outer)
+                nnx.update(optimizer, nnx.state(synced))
+            nnx.update(model, params)
+            hand.sync()
+        if number == 4:
+            optimizer.opt_state = reset_slow_params(optimizer.opt_state, params, outer=outer)
+            hand.reset()
+        nnx.update(other, hand.params)
+        assert_close(nnx.state(model, nnx.Param), hand.params, 1e-5)
+        assert_close(slow_params(optimizer.opt_state, nnx.state(model, nnx.Param)), hand.slow, 1e-5)
+
+
+@outers
+@pytest.mark.parametrize("form", FORMS)
+def test_equinox_model_with_momentum(kind, form):
+    settings, outer = OUTERS[kind]
+    model = eqx.nn.MLP(3, 4, 5, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    hand, optimizer = momentum_by_hand(params), lookahead(inner(), SYNC_PERIOD, **settings)
+    training = EquinoxTraining(model, optimizer, optimizer.init(params))
+    for number in range(STEPS):
+        training = training.step(make_batch(number), form)
+        hand.apply(equinox_gradient(eqx.combine(hand.params, static), make_batch(number)))
+        if number == 3:
+            # The whole model, with leaves that the state does not have.
+            model, state = sync(training.state, training.model, outer=outer)
+            training = EquinoxTraining(model, training.optimizer, state)
+            hand.sync()
+        assert_close(training.params(), hand.params, 1e-5)
+        assert_close(slow_params(training.state, training.params()), hand.slow, 1e-5)
+
+
+def test_equinox_model_in_half_precision_with_wide_slow_weights():
+    # `eqx.apply_updates` does not round the sum to the parameter's dtype: `apply_gradients` does.
+    optimizer = lookahead(optax.sgd(0.05), SYNC_PERIOD, ETA, slow_momentum=MU, slow_dtype="float32")
+    model = jax.tree.map(
+        lambda leaf: leaf.astype("bfloat16") if eqx.is_inexact_array(leaf) else leaf,
+        eqx.nn.MLP(3, 4, 5, 1, key=jax.random.key(0)),
+    )
+    params = eqx.filter(model, eqx.is_inexact_array)
+    training = EquinoxTraining(model, optimizer, optimizer.init(params))
+    batch = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), make_batch(0))
+    for number in range(1, STEPS):
+        training = training.step(batch, "apply_gradients")
+        assert {leaf.dtype for leaf in jax.tree.leaves(training.params())} == {jnp.dtype("bfloat16")}
+        if number % SYNC_PERIOD == 0:
+            rounded = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), training.state.slow_params)
+            assert_same_bits(training.params(), rounded)
