@@ -200,3 +200,17 @@ def test_a_model_that_goes_to_float32_and_back_keeps_its_wide_slow_weights_and_m
         torch.testing.assert_close(state["slow"], expected_slow, rtol=0, atol=1e-5)
         torch.testing.assert_close(state["slow_momentum"], b, rtol=0, atol=1e-5)
         torch.testing.assert_close(weight, one, rtol=0, atol=1e-5)
+
+
+def test_an_outer_sync_restarts_all_inner_slow_weights_where_one_inner_momentum_was_deleted():
+    weights = [torch.nn.Parameter(torch.full((2,), float(value))) for value in (1, 2, 3)]
+    inner = Lookahead(torch.optim.SGD(weights, 0.1), 10, 0.5, slow_momentum=0.5)
+    outer = Lookahead(inner, 10, 0.5, slow_momentum=0.5)
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        outer.step()
+    del inner.state[weights[0]]["slow_momentum"]
+    outer.sync()
+    for weight in weights:
+        assert torch.equal(outer.state[weight]["slow"], weight.detach())

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lookahead_optim._outer_step_torch import OuterStep, ask_is_large, is_large, outer_step, outer_step_unshared
+from lookahead_optim._outer_step_torch import (
+    OuterStep,
+    ask_is_large,
+    form_pseudo_gradients,
+    is_large,
+    outer_step,
+    outer_step_reduced,
+    outer_step_unshared,
+)
 from lookahead_optim._pieces_torch import Piece, cut
 from lookahead_optim.torch._fsdp import local
 from lookahead_optim.torch._settings import Group, Names
+from lookahead_optim.torch._workers import Reduce
 
 __all__ = ["SlowWeights"]
 
@@ -194,21 +203,32 @@ class SlowWeights:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def synchronize(self, groups: list[tuple[int, Group]], names: Names, followers: list["SlowWeights"]) -> None:
+    def synchronize(
+        self,
+        groups: list[tuple[int, Group]],
+        names: Names,
+        followers: list[tuple["SlowWeights", Names]],
+        reduce: Reduce | None = None,
+    ) -> None:
         """Make the outer step in some groups.
 
         Args:
             groups: The groups that are due, with their indices.
             names: The names of the wrapper's entries in groups.
-            followers: The slow weights of the wrappers inside this one, which restart with the fast weights. Otherwise
-                they would draw these back at their own next sync.
+            followers: Slow weights and names of the wrappers inside this one. They restart with the fast weights:
+                otherwise they would draw these back at their own next sync.
+            reduce: What averages the pseudo-gradients over workers.
 
         Raises:
-            RuntimeError: if a parameter has changed its shape. Nothing is changed then.
+            RuntimeError: if a parameter has changed its shape. Nothing is changed then. If `reduce` fails, or returns
+                something else than `None`, `True` or `False`: the fast weights have restarted from the slow ones then,
+                and all else is as before.
         """
-        self.complete_momentum([group for _, group in groups], names)
-        self._drop_momentum([group for _, group in groups], names)
-        all_lists = [(owner, owner._lists_of(index, group)) for owner in (self, *followers) for index, group in groups]
+        owners = [(self, names), *followers]
+        for owner, own_names in owners:
+            owner.complete_momentum([group for _, group in groups], own_names)
+            owner._drop_momentum([group for _, group in groups], own_names)
+        all_lists = [(owner, owner._lists_of(index, group)) for owner, _ in owners for index, group in groups]
         to_lay_out = [(owner, lists) for owner, lists in all_lists if lists.has_moved()]
         for owner in dict.fromkeys(owner for owner, _ in to_lay_out):
             for index, group in groups:
@@ -222,7 +242,10 @@ class SlowWeights:
         steps = [_outer_step_of(group, names) for (_, group), lists in zip(groups, own) for _ in lists.pieces]
         pieces = [piece for lists in own for piece in lists.pieces]
         storages = [storage for lists in own for storage in lists.storages]
-        if len(set(storages)) < len(storages):
+        is_shared = len(set(storages)) < len(storages)
+        if reduce is not None:
+            _reduced_outer_step(own, [_outer_step_of(group, names) for _, group in groups], reduce, is_shared)
+        elif is_shared:
             # Some fast weights share memory.
             self._is_careful = outer_step(pieces, steps, self._is_careful)
         else:
@@ -271,6 +294,7 @@ class _Lists:
     Attributes:
         members: The parameters that have a slow weight, each once.
         pieces: Their slow and fast weights and momentum. Of a `DTensor` these are this process' shards.
+        whole: The same, not cut.
         storages: The memory in which the fast weights lie.
     """
 
@@ -279,6 +303,7 @@ class _Lists:
         self._without_slow = [parameter for parameter in parameters if parameter not in slow_by_parameter]
         self.members = [parameter for parameter in dict.fromkeys(parameters) if parameter in slow_by_parameter]
         self.pieces: list[Piece] = []
+        self.whole = Piece([], [], [])
         self.storages: list[int] = []
         # The slow weights, and the momentum.
         self._state: list[Tensor] = []
@@ -303,7 +328,8 @@ class _Lists:
     def lay_out(self, slow: list[Tensor], momentum: list[Tensor]) -> None:
         """Make the lists, with the slow weights of the members and, if there is any, their momentum."""
         fast, self._state = local(self.members), [*slow, *momentum]
-        self.pieces = cut(local(slow), fast, local(momentum))
+        self.whole = Piece(local(slow), fast, local(momentum))
+        self.pieces = cut(*self.whole[:3])
         # Some kinds of tensors have no memory of their own.
         self.storages = [weight.untyped_storage().data_ptr() if weight.data_ptr() else id(weight) for weight in fast]
         # A `DTensor` does not tell where its shard is, so that such lists are made at each sync.
@@ -312,7 +338,7 @@ class _Lists:
     def let_go(self) -> None:
         """Drop lists that are of no use later, and would keep memory that the weights have left."""
         if self._places is None:
-            self.pieces, self.storages, self._state = [], [], []
+            self.pieces, self.whole, self.storages, self._state = [], Piece([], [], []), [], []
 
 
 class _Places(NamedTuple):
@@ -323,6 +349,39 @@ class _Places(NamedTuple):
     shapes: list[torch.Size]
     strides: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
+
+
+def _reduced_outer_step(all_lists: list[_Lists], steps: list[OuterStep], reduce: Reduce, is_shared: bool) -> None:
+    """Make the outer step with the pseudo-gradients that `reduce` makes of this process' ones.
+
+    They are formed in place of the fast weights, which the restart overwrites, as a model may leave no memory for
+    another copy of its weights. So after a `reduce` that failed only the slow weights are left to restart from.
+    """
+    pseudo_gradients = [lists.whole.fast for lists in all_lists]
+    if is_shared:
+        # Where some fast weights share memory there is room for one pseudo-gradient.
+        pseudo_gradients = [[torch.empty_like(weight) for weight in weights] for weights in pseudo_gradients]
+    for lists, out in zip(all_lists, pseudo_gradients):
+        form_pseudo_gradients(lists.whole.slow, lists.whole.fast, out)
+    try:
+        goes_on = reduce([one for out in pseudo_gradients for one in out])
+        if goes_on not in (None, True, False):
+            raise TypeError(
+                "`reduce` must return None or True to go on, or False to abandon the cycle. "
+                f"Received: {goes_on!r} of type {type(goes_on).__name__}"
+            )
+        for lists, out, step in zip(all_lists, pseudo_gradients, steps) if goes_on is not False else ():
+            for piece in cut(lists.whole.slow, out, lists.whole.momentum) if is_shared else lists.pieces:
+                outer_step_reduced(piece, step)
+    except Exception as error:
+        raise RuntimeError(
+            "`reduce` failed at a sync. Slow weights, slow momentum and the inner optimizer's state are as before the "
+            "sync. The parameters are the slow weights: the steps since the last sync are lost."
+        ) from error
+    finally:
+        for lists in all_lists:
+            for piece in lists.pieces:
+                torch._foreach_copy_(piece.fast, piece.slow)
 
 
 def _outer_step_of(group: Group, names: Names) -> OuterStep:

@@ -38,6 +38,7 @@ from lookahead_optim.torch._ranks import check_equal_on_all_ranks
 from lookahead_optim.torch._settings import NONE_UNSYNCED, Group, Names, check_group, complete_group
 from lookahead_optim.torch._slow_weights import SlowWeights
 from lookahead_optim.torch._state_view import State
+from lookahead_optim.torch._workers import Average, Reduce, description
 
 __all__ = ["Lookahead"]
 
@@ -94,6 +95,11 @@ class Lookahead(Optimizer):
             each parameter: `torch.float32` for a model in bfloat16, whose slow weights would lose small moves. Then
             the pseudo-gradient is measured from where the fast weight restarted, the rounded slow weight. Defaults to
             `None`, the dtype of each parameter.
+        reduce: Callable that is given the pseudo-gradients of all parameters in a sync, a list of tensors (of a
+            `DTensor` the shards of this process), and changes them in place: `average()` for the mean over processes.
+            It is called once for each sync, in all processes at the same step. If it returns `False`, the cycle is
+            abandoned: the parameters restart from the slow weights, and these and the momentum stay. `None` and `True`
+            go on. Defaults to `None`, one worker.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -126,8 +132,10 @@ class Lookahead(Optimizer):
     # These two objects are never replaced, as tools copy an optimizer's attributes into an object of theirs.
     _slow_weights: SlowWeights
     _blocks: Blocks
-    # Whether settings and counts were compared with those of other processes.
+    _reduce: Reduce | None
+    # Whether settings and counts were compared with other processes, and these and the weights with other workers.
     _is_compared: bool
+    _are_workers_compared: bool
 
     @explain_other_names("optimizer")
     def __init__(
@@ -139,6 +147,7 @@ class Lookahead(Optimizer):
         slow_momentum: float = 0.0,
         slow_nesterov: bool = True,
         slow_dtype: torch.dtype | None = None,
+        reduce: Reduce | None = None,
     ) -> None:
         _check_inner_optimizer(optimizer)
         names = Names.at_level(1 + sum(1 for _ in _wrappers(optimizer)))
@@ -149,6 +158,12 @@ class Lookahead(Optimizer):
             names.slow_nesterov: check_slow_nesterov(slow_nesterov),
         }
         _check_slow_dtype(slow_dtype, optimizer.param_groups)
+        if reduce is not None and not callable(reduce):
+            raise TypeError(
+                "`reduce` must be a callable that changes a list of tensors in place, such as "
+                "`lookahead_optim.torch.average()`, or None. "
+                f"Received: reduce={reduce!r} of type {type(reduce).__name__}"
+            )
         for group in optimizer.param_groups:
             if names.lookahead_step not in group:
                 check_group(group, names)
@@ -174,7 +189,8 @@ class Lookahead(Optimizer):
         # of a wrapper are the inner optimizer's. What is left of it, the dictionaries of hooks, is what `__setstate__`
         # makes for an optimizer that was read from a file.
         slow_weights = SlowWeights(names.slow, names.slow_momentum, slow_dtype)
-        self.__setstate__({"inner_optimizer": optimizer, "_names": names, "_slow_weights": slow_weights})
+        own = {"_names": names, "_slow_weights": slow_weights, "_reduce": reduce}
+        self.__setstate__({"inner_optimizer": optimizer, **own})
         self._complete_groups()
         for group in self.param_groups:
             warn_if_over_relaxed(group[names.slow_step_size], group[names.slow_momentum], stacklevel=3)
@@ -185,7 +201,7 @@ class Lookahead(Optimizer):
         others = {name: value for name, value in state.items() if name not in _OF_THE_INNER_OPTIMIZER}
         super().__setstate__(others)
         if "inner_optimizer" in others:
-            self._is_compared = False
+            self._is_compared = self._are_workers_compared = False
             inner = self.inner_optimizer
             self._blocks = inner._blocks if isinstance(inner, Lookahead) else Blocks()
         for name in _OF_THE_INNER_OPTIMIZER:
@@ -193,7 +209,7 @@ class Lookahead(Optimizer):
                 setattr(self, name, state[name])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("inner_optimizer", "_names", "_slow_weights")}
+        return {name: self.__dict__[name] for name in ("inner_optimizer", "_names", "_slow_weights", "_reduce")}
 
     def __getattr__(self, name: str) -> Any:
         """Return what only the inner optimizer has: `train` and `eval` of `schedulefree`, for example."""
@@ -276,8 +292,11 @@ class Lookahead(Optimizer):
         return [(index, group) for index, group in active if (group[count] + steps_ahead) % group[period] == 0]
 
     def _synchronize(self, groups: list[tuple[int, Group]]) -> None:
-        followers = [wrapper._slow_weights for wrapper in _wrappers(self.inner_optimizer)]
-        self._slow_weights.synchronize(groups, self._names, followers)
+        followers = [(wrapper._slow_weights, wrapper._names) for wrapper in _wrappers(self.inner_optimizer)]
+        if isinstance(self._reduce, Average) and not self._are_workers_compared:
+            self._reduce.compare(description(self.param_groups, self._names, self._slow_weights.by_parameter))
+            self._are_workers_compared = True
+        self._slow_weights.synchronize(groups, self._names, followers, self._reduce)
         self._note_synced([group for _, group in groups])
 
     def _note_synced(self, groups: list[Group]) -> None:
@@ -438,7 +457,7 @@ class Lookahead(Optimizer):
             self._slow_weights.complete_momentum(self.param_groups, self._names)
             if loaded.fast or is_innermost:
                 self._blocks.loaded.load(loaded.fast, [self._slow_weights, *inner_slow_weights])
-        self._is_compared = False
+        self._is_compared = self._are_workers_compared = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
