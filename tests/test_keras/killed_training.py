@@ -55,7 +55,7 @@ def main(directory, source):
 
         model = keras.saving.load_model(directory / "run.keras")
     else:
-        model = resuming.make_model("momentum")
+        model = resuming.make_model("outer")
     if source == "weights":
         model.optimizer.build(model.trainable_variables)
         model.load_weights(directory / "run.weights.h5")

@@ -2,7 +2,7 @@
 
 python -m tests.test_keras.resuming killed DIRECTORY         trains and waits to be killed in mid-epoch
 python -m tests.test_keras.resuming resumed DIRECTORY        resumes all runs that were saved there
-python -m tests.test_keras.resuming moved FILE RESULT        resumes one file, which another backend may have written
+python -m tests.test_keras.resuming moved FILE RESULT ...    resumes files that another backend may have written
 """
 
 import sys
@@ -29,6 +29,11 @@ def optimizers():
     def adam():
         return Lookahead(keras.optimizers.Adam(0.02), 4, slow_step_size=0.8)
 
+    def outer():
+        # Around a model in float16.
+        settings = {"slow_momentum": 0.9, "slow_dtype": "float32"}
+        return Lookahead(keras.optimizers.SGD(0.05, momentum=0.9), 4, 0.7, **settings)
+
     def nested():
         return Lookahead(Lookahead(keras.optimizers.SGD(0.05, momentum=0.9), 3), 4)
 
@@ -46,7 +51,7 @@ def optimizers():
         inner = keras.optimizers.SGD(learning_rate, momentum=0.9, gradient_accumulation_steps=2)
         return Lookahead(inner, 2)
 
-    made = [momentum, adam, nested, loss_scaled, accumulated]
+    made = [momentum, adam, outer, nested, loss_scaled, accumulated]
     if hasattr(keras.optimizers, "MultiOptimizer"):
         made.append(multi)
     return {make.__name__: make for make in made}
@@ -56,7 +61,7 @@ def make_model(name):
     """Return the compiled model of a run."""
     from tests.test_keras.helpers import mlp
 
-    model = mlp(dtype="mixed_float16") if name == "loss_scaled" else mlp()
+    model = mlp(dtype={"loss_scaled": "mixed_float16", "outer": "float16"}.get(name, "float32"))
     model.compile(optimizers()[name](), loss="mse")
     return model
 
@@ -155,10 +160,11 @@ def resumed(directory):
     write(directory / "backup.npz", fit(model, epochs=3, callbacks=[backup, look]))
 
 
-def moved(path, result):
+def moved(*paths):
     import lookahead_optim.keras  # noqa: F401
 
-    write(result, fit(keras.saving.load_model(path), begin=STOPPED_AT))
+    for path, result in zip(paths[::2], paths[1::2]):
+        write(result, fit(keras.saving.load_model(path), begin=STOPPED_AT))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,22 @@ def ones_like(variables):
         ({"slow_step_size": -3}, ValueError, r"`slow_step_size` must be finite and >= 0.*Received: slow_step_size=-3"),
         ({"slow_step_size": float("nan")}, ValueError, r"Received: slow_step_size=nan"),
         ({"slow_step_size": float("inf")}, ValueError, r"Received: slow_step_size=inf"),
+        *(
+            ({"slow_momentum": value}, ValueError, rf"`slow_momentum` must be >= 0 and < 1.*slow_momentum={value}$")
+            for value in (-0.1, 1, 1.5, float("nan"), float("inf"))
+        ),
+        *(
+            ({"slow_momentum": value}, TypeError, r"`slow_momentum` must be a real number.*Received: slow_momentum=")
+            for value in ("x", True, None, 1j)
+        ),
+        *(
+            ({"slow_nesterov": value}, TypeError, r"`slow_nesterov` must be True .*or False.*Received: slow_nesterov=")
+            for value in (1, 0, None, "True")
+        ),
+        *(
+            ({"slow_dtype": value}, TypeError, r"`slow_dtype` must be a dtype of real numbers.*Received: slow_dtype=")
+            for value in ("int32", "x", 3, bool, "complex64", "bool")
+        ),
         ({"momentum": 0.9}, ValueError, r"does not know the keyword argument\(s\) \['momentum'\]"),
         ({"learning_rate": 0.2}, ValueError, r"`learning_rate=0.2` contradicts the learning rate 0.1.* of the inner"),
         ({"lr": 0.2}, ValueError, r"`lr=0.2` contradicts the learning rate 0.1.* of the inner optimizer 'sgd'"),

@@ -54,5 +54,5 @@ def test_a_run_that_is_killed_while_it_saves_resumes_bit_for_bit_from_each_forma
         # Before the save in which it was killed, or after.
         resumed = int((tmp_path / f"resumed-{one}.txt").read_text())
         assert resumed in (killed_training.BATCHES * (end - 1), killed_training.BATCHES * end)
-    expected = killed_training.fit(resuming.make_model("momentum"))
+    expected = killed_training.fit(resuming.make_model("outer"))
     assert_same_bits(resuming.read(tmp_path / "result.npz"), resuming.state(expected))

@@ -155,7 +155,7 @@ def test_the_state_has_no_variable_for_it():
     names = []
     for step_size in (0.5, halving):
         optimizer = Lookahead(keras.optimizers.SGD(name="sgd"), 2, step_size)
-        optimizer.build([keras.Variable([1.0])])
+        optimizer.build([keras.Variable([1.0], name="weight")])
         names.append([one.name for one in optimizer.variables])
     assert [name for name in names[0] if not name.endswith("slow_step_size")] == names[1]
 
