@@ -29,7 +29,18 @@ def adam(**kwargs):
     return Lookahead(keras.optimizers.Adam(0.02, **kwargs), SYNC_PERIOD, slow_step_size=0.8)
 
 
-OPTIMIZERS = {"momentum": momentum, "adam": adam}
+def outer(**kwargs):
+    """Slow weights and momentum are made as those of a wider dtype are, and may be compared to rounding."""
+    settings = {"slow_momentum": 0.6, "slow_dtype": "float32"}
+    return Lookahead(keras.optimizers.SGD(0.05, momentum=0.9, **kwargs), SYNC_PERIOD, 0.7, **settings)
+
+
+OPTIMIZERS = {"momentum": momentum, "adam": adam, "outer": outer}
+
+
+def momentum_of(optimizer, variables):
+    """Return the slow momentum, a list that is empty if there is none."""
+    return [optimizer.get_slot(one, "slow_momentum") for one in variables] if optimizer.slow_momentum else []
 
 
 def batches():
@@ -38,7 +49,9 @@ def batches():
 
 
 class History(keras.callbacks.Callback):
-    """Records the fast and the slow weights of every step, and checks that they are the same bits after a sync.
+    """Records fast weights, slow weights and slow momentum of every step.
+
+    It checks that after a sync the fast weights are the slow ones, bit for bit.
 
     Args:
         copies: Function from a list of variables to a list of lists of arrays, one for each of the devices on which
@@ -48,17 +61,20 @@ class History(keras.callbacks.Callback):
     def __init__(self, copies=lambda variables: [values(variables)]):
         super().__init__()
         self.copies = copies
-        self.fast, self.slow = [], []
+        self.fast, self.slow, self.momentum = [], [], []
 
     def record(self, model, optimizer):
-        first, *others = self.copies(model.trainable_variables + optimizer.slow_variables)
+        weights = model.trainable_variables
+        first, *others = self.copies(weights + optimizer.slow_variables + momentum_of(optimizer, weights))
         for other in others:
             assert_same_bits(other, first)
-        half = len(first) // 2
-        self.fast.append(first[:half])
-        self.slow.append(first[half:])
+        fast, slow, *_ = (first[start : start + len(weights)] for start in range(0, len(first), len(weights)))
+        self.fast.append(fast)
+        self.slow.append(slow)
+        self.momentum.append(first[2 * len(weights) :])
         if len(self.fast) % SYNC_PERIOD == 0:
-            assert_same_bits(first[:half], first[half:])
+            # Slow weights of a wider dtype, rounded.
+            assert_same_bits(fast, [one.astype(other.dtype) for one, other in zip(slow, fast)])
 
     def on_train_batch_end(self, batch, logs=None):
         optimizer = self.model.optimizer
@@ -67,17 +83,16 @@ class History(keras.callbacks.Callback):
     def until(self, step):
         """Return a history that starts with the steps before this one."""
         beginning = History(self.copies)
-        beginning.fast, beginning.slow = self.fast[:step], self.slow[:step]
+        beginning.fast, beginning.slow, beginning.momentum = self.fast[:step], self.slow[:step], self.momentum[:step]
         return beginning
 
     def assert_same_bits(self, other):
         assert len(self.fast) == len(other.fast) == BATCHES
-        for one, expected in zip(self.fast + self.slow, other.fast + other.slow):
-            assert_same_bits(one, expected)
+        assert_same_bits([self.fast, self.slow, self.momentum], [other.fast, other.slow, other.momentum])
 
     def arrays(self):
         """Return all weights of all steps by name."""
-        histories = {"fast": self.fast, "slow": self.slow}
+        histories = {"fast": self.fast, "slow": self.slow, "momentum": self.momentum}
         return {
             f"{name}/{step}/{index}": array
             for name, history in histories.items()
@@ -114,7 +129,9 @@ def jax_fit(distribution, result):
         parts = 2
 
     def check_layouts(model):
-        for fast, slow in zip(model.trainable_variables, model.optimizer.slow_variables):
+        weights, optimizer = model.trainable_variables, model.optimizer
+        pairs = [*zip(weights, optimizer.slow_variables), *zip(weights, momentum_of(optimizer, weights))]
+        for fast, slow in pairs:
             kernel = fast.path.endswith("kernel")
             for array in (fast.value, slow.value):
                 assert len(array.sharding.device_set) == 4, (fast.path, array.sharding)
@@ -124,8 +141,8 @@ def jax_fit(distribution, result):
                     array.sharding,
                 )
             assert slow.value.sharding.is_equivalent_to(fast.value.sharding, fast.value.ndim), fast.path
-            pairs = zip(fast.value.addressable_shards, slow.value.addressable_shards)
-            assert all(one.index == other.index and one.device == other.device for one, other in pairs)
+            shards = zip(fast.value.addressable_shards, slow.value.addressable_shards)
+            assert all(one.index == other.index and one.device == other.device for one, other in shards)
 
     class Layouts(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -163,7 +180,20 @@ def jax_fit(distribution, result):
         optimizer.reset_slow_weights()
         check_layouts(model)
         assert not np.any(np.asarray(optimizer.slow_variables[0].value))
+    jax_narrow(check_layouts)
     np.savez(result, **arrays)
+
+
+def jax_narrow(check_layouts):
+    """Train a model in bfloat16 with wide slow weights, laid out as the narrow ones are."""
+    keras.config.set_dtype_policy("bfloat16")
+    model, history = mlp(), History(plain_numpy)
+    model.compile(outer(), loss="mse")
+    fit(model, history)
+    check_layouts(model)
+    assert {array.dtype.name for array in history.slow[-1]} == {"float32"}
+    assert {array.dtype.name for array in history.fast[-1]} == {"bfloat16"}
+    keras.config.set_dtype_policy("float32")
 
 
 def torch_loop(result, rank, port):

@@ -211,9 +211,22 @@ def test_mirrored_loop_without_merge_calls_as_under_xla_on_gpus_equals_one_devic
 
 
 @on_tensorflow
+def test_mirrored_wide_slow_weights_of_a_narrow_model_equal_one_device_to_its_precision(strategy):
+    keras.config.set_dtype_policy("bfloat16")
+    model, history = fit_on(strategy, worker.outer)
+    state = [*model.optimizer.slow_variables, *worker.momentum_of(model.optimizer, model.trainable_variables)]
+    assert {keras.backend.standardize_dtype(one.dtype) for one in state} == {"float32"}
+    assert all(len(one.value.values) == 2 for one in state)
+    expected = on_one_device(worker.outer)
+    for key, array in history.arrays().items():
+        np.testing.assert_allclose(array.astype("float32"), expected[key].astype("float32"), rtol=0.1, atol=0.1)
+
+
+@on_tensorflow
 def test_mirrored_nested_wrappers_equal_one_device(strategy):
     def make():
-        return Lookahead(Lookahead(keras.optimizers.SGD(0.05, momentum=0.9), 2, 0.8), worker.SYNC_PERIOD)
+        inner = Lookahead(keras.optimizers.SGD(0.05, momentum=0.9), 2, 0.8, slow_momentum=0.5, slow_nesterov=False)
+        return Lookahead(inner, worker.SYNC_PERIOD)
 
     _, history = fit_on(strategy, make)
     assert_close(history.arrays(), on_one_device(make))
