@@ -21,6 +21,14 @@ from tests.test_keras.helpers import BACKEND, find_lookahead, values
 
 PERIODS = st.sampled_from([0, 1, 2, 3, 5])
 STEP_SIZES = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5])
+LEVELS = st.fixed_dictionaries(
+    {
+        "period": st.sampled_from([1, 2, 3, 5]),
+        "size": STEP_SIZES,
+        "slow_momentum": st.sampled_from([0.0, 0.0, 0.5, 0.9]),
+        "slow_nesterov": st.booleans(),
+    }
+)
 RATES = st.sampled_from([0.0, 0.05, 0.1])
 SEEDS = st.integers(0, 2**16)
 # A `Sequential` model that Keras loads from .h5 has an optimizer for no variables, the bare one too.
@@ -35,22 +43,40 @@ class Model:
         self.weights = [np.asarray(weight, "float64") for weight in weights]
         self.velocity = [np.zeros_like(weight) for weight in self.weights]
         self.momentum, self.rate, self.count = momentum, rate, 0
-        self.levels = [{"period": period, "size": size, "slow": None} for period, size in levels]
+        self.levels = [{**level, "slow": None, "b": None, "is_synchronized": False} for level in levels]
 
     def capture(self, level):
-        level["slow"] = copy.deepcopy(self.weights)
+        level["slow"], level["b"] = copy.deepcopy(self.weights), [np.zeros_like(one) for one in self.weights]
+
+    def reset(self):
+        for level in self.levels:
+            if level["slow"] is not None:
+                self.capture(level)
+                level["is_synchronized"] = True
 
     def synchronize(self, index, frozen=()):
         level = self.levels[index]
+        mu = level["slow_momentum"]
         for number, (slow, fast) in enumerate(zip(level["slow"], self.weights)):
-            if number not in frozen:
-                self.weights[number] = slow + level["size"] * (fast - slow)
+            if number in frozen:
+                level["b"][number] = np.zeros_like(fast)
+            else:
+                s = slow - fast
+                b = level["b"][number] = mu * level["b"][number] + s
+                self.weights[number] = slow - level["size"] * (s + mu * b if level["slow_nesterov"] else b)
         for follower in self.levels[: index + 1]:
             if follower["slow"] is not None:
-                self.capture(follower)
+                follower["slow"], follower["is_synchronized"] = copy.deepcopy(self.weights), True
+
+    def sync(self):
+        """Do what `sync()` does: with momentum nothing, unless an update was applied since the last sync."""
+        level = self.levels[-1]
+        if level["slow"] is not None and not (level["slow_momentum"] and level["is_synchronized"]):
+            self.synchronize(len(self.levels) - 1)
 
     def step(self, gradients, frozen):
         for level in self.levels:
+            level["is_synchronized"] = False
             if level["period"] and level["slow"] is None:
                 self.capture(level)
         for index, gradient in enumerate(gradients):
@@ -65,7 +91,7 @@ class Model:
 
 class Machine(stateful.RuleBasedStateMachine):
     @stateful.initialize(
-        settings=st.lists(st.tuples(st.sampled_from([1, 2, 3, 5]), STEP_SIZES), min_size=1, max_size=2),
+        settings=st.lists(LEVELS, min_size=1, max_size=2),
         momentum=st.sampled_from([0.0, 0.5]),
         scaled=st.booleans(),
         way=st.sampled_from(["apply", "apply_gradients", "stateless_apply", "compiled"]),
@@ -87,8 +113,9 @@ class Machine(stateful.RuleBasedStateMachine):
 
     def new_model(self, settings):
         optimizer = keras.optimizers.SGD(0.1, momentum=self.momentum, name="inner")
-        for period, size in settings:
-            optimizer = Lookahead(optimizer, period, size)
+        for level in settings:
+            outer = {name: level[name] for name in ("slow_momentum", "slow_nesterov")}
+            optimizer = Lookahead(optimizer, level["period"], level["size"], **outer)
         if self.scaled:
             optimizer = keras.optimizers.LossScaleOptimizer(
                 optimizer, initial_scale=4.0, dynamic_growth_steps=3, name="scaled"
@@ -206,15 +233,12 @@ class Machine(stateful.RuleBasedStateMachine):
     @operation()
     def reset(self):
         self.lookahead.reset_slow_weights()
-        for level in self.model.levels:
-            if level["slow"] is not None:
-                self.model.capture(level)
+        self.model.reset()
 
     @operation()
     def sync(self):
         self.lookahead.sync()
-        if self.model.levels[-1]["slow"] is not None:
-            self.model.synchronize(len(self.model.levels) - 1)
+        self.model.sync()
 
     @operation(count=st.integers(0, 7), seed=SEEDS, times=st.integers(0, 3))
     def count_assigned(self, count, seed, times):
@@ -308,9 +332,9 @@ class Machine(stateful.RuleBasedStateMachine):
     @operation(which=st.integers(0, 7), anew=st.booleans())
     def load(self, which, anew):
         kind, path, what, saved, frozen = self.saved[which % len(self.saved)]
-        levels = [(level["period"], level["size"]) for level in self.model.levels]
+        levels = copy.deepcopy(self.model.levels)
         # A frozen layer's weights come in another order.
-        if frozen != self.frozen or any(not period for period, _ in levels):
+        if frozen != self.frozen or any(not level["period"] for level in levels):
             return
         # An optimizer that is loaded is built for the weights that are trainable then.
         is_off = any(not level["period"] for level in saved.levels)
@@ -329,8 +353,8 @@ class Machine(stateful.RuleBasedStateMachine):
                     layer.trainable = 2 * index not in frozen
             if kind in ("weights.h5", "checkpoint"):
                 # Files have no settings.
-                for level, (period, size) in zip(model.levels, levels):
-                    level |= {"period": period, "size": size}
+                for level, own in zip(model.levels, levels):
+                    level |= {"period": own["period"], "size": own["size"]}
             {
                 "arrays": lambda: self.set_arrays(*what),
                 "weights.h5": lambda: self.keras_model.load_weights(path),
@@ -369,6 +393,10 @@ class Machine(stateful.RuleBasedStateMachine):
             assert (wrapper.sync_period, wrapper.slow_step_size) == (level["period"], level["size"])
             for one, other in zip(values(wrapper.slow_variables), level["slow"] or [], strict=False):
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+            if level["slow"] is not None and level["slow_momentum"]:
+                momenta = values([wrapper.get_slot(variable, "slow_momentum") for variable in self.variables])
+                for one, other in zip(momenta, level["b"], strict=True):
+                    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
