@@ -294,8 +294,11 @@ def test_the_state_takes_two_copies_of_the_parameters_and_five_scalars():
 
 
 def test_donated_states_share_no_buffer():
-    for optimizer in (MOMENTUM, OUTER, lookahead(INNER, PERIOD, slow_momentum=MU, slow_dtype="float32")):
-        params = make_params(dtype="bfloat16" if optimizer not in (MOMENTUM, OUTER) else "float32")
+    # One that keeps the weights that it gets.
+    keeping = optax.contrib.schedule_free(optax.sgd(0.5), learning_rate=0.5)
+    wide_slow = lookahead(INNER, PERIOD, slow_momentum=MU, slow_dtype="float32")
+    for optimizer in (MOMENTUM, OUTER, lookahead(INNER, PERIOD, outer=keeping), wide_slow):
+        params = make_params(dtype="bfloat16" if optimizer is wide_slow else "float32")
         state, step = optimizer.init(params), jax.jit(whole_step(optimizer), donate_argnums=(0, 1))
         eager = whole_step(optimizer)
         expected, expected_state = make_copy((params, state))

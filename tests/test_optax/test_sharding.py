@@ -207,10 +207,12 @@ def with_pmap(optimizer, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["momentum", "slow_momentum"])
 @pytest.mark.parametrize("parallel", [with_shard_map, with_unchecked_shard_map, with_pmap])
-def test_data_parallel_training_is_that_on_one_device_and_its_devices_stay_the_same(parallel, form):
-    optimizer = wrapped("momentum")
-    hand = ByHand(INNER["momentum"](), make_params(), SYNC_PERIOD, SLOW_STEP_SIZE)
+def test_data_parallel_training_is_that_on_one_device_and_its_devices_stay_the_same(parallel, form, name):
+    optimizer = wrapped(name)
+    slow_momentum = 0.5 if name == "slow_momentum" else 0.0
+    hand = ByHand(INNER["momentum"](), make_params(), SYNC_PERIOD, SLOW_STEP_SIZE, slow_momentum)
     replicate, step, slow_of = parallel(optimizer, form)
     params, state = replicate((hand.params, optimizer.init(hand.params)))
     for number in range(2 * SYNC_PERIOD + 1):

@@ -14,7 +14,7 @@ from lookahead_optim.optax._outer_step import OuterStep, pseudo_gradient
 from lookahead_optim.optax._slow_weights import weights_of
 from lookahead_optim.optax._trees import add_updates
 
-__all__ = ["Outer", "SlowMomentumState", "initial_momentum", "outer_step_by"]
+__all__ = ["Outer", "SlowMomentumState", "initial_momentum", "initial_state_of", "outer_step_by"]
 
 
 class SlowMomentumState(NamedTuple):
@@ -42,6 +42,14 @@ Outer: TypeAlias = OuterStep | optax.GradientTransformationExtraArgs
 def initial_momentum(slow: optax.Params) -> optax.Params:
     """Return the momentum before the first sync."""
     return jax.tree.map(jnp.zeros_like, weights_of(slow))
+
+
+def initial_state_of(outer: optax.GradientTransformationExtraArgs, slow: optax.Params) -> Any:
+    """Return the state of a transformation before the first sync.
+
+    It may keep what it gets, and gets a copy, as no buffer can be donated twice.
+    """
+    return outer.init(jax.tree.map(jnp.copy, weights_of(slow)))
 
 
 def outer_step_by(

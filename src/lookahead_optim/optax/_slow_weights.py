@@ -95,7 +95,8 @@ def takes_slow_dtype(leaf: Any) -> bool:
 def has_wider(slow: optax.Params, params: optax.Params) -> bool:
     """Return whether any slow weight has another dtype than its fast one, which is wider then."""
     leaves = by_path(params)
-    return any(is_weight(one) and one.dtype != jnp.result_type(leaves[path]) for path, one in by_path(slow).items())
+    weights = {path: one for path, one in by_path(slow).items() if is_weight(one)}
+    return any(jnp.result_type(one) != jnp.result_type(leaves[path]) for path, one in weights.items())
 
 
 def capture_if_stale(state: LookaheadState, params: optax.Params) -> optax.Params:

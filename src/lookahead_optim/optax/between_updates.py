@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 
 from lookahead_optim._checks import warn_if_within_first_cycle
 from lookahead_optim.optax._arguments import as_outer
-from lookahead_optim.optax._momentum import SlowMomentumState, outer_step_by
+from lookahead_optim.optax._momentum import SlowMomentumState, initial_state_of, outer_step_by
 from lookahead_optim.optax._outer_step import OuterStep, outer_step
-from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, is_weight, mark_stale, weights_of
+from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, mark_stale, weights_of
 from lookahead_optim.optax._trees import at_paths_of, by_path, is_array, outermost_nodes, shapes, with_leaves
 
 __all__ = ["reset_slow_params", "slow_params", "sync"]
@@ -216,7 +216,8 @@ def _weights(state: LookaheadState, leaves: Mapping[Any, Any]) -> list[_Weight]:
     """
     if first_missing(state.slow_params, leaves):
         return []
-    return [_Weight(path, slow, leaves[path]) for path, slow in by_path(state.slow_params).items() if is_weight(slow)]
+    slow_weights = by_path(weights_of(state.slow_params))
+    return [_Weight(path, jnp.asarray(slow), leaves[path]) for path, slow in slow_weights.items()]
 
 
 def _outer_step(
@@ -264,7 +265,7 @@ def _reset(outer_state: Any, slow: optax.Params, outer: optax.GradientTransforma
         return outer_state._replace(slow_momentum=jax.tree.map(jnp.zeros_like, outer_state.slow_momentum))
     if outer_state is None or outer is None:
         return outer_state
-    return jax.tree.unflatten(jax.tree.structure(outer_state), jax.tree.leaves(outer.init(weights_of(slow))))
+    return jax.tree.unflatten(jax.tree.structure(outer_state), jax.tree.leaves(initial_state_of(outer, slow)))
 
 
 def _copies(leaves: Mapping[Any, Any]) -> dict[Any, Any]:

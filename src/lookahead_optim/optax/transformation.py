@@ -39,7 +39,7 @@ from lookahead_optim.optax._arguments import (
 from lookahead_optim.optax._combinators import completes_step, is_applied
 from lookahead_optim.optax._conditional import capture_passing_params, sync_if_due
 from lookahead_optim.optax._count import END, SlowStepSize, SyncPeriod, is_due, is_off, next_count, slow_step_size_at
-from lookahead_optim.optax._momentum import SlowMomentumState, initial_momentum
+from lookahead_optim.optax._momentum import SlowMomentumState, initial_momentum, initial_state_of
 from lookahead_optim.optax._outer_step import OuterStep, has_momentum, params_after_sync, updates_to_sync
 from lookahead_optim.optax._slow_weights import (
     LookaheadState,
@@ -47,7 +47,6 @@ from lookahead_optim.optax._slow_weights import (
     has_wider,
     initial,
     mark_stale,
-    weights_of,
 )
 from lookahead_optim.optax._trees import add_updates
 
@@ -295,7 +294,7 @@ class _Lookahead:
 
     def _initial_outer_state(self, slow: optax.Params) -> Any:
         if self.outer is not None and self.outer_states is not None:
-            outer_state = self.outer.init(weights_of(slow))
+            outer_state = initial_state_of(self.outer, slow)
             self.outer_states.add(outer_state)
             return outer_state
         return self._momentum_state(initial_momentum(slow)) if has_momentum(self.slow_momentum) else None
