@@ -184,12 +184,12 @@ def test_float32_weights_with_a_slow_dtype_of_float32_are_as_without():
 # In `fit`.
 
 
-def make_model(outer):
+def make_model(outer, sync_period=kept.SYNC_PERIOD):
     """Return a model whose first layer is in bfloat16 and whose last one is in float32."""
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(8, activation="tanh", dtype="bfloat16"), keras.layers.Dense(1, dtype="float32")]
     model = keras.Sequential([keras.Input((4,)), *layers])
-    optimizer = Lookahead(keras.optimizers.SGD(0.05, momentum=0.9), kept.SYNC_PERIOD, **outer, slow_dtype="float32")
+    optimizer = Lookahead(keras.optimizers.SGD(0.05, momentum=0.9), sync_period, **outer, slow_dtype="float32")
     model.compile(optimizer, loss="mse", **FIT[QUICK])
     model.optimizer.build(model.trainable_variables)
     return model
@@ -212,6 +212,14 @@ def test_a_block_and_the_callback_show_the_rounded_slow_weights_and_put_the_fast
     plain, other = make_model(outer), kept.LastBatch()
     kept.fit(plain, [other], 2)
     assert_same_bits(last.states, other.states)
+
+
+def test_the_callback_takes_rounded_weights_for_those_of_a_sync():
+    # Every epoch ends with a sync, where other weights in the model would be an error.
+    model = make_model(OUTER["nesterov"], kept.BATCHES)
+    losses = kept.fit(model, [SwapSlowWeights()], 2)
+    assert model.evaluate(*kept.VALIDATION, batch_size=8, verbose=0) == losses[-1]
+    assert model.evaluate(*kept.VALIDATION, batch_size=8, verbose=0, callbacks=[SwapSlowWeights()]) == losses[-1]
 
 
 @pytest.mark.parametrize("form", ["model.keras", "model.weights.h5"])

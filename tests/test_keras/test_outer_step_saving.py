@@ -27,6 +27,12 @@ def nested():
     return Lookahead(inner, 4, 0.5, name="outermost", slow_momentum=0.9, slow_nesterov=False)
 
 
+def multi():
+    """A wrapper with momentum for each of two optimizers."""
+    biases = Lookahead(keras.optimizers.Adam(0.02), 2, slow_momentum=0.5)
+    return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(with_momentum(), {".*bias": biases}))
+
+
 with_momentum = functools.partial(lookahead, slow_momentum=0.9)
 wide = functools.partial(lookahead, slow_momentum=0.9, slow_dtype="float32")
 OPTIMIZERS = {"momentum": with_momentum, "wide": wide, "nested": nested, "plain": lookahead}
@@ -111,6 +117,17 @@ def test_a_run_resumes_bit_for_bit_from_every_format_at_every_position_of_a_cycl
         assert_same_bits(resumed.steps(position, 9).state(), end)
     dtypes = [keras.backend.standardize_dtype(one.dtype) for one in resumed.optimizer.slow_variables]
     assert dtypes == ([dtype, dtype] if name == "nested" else ["float32"] * 2) + ["float32"] * 2
+
+
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has no MultiOptimizer")
+@pytest.mark.parametrize("make", [multi, lambda: Lookahead(multi(), 4, slow_momentum=0.9)], ids=["around", "inside"])
+@pytest.mark.parametrize("form", ["model.keras", "model.weights.h5"])
+def test_wrappers_in_a_multi_optimizer_keep_their_momentum_apart(form, make, tmp_path):
+    straight = Training(make).steps(0, 5)
+    straight.save(form, tmp_path)
+    resumed = Training(make, seed=1).steps(0, 2).load(form, tmp_path)
+    assert_same_bits(resumed.state(), straight.state())
+    assert_same_bits(resumed.steps(5, 10).state(), straight.steps(5, 10).state())
 
 
 @pytest.mark.parametrize("stop", [0, 4, 6])
