@@ -69,6 +69,12 @@ def _descend(values: Values, step: OuterStep) -> tuple[jax.Array, jax.Array | No
         moved = jnp.where(slow_step_size == 1, end, start - slow_step_size * pseudo_gradient)
         return moved.astype(slow.dtype), None
     new_momentum = step.slow_momentum * momentum.astype(dtype) + pseudo_gradient
+    if momentum.dtype == dtype:
+        # XLA would keep the pseudo-gradient, which has two users, in an array of its own. Behind a barrier it does not
+        # see that it computes the same twice. It then reads two arrays once more, and saves to write and read two.
+        new_momentum, slow, fast = jax.lax.optimization_barrier((new_momentum, slow, fast))
+        start, end = slow.astype(dtype), fast.astype(dtype)
+        pseudo_gradient = _rounded(start, fast.dtype) - end
     direction = pseudo_gradient + step.slow_momentum * new_momentum if step.slow_nesterov else new_momentum
     moved = start - slow_step_size * direction
     return moved.astype(slow.dtype), new_momentum.astype(momentum.dtype)

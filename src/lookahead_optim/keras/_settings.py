@@ -1,5 +1,6 @@
 """The settings of a wrapper, which take effect in steps that are compiled, too."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,15 @@ from lookahead_optim._checks import check_slow_step_size
 from lookahead_optim.keras._backend import backend
 
 __all__ = ["Schedule", "Setting", "check_slow_dtype", "check_slow_dtype_of", "make_step_size"]
+
+
+# Which dtypes hold all values of a dtype. Keras' `result_type` takes float64 for float32 on PyTorch.
+_HELD_BY = {
+    "float16": ("float16", "float32", "float64"),
+    "bfloat16": ("bfloat16", "float32", "float64"),
+    "float32": ("float32", "float64"),
+    "float64": ("float64",),
+}
 
 
 class Setting:
@@ -113,7 +123,11 @@ def check_slow_dtype(slow_dtype: Any) -> str | None:
         raise TypeError(message) from error
     if name not in ("float16", "bfloat16", "float32", "float64"):
         raise TypeError(message)
-    if keras.backend.standardize_dtype(keras.ops.convert_to_tensor(0.0, name).dtype) != name:
+    with warnings.catch_warnings():
+        # JAX warns that it makes a float32 of a float64.
+        warnings.simplefilter("ignore")
+        has_dtype = keras.backend.standardize_dtype(keras.ops.convert_to_tensor(0.0, name).dtype) == name
+    if not has_dtype:
         raise ValueError(
             f"`slow_dtype` must be a dtype that the backend has. JAX has 'float64' with `jax_enable_x64` alone. "
             f"Received: slow_dtype={slow_dtype!r}"
@@ -125,7 +139,7 @@ def check_slow_dtype_of(slow_dtype: str | None, weights: list[Any]) -> None:
     """Raise `ValueError` if slow weights of a dtype could not hold all values of their weights."""
     for weight in weights:
         dtype = keras.backend.standardize_dtype(weight.dtype)
-        if slow_dtype is not None and keras.backend.result_type(slow_dtype, dtype) != slow_dtype:
+        if slow_dtype is not None and slow_dtype not in _HELD_BY.get(dtype, (slow_dtype,)):
             raise ValueError(
                 "`slow_dtype` must hold all values of the weights' dtypes, or the slow weights would lose what the "
                 f"fast ones have. Received: slow_dtype={slow_dtype!r} for the weight {weight.path!r} of {dtype!r}"
