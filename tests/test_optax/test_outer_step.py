@@ -294,8 +294,9 @@ def test_the_state_takes_two_copies_of_the_parameters_and_five_scalars():
 
 
 def test_donated_states_share_no_buffer():
-    # One that keeps the weights that it gets.
-    keeping = optax.contrib.schedule_free(optax.sgd(0.5), learning_rate=0.5)
+    keeping = optax.GradientTransformation(
+        lambda params: params, lambda updates, kept, params: (optax.tree.scale(-0.5, updates), kept)
+    )
     wide_slow = lookahead(INNER, PERIOD, slow_momentum=MU, slow_dtype="float32")
     for optimizer in (MOMENTUM, OUTER, lookahead(INNER, PERIOD, outer=keeping), wide_slow):
         params = make_params(dtype="bfloat16" if optimizer is wide_slow else "float32")
@@ -429,6 +430,24 @@ def test_sync_and_reset_reach_through_combinators(kind):
     np.testing.assert_array_equal(momentum["w"], 0.0)
 
 
+@pytest.mark.parametrize("outer_period", [5, 0])
+def test_sync_and_reset_of_nested_lookaheads_change_the_momentum_of_the_outer_one_that_is_on(outer_period):
+    optimizer = lookahead(lookahead(optax.sgd(0.1), 2, ETA, slow_momentum=MU), outer_period, ETA, slow_momentum=MU)
+    params, state = train(optimizer, make_params(), range(3))
+    changed, kept = (state, state.inner_state) if outer_period else (state.inner_state, state)
+    _, synced = sync(state, params)
+    reset = reset_slow_params(state, params)
+    for after in (synced, reset):
+        now, other = (after, after.inner_state) if outer_period else (after.inner_state, after)
+        assert (
+            not np.array_equal(now.outer_state.slow_momentum["w"], changed.outer_state.slow_momentum["w"])
+            or after is reset
+        )
+        assert_same_bits(other.outer_state, kept.outer_state)
+        if after is reset:
+            np.testing.assert_array_equal(now.outer_state.slow_momentum["w"], 0.0)
+
+
 def test_a_schedule_of_the_outer_transformation_counts_syncs():
     schedule = optax.piecewise_constant_schedule(0.7, {1: 0.5})
     outer = lookahead(optax.sgd(0.1), 2, outer=optax.sgd(schedule, momentum=MU, nesterov=True))
@@ -489,23 +508,11 @@ def test_fast_weights_are_the_rounded_slow_ones_after_a_sync_bit_for_bit(form, k
     optimizer = lookahead(optax.sgd(0.05), PERIOD, slow_dtype="float32", **WIDE[kind])
     params = mixed_params()
     state = optimizer.init(params)
-    oracles = {
-        name: Lookahead(SGD(0.05), PERIOD, WIDE[kind].get("slow_step_size", ETA), 0.0 if kind == "plain" else MU)
-        for name in params
-    }
-    for name, oracle in oracles.items():
-        oracle.start([params[name]])
     for number in range(1, 4 * PERIOD + 1):
-        grads = make_grads(number, params)
         before = state
         params, state = train(optimizer, params, [number], state, form)
         assert {name: leaf.dtype for name, leaf in params.items()} == MIXED
         assert {leaf.dtype for leaf in jax.tree.leaves(state.slow_params)} == {jnp.dtype("float32")}
-        for name, oracle in oracles.items():
-            # The oracle's fast weights are rounded as ours are, and its restart point too.
-            oracle.inner.weights[0] = np.asarray(jnp.asarray(oracle.weights[0], MIXED[name]), "float64")
-            oracle.apply([grads[name]])
-            oracle.inner.weights[0] = wide(params[name])
         if number % PERIOD == 0:
             assert_same_bits(
                 {name: slow.astype(MIXED[name]) for name, slow in state.slow_params.items() if name != "float32"},
@@ -516,9 +523,35 @@ def test_fast_weights_are_the_rounded_slow_ones_after_a_sync_bit_for_bit(form, k
             assert_same_bits(state.slow_params, before.slow_params)
 
 
+@pytest.mark.parametrize("kind", WIDE)
+def test_wide_slow_weights_are_those_of_the_formula_from_the_restart_point(kind):
+    eta, mu = (0.3, 0.0) if kind == "plain" else (ETA, MU)
+    inner = optax.sgd(0.05)
+    optimizer = lookahead(inner, PERIOD, slow_dtype="float32", **WIDE[kind])
+    params = fast = mixed_params()
+    slow = {name: wide(param) for name, param in params.items()}
+    b = {name: np.zeros(9) for name in params}
+    state, inner_state = optimizer.init(params), inner.init(params)
+    for number in range(1, 3 * PERIOD + 1):
+        grads = make_grads(number, params)
+        params, state = optimizer.apply_gradients(grads, state, params)
+        updates, inner_state = inner.update(grads, inner_state, fast)
+        fast = optax.apply_updates(fast, updates)
+        if number % PERIOD == 0:
+            for name, dtype in MIXED.items():
+                pseudo_gradient = wide(jnp.asarray(slow[name], dtype)) - wide(fast[name])
+                b[name] = mu * b[name] + pseudo_gradient
+                slow[name] = slow[name] - eta * (pseudo_gradient + mu * b[name])
+                if dtype != jnp.float32:
+                    assert_close(state.slow_params[name], slow[name])
+            # Both go on from the same numbers.
+            fast = params
+
+
+@pytest.mark.parametrize("settings", [{"slow_step_size": 0.3}, {"outer": optax.sgd(0.3)}], ids=["numbers", "outer"])
 @forms
-def test_a_weight_that_does_not_move_leaves_its_wide_slow_weight_alone(form):
-    optimizer = lookahead(optax.sgd(1.0), 2, 0.3, slow_dtype="float32")
+def test_a_weight_that_does_not_move_leaves_its_wide_slow_weight_alone(form, settings):
+    optimizer = lookahead(optax.sgd(1.0), 2, slow_dtype="float32", **settings)
     params, state = train(optimizer, mixed_params(), range(4), form=form)
     slow = state.slow_params["bfloat16"]
     assert not np.array_equal(slow, wide(params["bfloat16"]))
@@ -526,7 +559,7 @@ def test_a_weight_that_does_not_move_leaves_its_wide_slow_weight_alone(form):
         optimizer, params, range(7), state, form, lambda _, params: jax.tree.map(jnp.zeros_like, params)
     )
     assert_same_bits(state.slow_params["bfloat16"], slow)
-    params, state = sync(state, params)
+    params, state = sync(state, params, outer=settings.get("outer"))
     assert_same_bits(state.slow_params["bfloat16"], slow)
 
 
