@@ -31,6 +31,34 @@ def finish(process, timeout):
     assert process.returncode == 0, output[-3000:]
 
 
+def run_together(module, run, directory, world_size, timeout):
+    """Run processes of `torch.distributed`, and check that all ended well: if one does not, the others are killed.
+
+    Each gets RUN, DIRECTORY, its rank and their number, and prints to a file in the directory.
+    """
+    children = []
+    for rank in range(world_size):
+        output = directory / f"{run}-{rank}.txt"
+        with output.open("w") as file:
+            environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+            process = start(module, run, directory, rank, world_size, output=file, **environment)
+        children.append((process, output))
+    deadline = time.monotonic() + timeout
+    try:
+        while any(process.poll() is None for process, _ in children) and time.monotonic() < deadline:
+            if any(process.poll() for process, _ in children):
+                break
+            time.sleep(0.1)
+    finally:
+        for process, _ in children:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    codes = [process.returncode for process, _ in children]
+    outputs = "\n".join(output.read_text()[-3000:] for _, output in children)
+    assert not any(codes), f"exit codes {codes}\n{outputs}"
+
+
 def kill_when_reached(process, path, timeout):
     """Kill a process as soon as a file is there that it makes."""
     deadline = time.monotonic() + timeout

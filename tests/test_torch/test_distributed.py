@@ -1,11 +1,9 @@
 """Training in several processes is training in one: replicated, on shards, and from checkpoints made by others."""
 
-import time
-
 import pytest
 import torch
 
-from tests.child_processes import start
+from tests.child_processes import run_together
 from tests.comparison import assert_same_bits
 from tests.test_torch import distributed_worker as worker
 from tests.test_torch.by_hand import ByHand
@@ -30,27 +28,7 @@ SINGLE = [name for name, (_, settings) in OPTIMIZERS.items() if len(settings) ==
 
 def run_worker(directory, run, world_size):
     """Start processes that work together, and return what each of them wrote."""
-    children = []
-    for rank in range(world_size):
-        output = directory / f"{run}-{rank}.txt"
-        with output.open("w") as file:
-            environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-            process = start(worker, run, directory, rank, world_size, output=file, **environment)
-        children.append((process, output))
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while any(process.poll() is None for process, _ in children) and time.monotonic() < deadline:
-            if any(process.poll() for process, _ in children):
-                break
-            time.sleep(0.1)
-    finally:
-        for process, _ in children:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    codes = [process.returncode for process, _ in children]
-    outputs = "\n".join(output.read_text()[-3000:] for _, output in children)
-    assert not any(codes), f"exit codes {codes}\n{outputs}"
+    run_together(worker, run, directory, world_size, TIMEOUT)
     return [torch.load(directory / f"{run}-{rank}.pt") for rank in range(world_size)]
 
 

@@ -243,17 +243,20 @@ class SlowWeights:
         pieces = [piece for lists in own for piece in lists.pieces]
         storages = [storage for lists in own for storage in lists.storages]
         is_shared = len(set(storages)) < len(storages)
+        of_followers = [lists for _, lists in all_lists[len(groups) :]]
         if reduce is not None:
-            _reduced_outer_step(own, [_outer_step_of(group, names) for _, group in groups], reduce, is_shared)
+            try:
+                _reduced_outer_step(own, [_outer_step_of(group, names) for _, group in groups], reduce, is_shared)
+            except BaseException:
+                _restart_followers(of_followers)
+                raise
         elif is_shared:
             # Some fast weights share memory.
             self._is_careful = outer_step(pieces, steps, self._is_careful)
         else:
             for piece, step in zip(pieces, steps):
                 self._is_careful = outer_step_unshared(piece, step, self._is_careful)
-        for _, lists in all_lists[len(groups) :]:
-            for piece in lists.pieces:
-                torch._foreach_copy_(piece.slow, piece.fast)
+        _restart_followers(of_followers)
         for _, lists in all_lists:
             lists.let_go()
 
@@ -351,37 +354,58 @@ class _Places(NamedTuple):
     dtypes: list[torch.dtype]
 
 
+def _restart_followers(all_lists: list[_Lists]) -> None:
+    """Restart the slow weights of wrappers inside from the fast weights."""
+    for lists in all_lists:
+        for piece in lists.pieces:
+            torch._foreach_copy_(piece.slow, piece.fast)
+
+
 def _reduced_outer_step(all_lists: list[_Lists], steps: list[OuterStep], reduce: Reduce, is_shared: bool) -> None:
     """Make the outer step with the pseudo-gradients that `reduce` makes of this process' ones.
 
     They are formed in place of the fast weights, which the restart overwrites, as a model may leave no memory for
     another copy of its weights. So after a `reduce` that failed only the slow weights are left to restart from.
     """
-    pseudo_gradients = [lists.whole.fast for lists in all_lists]
+    # Not the parameters themselves: `reduce` may work in another thread, where gradients are switched on.
+    pseudo_gradients = [[weight.detach() for weight in lists.whole.fast] for lists in all_lists]
     if is_shared:
         # Where some fast weights share memory there is room for one pseudo-gradient.
         pseudo_gradients = [[torch.empty_like(weight) for weight in weights] for weights in pseudo_gradients]
-    for lists, out in zip(all_lists, pseudo_gradients):
-        form_pseudo_gradients(lists.whole.slow, lists.whole.fast, out)
     try:
-        goes_on = reduce([one for out in pseudo_gradients for one in out])
-        if goes_on not in (None, True, False):
-            raise TypeError(
-                "`reduce` must return None or True to go on, or False to abandon the cycle. "
-                f"Received: {goes_on!r} of type {type(goes_on).__name__}"
-            )
-        for lists, out, step in zip(all_lists, pseudo_gradients, steps) if goes_on is not False else ():
+        for lists, out in zip(all_lists, pseudo_gradients):
+            if is_shared:
+                form_pseudo_gradients(lists.whole.slow, lists.whole.fast, out)
+            else:
+                for piece in lists.pieces:
+                    form_pseudo_gradients(piece.slow, piece.fast, piece.fast)
+        if not _call(reduce, [one for out in pseudo_gradients for one in out]):
+            return
+        for lists, out, step in zip(all_lists, pseudo_gradients, steps):
             for piece in cut(lists.whole.slow, out, lists.whole.momentum) if is_shared else lists.pieces:
                 outer_step_reduced(piece, step)
-    except Exception as error:
-        raise RuntimeError(
-            "`reduce` failed at a sync. Slow weights, slow momentum and the inner optimizer's state are as before the "
-            "sync. The parameters are the slow weights: the steps since the last sync are lost."
-        ) from error
     finally:
         for lists in all_lists:
             for piece in lists.pieces:
                 torch._foreach_copy_(piece.fast, piece.slow)
+
+
+def _call(reduce: Reduce, pseudo_gradients: list[Tensor]) -> bool:
+    """Let `reduce` change pseudo-gradients, and return whether the cycle goes on."""
+    try:
+        goes_on = reduce(pseudo_gradients)
+        if not (goes_on is None or isinstance(goes_on, bool)):
+            raise TypeError(
+                "`reduce` must return None or True to go on, or False to abandon the cycle. "
+                f"Received: {goes_on!r:.200} of type {type(goes_on).__name__}"
+            )
+    except Exception as error:
+        raise RuntimeError(
+            "`reduce` failed at a sync. Slow weights, slow momentum and the inner optimizer's state are as before the "
+            "sync. The parameters are the slow weights: the steps since the last sync are lost. Another worker may "
+            "have synchronised all the same. Load the last checkpoint in all of them if one may have."
+        ) from error
+    return goes_on is not False
 
 
 def _outer_step_of(group: Group, names: Names) -> OuterStep:

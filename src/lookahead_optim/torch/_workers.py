@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed
+from torch.nn.parameter import is_lazy
 
 from lookahead_optim.torch._fsdp import local
 from lookahead_optim.torch._settings import Group, Names
@@ -26,8 +27,8 @@ def average(process_group: Any = None) -> "Average":
     data-parallel training. That is DiLoCo.
 
     float16 and bfloat16 are averaged in float32. The memory is that of 32 MiB of pseudo-gradients, besides what the
-    backend takes. Before the first sync, and the first one after a state dict was loaded, the processes compare counts,
-    settings, shapes and, by a checksum, the weights with which they started.
+    backend takes. Before the first step, and the first one after a state dict was loaded, the processes compare counts,
+    settings, shapes and, by a checksum, the weights with which they start. So all must load a state dict, or none.
 
     Args:
         process_group: A `torch.distributed.ProcessGroup`, such as `mesh["replicate"].get_group()`, in which all
@@ -37,8 +38,8 @@ def average(process_group: Any = None) -> "Average":
         A callable for `reduce`.
 
     Raises:
-        RuntimeError: from the first sync, in all processes of the group, if they do not start alike; and from any sync
-            in which the communication fails.
+        RuntimeError: from the first step, in all processes of the group, if they do not start alike, before anything
+            has changed; and from any sync in which the communication fails.
 
     Example:
 
@@ -97,7 +98,7 @@ class Average:
 
 
 def description(groups: list[Group], names: Names, slow_weights: Mapping[Tensor, Tensor]) -> dict[str, Any]:
-    """Return what must be equal in all workers before their first sync, by the names that an error has for it."""
+    """Return what must be equal in all workers before their first step, by the names that an error has for it."""
     described: dict[str, Any] = {"the number of groups": len(groups)}
     for index, group in enumerate(groups):
         for name in (*names.settings, names.lookahead_step):
@@ -105,20 +106,28 @@ def description(groups: list[Group], names: Names, slow_weights: Mapping[Tensor,
         described[f"the number of parameters of group {index}"] = len(group["params"])
         for number, parameter in enumerate(group["params"]):
             label = f"parameter {number} of group {index}"
-            described[f"the shape of {label}"] = tuple(parameter.shape)
             described[f"the dtype of {label}"] = str(parameter.dtype)
-            if parameter in slow_weights:
-                (slow,) = local([slow_weights[parameter]])
-                described[f"the checksum of the slow weight of {label}"] = _checksum(slow)
+            if is_lazy(parameter):
+                continue
+            described[f"the shape of {label}"] = tuple(parameter.shape)
+            # A slow weight starts from its parameter. Without a sync period parameters are each worker's own.
+            if parameter in slow_weights or group[names.sync_period]:
+                (start,) = local([slow_weights.get(parameter, parameter)])
+                described[f"the checksum of the slow weight of {label}"] = _checksum(start)
     return described
 
 
 def _checksum(weight: Tensor) -> int:
-    """Return the sum of the bits of a weight, read as integers."""
-    if weight.is_complex():
-        weight = torch.view_as_real(weight)
+    """Return the sum of the bits of a weight, read as integers. The memory is that of a bucket at most, or of a row."""
+    weight = torch.view_as_real(weight.detach().resolve_conj()) if weight.is_complex() else weight.detach()
+    if not weight.numel():
+        return 0
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(weight.view(integers[weight.element_size()]).sum(dtype=torch.int64))
+    # A sum of another dtype than that of its elements copies these into it first.
+    bits = weight.view(integers[weight.element_size()])
+    bits = bits.view(-1) if bits.is_contiguous() else bits
+    rows = max(1, _BYTES_PER_BUCKET // (8 * bits[0].numel()))
+    return sum(int(part.sum(dtype=torch.int64)) for part in bits.split(rows)) % 2**64
 
 
 def _dtype_to_send(tensor: Tensor) -> torch.dtype:
@@ -139,4 +148,5 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
                 yield bucket
                 bucket = []
             bucket.append(part)
-        yield bucket
+        if bucket:
+            yield bucket

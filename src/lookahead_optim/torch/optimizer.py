@@ -293,11 +293,21 @@ class Lookahead(Optimizer):
 
     def _synchronize(self, groups: list[tuple[int, Group]]) -> None:
         followers = [(wrapper._slow_weights, wrapper._names) for wrapper in _wrappers(self.inner_optimizer)]
-        if isinstance(self._reduce, Average) and not self._are_workers_compared:
+        self._compare_workers()
+        own_groups = [group for _, group in groups]
+
+        def reduce(pseudo_gradients: list[Tensor]) -> bool | None:
+            # Whatever comes of it, the fast weights restart.
+            self._note_synced(own_groups)
+            return self._reduce(pseudo_gradients)  # type: ignore[misc]
+
+        self._slow_weights.synchronize(groups, self._names, followers, None if self._reduce is None else reduce)
+        self._note_synced(own_groups)
+
+    def _compare_workers(self) -> None:
+        if isinstance(self._reduce, Average) and not self._are_workers_compared and self._active_groups():
             self._reduce.compare(description(self.param_groups, self._names, self._slow_weights.by_parameter))
             self._are_workers_compared = True
-        self._slow_weights.synchronize(groups, self._names, followers, self._reduce)
-        self._note_synced([group for _, group in groups])
 
     def _note_synced(self, groups: list[Group]) -> None:
         for wrapper in _wrappers(self):
@@ -317,6 +327,8 @@ class Lookahead(Optimizer):
         for index, group in self._due_groups(steps_ahead=1):
             for wrapper in _wrappers(self):
                 wrapper._slow_weights.check_shapes(index, group)
+        # With the workers first: of the other comparison only some processes learn.
+        self._compare_workers()
         if not self._is_compared:
             check_equal_on_all_ranks(self.param_groups, self._names)
             self._is_compared = True
@@ -355,7 +367,8 @@ class Lookahead(Optimizer):
             TypeError, ValueError: if a group has an invalid setting or count.
             RuntimeError: inside a `slow_weights()` block, in the capture of a CUDA graph, at a sync if a parameter has
                 changed its shape, or after loading a state dict that was saved in a block, if the gradients were
-                computed with the slow weights.
+                computed with the slow weights. At the first step if `average()` finds that workers do not start alike,
+                and at a sync if `reduce` fails.
         """
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         for pre_hook in self._optimizer_step_pre_hooks.values():
