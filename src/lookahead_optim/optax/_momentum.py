@@ -1,7 +1,4 @@
-"""The outer step with a state of its own: slow momentum, or any transformation of pseudo-gradients.
-
-Functions here take the weights as lists, in the order of their leaves in the tree of the slow parameters.
-"""
+"""The state of an outer step: slow momentum, or what any transformation of pseudo-gradients keeps."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -62,7 +59,7 @@ def outer_step_by(
     """Return the slow weights and the state of a transformation after an outer step that it makes.
 
     It gets the pseudo-gradients in the slow weights' dtypes, and 0 for a frozen weight, whose fast one is `None`. Its
-    updates are added to the slow weights.
+    updates are added to the slow weights. Lists are in the order of the leaves of `structure`, the weights' tree.
     """
 
     def way_back(slow: jax.Array, fast: jax.Array | None) -> jax.Array:
