@@ -171,10 +171,10 @@ def lookahead(
         sync_period: Integer >= 0, inner updates per slow step ($k$). 0 switches Lookahead off: the transformation then
             is the inner one. 2^31 or more is never due. An array may be traced, and its value is not checked. Defaults
             to 6.
-        slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or an Optax schedule of the number of syncs
-            so far, `step // sync_period`. (The other front ends take numbers only.) 1 recovers the inner
-            transformation, without slow momentum. Above 1 there is a `UserWarning`, unless there is slow momentum. An
-            array may be traced, and its value is not checked. Defaults to 0.5.
+        slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or an Optax schedule of the number of syncs so
+            far, `step // sync_period`. 1 recovers the inner transformation, without slow momentum. Above 1 there is a
+            `UserWarning`, unless there is slow momentum. An array may be traced, and its value is not checked. Defaults
+            to 0.5.
         slow_momentum: Float in [0, 1), the factor of the slow momentum ($\mu$), by which steps become
             $1 / (1 - \mu)$ times as long in the long run. An array may be traced, and its value is not checked; it
             needs the memory for $b$ also where it is 0. Defaults to 0, no momentum.
