@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from lookahead_optim._rounded_jax import rounded
 from lookahead_optim.optax import lookahead, slow_params, sync
 from tests.reference import SGD, Adam, Lookahead
 from tests.test_optax.by_hand import ByHand, assert_close, assert_same_bits, make_grads, make_params
@@ -427,3 +428,15 @@ def test_infinite_weights_leave_the_derivatives_of_the_others_alone(form, slow_s
     args = jnp.float32(slow_step_size), jnp.float32(3.0), jnp.float32(-jnp.inf)
     by_slow_step_size, by_fast = jax.jit(jax.grad(last, argnums=(0, 1)))(*args)
     np.testing.assert_allclose((by_slow_step_size, by_fast), (2.0, slow_step_size), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rounding_without_a_conversion_is_that_of_the_conversion(dtype):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=2000) * 10.0 ** rng.integers(-12, 6, 2000)
+    # Halfway between two numbers, at both ends of the range, and what is no number.
+    ends = [0.0, -0.0, 65504, 65519, 65520, 2**-14, 2**-14 * (1 - 2**-12), 2**-24, 1.5 * 2**-24, 2**-25, np.inf, np.nan]
+    values = np.concatenate([values, ends]).astype("float32")
+    with np.errstate(over="ignore"):
+        expected = values.astype(dtype).astype("float32")
+    np.testing.assert_array_equal(jax.jit(lambda values: rounded(values, dtype))(values), expected)

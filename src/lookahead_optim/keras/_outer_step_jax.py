@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lookahead_optim._rounded_jax import rounded
+
 __all__ = ["OuterStep", "Values", "capture", "outer_step"]
 
 
@@ -63,7 +65,7 @@ def _descend(values: Values, step: OuterStep) -> tuple[jax.Array, jax.Array | No
     slow, fast, momentum = values
     dtype = jnp.promote_types(slow.dtype, jnp.float32)
     start, end = slow.astype(dtype), fast.astype(dtype)
-    pseudo_gradient = _rounded(start, fast.dtype) - end
+    pseudo_gradient = rounded(start, fast.dtype) - end
     slow_step_size = _as_dtype(step.slow_step_size, dtype)
     if momentum is None:
         moved = jnp.where(slow_step_size == 1, end, start - slow_step_size * pseudo_gradient)
@@ -74,26 +76,10 @@ def _descend(values: Values, step: OuterStep) -> tuple[jax.Array, jax.Array | No
         # see that it computes the same twice. It then reads two arrays once more, and saves to write and read two.
         new_momentum, slow, fast = jax.lax.optimization_barrier((new_momentum, slow, fast))
         start, end = slow.astype(dtype), fast.astype(dtype)
-        pseudo_gradient = _rounded(start, fast.dtype) - end
+        pseudo_gradient = rounded(start, fast.dtype) - end
     direction = pseudo_gradient + step.slow_momentum * new_momentum if step.slow_nesterov else new_momentum
     moved = start - slow_step_size * direction
     return moved.astype(slow.dtype), new_momentum.astype(momentum.dtype)
-
-
-def _rounded(value: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Return a value as a narrower dtype has it, in its own dtype.
-
-    XLA may leave out a conversion there and back, as its programs may be more precise than they say. This operation it
-    keeps. It makes 0 of what is below the normal numbers of the narrower dtype, which are rounded by hand.
-    """
-    narrow, wide = jnp.finfo(dtype), jnp.finfo(value.dtype)
-    if (narrow.nexp, narrow.nmant) == (wide.nexp, wide.nmant):
-        return value
-    rounded = jax.lax.reduce_precision(value, narrow.nexp, narrow.nmant)
-    if narrow.nexp == wide.nexp:
-        return rounded
-    spacing = float(narrow.smallest_subnormal)
-    return jnp.where(jnp.abs(value) < float(narrow.tiny), jnp.round(value / spacing) * spacing, rounded)
 
 
 def _as_dtype(slow_step_size: float | jax.Array, dtype: jnp.dtype) -> float | jax.Array:

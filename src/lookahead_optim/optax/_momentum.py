@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lookahead_optim._rounded_jax import rounded
 from lookahead_optim.optax._outer_step import OuterStep, pseudo_gradient
 from lookahead_optim.optax._slow_weights import weights_of
 from lookahead_optim.optax._trees import add_updates
@@ -65,7 +66,7 @@ def outer_step_by(
     def way_back(slow: jax.Array, fast: jax.Array | None) -> jax.Array:
         if fast is None:
             return jnp.zeros_like(slow)
-        return pseudo_gradient(slow.astype(fast.dtype).astype(slow.dtype), fast.astype(slow.dtype))
+        return pseudo_gradient(rounded(slow, fast.dtype), fast.astype(slow.dtype))
 
     weights = structure.unflatten(slow)
     pseudo_gradients = structure.unflatten(list(map(way_back, slow, fast)))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from lookahead_optim._rounded_jax import rounded
 from lookahead_optim.optax._count import SlowStepSize
 from lookahead_optim.optax._slow_weights import is_weight
 from lookahead_optim.optax._trees import map_at_paths_of
@@ -58,7 +59,7 @@ def outer_step(
         values = (slow, fast) if momentum is None else (slow, fast, momentum)
         return _by_parts(lambda slow, fast, momentum=None: outer_step(slow, fast, momentum, step), *values)
     wide_slow = _wide(slow)
-    start = wide_slow if slow.dtype == fast.dtype else slow.astype(fast.dtype).astype(wide_slow.dtype)
+    start = wide_slow if slow.dtype == fast.dtype else rounded(wide_slow, fast.dtype)
     end = fast.astype(wide_slow.dtype)
     if momentum is None:
         new_slow = _slow_step(wide_slow, end, _finite_pseudo_gradient(start, end), step.slow_step_size)

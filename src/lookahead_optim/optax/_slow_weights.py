@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from lookahead_optim._rounded_jax import rounded
 from lookahead_optim.optax._combinators import restarted_line_searches
 from lookahead_optim.optax._trees import at_paths_of, by_path, is_number
 
@@ -124,7 +125,8 @@ def captured_from(slow: jax.Array, param: ArrayLike | None) -> jax.Array:
         return slow
     param = jnp.asarray(param)
     if is_weight(slow) and slow.dtype != param.dtype:
-        return jnp.where(slow.astype(param.dtype) == param, slow, param.astype(slow.dtype))
+        captured = param.astype(slow.dtype)
+        return jnp.where(rounded(slow, param.dtype) == captured, slow, captured)
     return jnp.asarray(param, slow.dtype)
 
 
