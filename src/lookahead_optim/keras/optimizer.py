@@ -117,7 +117,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         Zhang, Lucas, Hinton and Ba, `Lookahead Optimizer: k steps forward, 1 step back
         <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1.
 
-        Slow momentum: Kallusky, Rao, Nandavar and Shi, `SNOO: Step-K Nesterov Outer Optimizer
+        Slow momentum: Kallusky, Rao, Nandavanam and Shi, `SNOO: Step-K Nesterov Outer Optimizer
         <https://arxiv.org/abs/2510.15830>`__, 2025; Douillard and others, `DiLoCo
         <https://arxiv.org/abs/2311.08105>`__, 2023, Algorithm 1.
     """

@@ -258,12 +258,8 @@ class _Lookahead:
         slow_dtype: np.dtype | None,
     ) -> None:
         self.inner, self.sync_period, self.slow_step_size = inner, sync_period, slow_step_size
-        self.slow_momentum, self.slow_nesterov, self.outer, self.slow_dtype = (
-            slow_momentum,
-            slow_nesterov,
-            outer,
-            slow_dtype,
-        )
+        self.slow_momentum, self.slow_nesterov = slow_momentum, slow_nesterov
+        self.outer, self.slow_dtype = outer, slow_dtype
         self.inner_states = States(inner)
         self.outer_states = None if outer is None else States(outer)
 
