@@ -16,6 +16,7 @@ from lookahead_optim.torch import Lookahead, average
 from tests import reference
 from tests.child_processes import ROOT, kill_when_reached, run_together, start
 from tests.comparison import assert_same_bits
+from tests.test_torch import worker_loops
 from tests.test_torch import worker_processes as worker
 from tests.test_torch.by_hand import parameters, set_gradients
 from tests.test_torch.worker_processes import (
@@ -227,6 +228,17 @@ def test_the_bytes_that_are_sent_are_those_of_ddp_divided_by_the_period(results)
 # Two replicas, each sharded over two processes
 
 
+@torch.no_grad()
+def outer_step(models, slow, momentum, eta, mu):
+    """Make the outer step of several models by hand. `slow` and `momentum`, lists of tensors, are changed too."""
+    for index, fast in enumerate(zip(*(model.parameters() for model in models), strict=True)):
+        s = slow[index] - sum(fast) / len(fast)
+        momentum[index] = mu * momentum[index] + s
+        slow[index] = slow[index] - eta * (s + mu * momentum[index])
+        for one in fast:
+            one.copy_(slow[index])
+
+
 @pytest.fixture
 def replicas(results):
     if results[4][0]["replicas"] is None:
@@ -245,13 +257,7 @@ def test_replicas_that_are_sharded_train_as_workers_in_one_process(replicas):
             worker.loss_of(model, rank, step).backward()
             optimizer.step()
         if (step + 1) % PERIOD == 0:
-            with torch.no_grad():
-                for index, fast in enumerate(zip(*(model.parameters() for model in models))):
-                    s = slow[index] - sum(fast) / 2
-                    momentum[index] = 0.9 * momentum[index] + s
-                    slow[index] = slow[index] - 0.7 * (s + 0.9 * momentum[index])
-                    for one in fast:
-                        one.copy_(slow[index])
+            outer_step(models, slow, momentum, eta=0.7, mu=0.9)
         for result in replicas:
             found = result["history"][step]
             expected = list(models[result["replica"]].parameters())
@@ -564,3 +570,36 @@ def test_a_state_dict_has_nothing_of_reduce():
         its_optimizer.step()
     assert optimizer.state_dict()["param_groups"] == other.state_dict()["param_groups"]
     assert_same_bits(optimizer.state_dict()["state"], other.state_dict()["state"])
+
+
+# In the loops of others
+
+
+@pytest.fixture(scope="module")
+def loops(directory):
+    """The weights and the batches of each of two workers in each loop."""
+    for name in ("accelerate", "lightning", "transformers"):
+        pytest.importorskip(name)
+    run_together(worker_loops, "loops", directory, 2, TIMEOUT)
+    return [torch.load(directory / f"loops-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", worker_loops.LOOPS)
+def test_workers_in_the_loops_of_others_train_apart_between_syncs(loops, name):
+    batches = [result[name][1] for result in loops]
+    assert not torch.equal(batches[0][0][0], batches[1][0][0])
+    models = [worker_loops.network() for _ in range(2)]
+    inner = list(map(worker_loops.inner, models))
+    slow = worker.clones(models[0].parameters())
+    momentum = [torch.zeros_like(one) for one in slow]
+    for step, of_workers in enumerate(zip(*batches, strict=True), 1):
+        for model, optimizer, (x, y) in zip(models, inner, of_workers):
+            optimizer.zero_grad()
+            worker_loops.loss_of(model, x, y).backward()
+            optimizer.step()
+        if step % worker_loops.PERIOD == 0:
+            outer_step(models, slow, momentum, worker_loops.SIZE, worker_loops.MOMENTUM)
+    assert step == 5
+    for result, model in zip(loops, models):
+        torch.testing.assert_close(result[name][0], worker.clones(model.parameters()))
+    assert not torch.equal(loops[0][name][0][0], loops[1][name][0][0])
