@@ -106,9 +106,9 @@ def test_wide_slow_weights_of_a_mixed_model_are_those_by_hand(slow_momentum, slo
     for found, expected in zip([*weights, *(state["slow"] for state in states)], [*fast, *slow]):
         is_close = torch.isclose(found.detach().float(), expected.detach().float(), rtol=1e-5, atol=1e-5)
         assert is_close.float().mean() > 0.98
-        torch.testing.assert_close(found.detach().float(), expected.detach().float(), rtol=2**-6, atol=2**-6)
+        torch.testing.assert_close(found.detach().float(), expected.detach().float(), rtol=0, atol=2**-4)
     for state, expected in zip(states if slow_momentum else [], momentum):
-        torch.testing.assert_close(state["slow_momentum"], expected, rtol=2**-6, atol=2**-6)
+        torch.testing.assert_close(state["slow_momentum"], expected, rtol=0, atol=2**-4)
     assert_same_bits([one.detach() for one in weights], [s["slow"].to(w.dtype) for s, w in zip(states, weights)])
     assert all(("slow_momentum" in state) == bool(slow_momentum) for state in states)
 
