@@ -1,6 +1,7 @@
 """Bad settings of the outer step: refused before anything is made or changed."""
 
 import contextlib
+import warnings
 
 import keras
 import numpy as np
@@ -126,6 +127,8 @@ def test_only_without_momentum_a_step_size_above_1_warns(slow_momentum, warns):
 def test_with_momentum_an_early_sync_does_not_warn():
     optimizer, weight = Lookahead(keras.optimizers.SGD(0.125), 6, 0.5, slow_momentum=0.5), keras.Variable([0.0])
     optimizer.apply([keras.ops.ones(1)], [weight])
-    optimizer.sync()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        optimizer.sync()
     # 0.5 (1 + 0.5) of the way.
     assert_same_bits(values([weight]), [np.float32([-0.09375])])

@@ -153,6 +153,21 @@ def test_a_step_size_of_1_without_momentum_is_the_inner_optimizer_bit_for_bit(sl
             assert_same_bits(rounded(values(optimizer.slow_variables), variables), values(bare))
 
 
+@every_mode
+def test_a_step_size_that_becomes_1_makes_wide_slow_weights_copies_of_the_fast_ones(mode):
+    variables = variables_of()
+    optimizer = Lookahead(keras.optimizers.SGD(0.5), 2, 0.3, slow_dtype="float32")
+    step, rng = stepper(optimizer, variables, mode), np.random.default_rng(1)
+    for count in range(1, 5):
+        step(tensors([rng.normal(size=(4, 3)) for _ in variables], variables))
+        fast = [one.astype("float32") for one in values(variables)]
+        if count == 2:
+            # From here the slow weights are no numbers of the narrow dtypes.
+            assert any((one != other).any() for one, other in zip(values(optimizer.slow_variables), fast))
+            optimizer.slow_step_size = 1.0
+    assert_same_bits(values(optimizer.slow_variables), fast)
+
+
 @every_outer
 def test_nested_wrappers_of_different_dtypes_restart_from_the_same_rounded_weights(outer):
     variables = variables_of()
