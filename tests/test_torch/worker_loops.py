@@ -19,15 +19,15 @@ from tests.test_torch.small_task import network
 
 TIMEOUT = 120
 PERIOD, SIZE, MOMENTUM, BATCH = 3, 0.7, 0.5, 8
-LOOPS = ["accelerate", "lightning", "trainer"]
+LOOPS = ["accelerate", "lightning", "trainer", "keras"]
 
 
-def inner(model):
-    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+def inner(parameters):
+    return torch.optim.SGD(parameters, 0.1, momentum=0.9)
 
 
-def wrapped(model):
-    return Lookahead(inner(model), PERIOD, SIZE, slow_momentum=MOMENTUM, reduce=average())
+def wrapped(parameters):
+    return Lookahead(inner(parameters), PERIOD, SIZE, slow_momentum=MOMENTUM, reduce=average())
 
 
 def loss_of(model, x, y):
@@ -45,7 +45,9 @@ def in_accelerate(directory):
     model, batches = network(), []
     accelerator = Accelerator(cpu=True)
     # Not the model, which Accelerate would wrap in DistributedDataParallel.
-    optimizer, loader = accelerator.prepare(wrapped(model), torch.utils.data.DataLoader(dataset(), batch_size=BATCH))
+    optimizer, loader = accelerator.prepare(
+        wrapped(model.parameters()), torch.utils.data.DataLoader(dataset(), batch_size=BATCH)
+    )
     for x, y in loader:
         batches.append((x, y))
         accelerator.backward(loss_of(model, x, y))
@@ -70,7 +72,7 @@ def in_lightning(directory):
             self.network, self.batches = network(), []
 
         def configure_optimizers(self):
-            return wrapped(self.network)
+            return wrapped(self.network.parameters())
 
         def training_step(self, batch, index):
             self.batches.append(tuple(batch))
@@ -124,8 +126,28 @@ def in_trainer(directory):
         disable_tqdm=True,
     )
     rows = [{"x": x, "labels": y} for x, y in dataset()]
-    WorkersTrainer(model, arguments, train_dataset=rows, optimizers=(wrapped(model), None)).train()
+    WorkersTrainer(model, arguments, train_dataset=rows, optimizers=(wrapped(model.parameters()), None)).train()
     return model.network, model.batches
+
+
+def in_keras(directory):
+    """Keras' model with the native front end, in a loop of one's own. On PyTorch a model of Keras is a module."""
+    import keras
+
+    model, start = keras.Sequential([keras.layers.Dense(8, "tanh"), keras.layers.Dense(2)]), network()
+    model.build((None, 4))
+    model.set_weights([one.detach().t().numpy() for one in start.parameters()])
+    batches = list(torch.utils.data.DataLoader(dataset(), batch_size=BATCH))[dist.get_rank() :: 2]
+    weights = [variable.value for variable in model.trainable_variables]
+    optimizer = wrapped(weights)
+    for x, y in batches:
+        loss_of(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        for one, weight in zip(start.parameters(), weights, strict=True):
+            one.copy_(weight.t())
+    return start, batches
 
 
 if __name__ == "__main__":
@@ -136,6 +158,7 @@ if __name__ == "__main__":
     # What torchrun would set. The process group is there already, so that no port is needed.
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"}
+    address["KERAS_BACKEND"] = "torch"
     os.environ.update({name: str(value) for name, value in {**numbers, **address}.items()})
     dist.init_process_group(
         "gloo",
