@@ -14,7 +14,7 @@ from lookahead_optim._checks import (
     warn_if_over_relaxed,
 )
 from lookahead_optim.optax._count import SlowStepSize, SyncPeriod
-from lookahead_optim.optax._momentum import SlowMomentumState
+from lookahead_optim.optax._momentum import Reduce, SlowMomentumState
 from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, takes_slow_dtype, weights_of
 from lookahead_optim.optax._trees import by_path, has_node_types_of, is_array, shapes
 
@@ -28,6 +28,7 @@ __all__ = [
     "check_slow_dtype_holds",
     "check_slow_dtype_of",
     "check_update",
+    "checked_reduce",
     "checked_slow_dtype",
     "checked_slow_momentum",
     "checked_slow_step_size",
@@ -104,6 +105,17 @@ def checked_slow_dtype(slow_dtype: Any) -> np.dtype | None:
             f"Received: slow_dtype={slow_dtype!r} of type {type(slow_dtype).__name__}"
         )
     return dtype
+
+
+def checked_reduce(reduce: Any) -> Reduce | None:
+    """Return what makes the mean over workers, if anything does, or raise `TypeError`."""
+    if reduce is not None and not callable(reduce):
+        raise TypeError(
+            "`reduce` must be a function of a tree of pseudo-gradients that returns their mean over workers, such as "
+            "`functools.partial(jax.lax.pmean, axis_name='workers')`, or None. "
+            f"Received: reduce={reduce!r} of type {type(reduce).__name__}"
+        )
+    return reduce
 
 
 def check_slow_dtype_holds(slow_dtype: np.dtype | None, params: optax.Params) -> None:

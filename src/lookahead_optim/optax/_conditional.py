@@ -9,8 +9,8 @@ XLA updates donated buffers in place, without an array as large as a weight betw
   capture that only reads them later, and copies all parameters to keep them until then. So they pass through the
   capture.
 - One conditional for all weights needs all updates at once. So each large weight has its own, and XLA updates it as
-  soon as its gradient is there. Small ones share one. A transformation may mix weights, in a norm of all say, and has
-  one conditional.
+  soon as its gradient is there. Small ones share one. A transformation may mix weights, in a norm of all say, and
+  workers wait for each other once: these have one conditional.
 
 Outside of a traced function the conditional is Python's `if`.
 """
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lookahead_optim.optax._momentum import Outer, outer_step_by
+from lookahead_optim.optax._momentum import Outer, Reduce, outer_step_of_all
 from lookahead_optim.optax._outer_step import OuterStep, outer_step, update_to
 from lookahead_optim.optax._slow_weights import LookaheadState, captured_from, weights_of
 from lookahead_optim.optax._trees import at_paths_of, replaced
@@ -76,6 +76,7 @@ def sync_if_due(
     outer_state: Any,
     updates: optax.Updates,
     params: optax.Params | None,
+    reduce: Reduce | None = None,
 ) -> tuple[optax.Params, optax.Updates, Any]:
     """Make the outer step if it is due.
 
@@ -87,11 +88,12 @@ def sync_if_due(
         outer_state: The momentum of all weights, or the state of the transformation.
         updates: The inner updates. A weight whose update is `None` is frozen: it is not moved, and its momentum is 0.
         params: The parameters before the update, or `None`.
+        reduce: What makes the mean of the pseudo-gradients over workers, or `None`.
 
     Returns:
-        The new `slow`, `moving` and `outer_state`. In `slow` only weights of a wider dtype than the parameters are
-        changed. The others are captured from the parameters at the next update, and are equal to them bit for bit
-        whatever an addition of the updates rounds.
+        The new `slow`, `moving` and `outer_state`. With one worker only weights of a wider dtype than the parameters
+        are changed in `slow`. The others are captured from the parameters at the next update, and are equal to them bit
+        for bit whatever an addition of the updates rounds.
     """
     weights = weights_of(slow)
     structure: Any = jax.tree.structure(weights)
@@ -103,8 +105,10 @@ def sync_if_due(
     all_slow, all_moving = leaves_of(weights), leaves_of(moving)
     all_params = [None] * len(all_slow) if params is None else leaves_of(params)
     all_moving = list(map(_in_wide_dtype, all_moving, all_slow, all_params))
-    if isinstance(outer, OuterStep):
-        all_momentum = [None] * len(all_slow) if outer_state is None else leaves_of(outer_state)
+    all_momentum = [None] * len(all_slow)
+    if isinstance(outer, OuterStep) and outer_state is not None:
+        all_momentum = leaves_of(outer_state)
+    if isinstance(outer, OuterStep) and reduce is None:
         values = list(map(_Values, all_slow, all_moving, all_momentum))
         for group in _groups(all_slow):
 
@@ -122,11 +126,22 @@ def sync_if_due(
         def step_of_all(values: Any, params: list[Any]) -> Any:
             values, outer_state = values
             fast = [_fast(*one) if is_moved else None for *one, is_moved in zip(values, params, are_moved)]
-            new_slow, outer_state = outer_step_by(outer, [one.slow for one in values], fast, outer_state, structure)
-            return [_restart(*one) for one in zip(values, new_slow, fast, params)], outer_state
+            new_slow, outer_state = outer_step_of_all(
+                outer, [one.slow for one in values], fast, outer_state, structure, reduce
+            )
+            if isinstance(outer, OuterStep) and outer_state is not None:
+                # Of a frozen weight it starts anew.
+                outer_state = [b if is_moved else jnp.zeros_like(b) for b, is_moved in zip(outer_state, are_moved)]
+            are_kept = [reduce is not None] * len(fast)
+            return [_restart(*one) for one in zip(values, new_slow, fast, params, are_kept)], outer_state
 
         values = [_Values(*one, None) for one in zip(all_slow, all_moving)]
-        values, outer_state = _if(is_sync, step_of_all, (values, outer_state), all_params)
+        has_momentum = isinstance(outer, OuterStep) and outer_state is not None
+        values, outer_state = _if(
+            is_sync, step_of_all, (values, all_momentum if has_momentum else outer_state), all_params
+        )
+        if has_momentum:
+            outer_state = structure.unflatten(outer_state)
     return (
         replaced(slow, structure.unflatten([value.slow for value in values])),
         replaced(moving, structure.unflatten([value.moving for value in values])),
@@ -164,13 +179,20 @@ def _fast(values: _Values, param: jax.Array | None) -> jax.Array:
     return values.moving if param is None else (param + values.moving).astype(param.dtype)
 
 
-def _restart(values: _Values, new_slow: jax.Array, fast: jax.Array | None, param: jax.Array | None) -> _Values:
-    """Return the values for a restart of the fast weight from the new slow one."""
+def _restart(
+    values: _Values, new_slow: jax.Array, fast: jax.Array | None, param: jax.Array | None, is_kept: bool = False
+) -> _Values:
+    """Return the values for a restart of the fast weight from the new slow one.
+
+    A slow weight that is no wider than the fast one is captured from that later, unless it `is_kept`.
+    """
     if fast is None:
-        return values
+        own = values.moving if param is None else param
+        return values._replace(slow=own.astype(values.slow.dtype)) if is_kept else values
     end = new_slow.astype(fast.dtype)
     moving = end if param is None else update_to(end, values.moving, param)
-    return values._replace(slow=new_slow if new_slow.dtype != fast.dtype else values.slow, moving=moving)
+    is_kept |= new_slow.dtype != fast.dtype
+    return values._replace(slow=new_slow if is_kept else values.slow, moving=moving)
 
 
 def _strong(leaf: Any) -> jax.Array:

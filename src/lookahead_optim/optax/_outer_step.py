@@ -19,6 +19,7 @@ from lookahead_optim.optax._trees import map_at_paths_of
 
 __all__ = [
     "OuterStep",
+    "descended",
     "has_momentum",
     "is_one",
     "outer_step",
@@ -91,6 +92,18 @@ def _descend(
         plain = _slow_step(slow, end, _finite_pseudo_gradient(start, end), slow_step_size)
         new_slow = jnp.where(slow_momentum == 0, plain - slow_step_size * (d - s), new_slow)
     return new_slow, new_momentum
+
+
+def descended(
+    slow: jax.Array, pseudo_gradient: jax.Array, momentum: jax.Array | None, step: OuterStep
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return a slow weight and its momentum after an outer step with a pseudo-gradient that is given, a mean."""
+    slow_step_size, slow_momentum, slow_nesterov = step
+    d = s = _wide(pseudo_gradient)
+    if momentum is not None:
+        momentum = jnp.asarray(slow_momentum * _wide(momentum) + s).astype(momentum.dtype)
+        d = jnp.where(slow_nesterov, s + slow_momentum * _wide(momentum), _wide(momentum))
+    return jnp.asarray(_wide(slow) - slow_step_size * d).astype(slow.dtype), momentum
 
 
 def pseudo_gradient(start: jax.Array, end: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from lookahead_optim.optax._combinators import restarted_line_searches
 from lookahead_optim.optax._trees import at_paths_of, by_path, is_number
 
 __all__ = [
+    "IN_PLACE",
     "LookaheadState",
     "Missing",
     "capture_if_stale",
@@ -42,7 +43,8 @@ class LookaheadState(NamedTuple):
             one cycle.
         captured: int32 scalar. 0 from `init` or a sync until the next applied update: the slow parameters are the
             parameters themselves then, and `slow_params` is set to them at the next update. Otherwise the number of
-            applied updates since they were captured, and after `reset_slow_params` or an adversarial step more.
+            applied updates since they were captured, and after `reset_slow_params` or an adversarial step more. With
+            workers it is -1 from a sync until the next applied update, as the slow parameters stay in place then.
         next_slow_step_size: float scalar, the slow step size of the next sync, for `sync`, which has no settings. 1
             with `outer`, which has its own.
         outer_state: With slow momentum a `SlowMomentumState`, with `outer` the state of that transformation. `None`
@@ -57,6 +59,9 @@ class LookaheadState(NamedTuple):
     # The default is for pickles that were written before this field was there.
     outer_state: Any = None
 
+
+# The value of `captured` after a sync of workers.
+IN_PLACE = -1
 
 # The module that pickles name, so that they load whatever file defines the class.
 LookaheadState.__module__ = "lookahead_optim.optax"

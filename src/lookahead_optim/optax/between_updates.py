@@ -13,9 +13,15 @@ import optax
 from jax.typing import ArrayLike
 
 from lookahead_optim._checks import warn_if_within_first_cycle
-from lookahead_optim.optax._arguments import as_outer
-from lookahead_optim.optax._momentum import SlowMomentumState, initial_state_of, outer_step_by
-from lookahead_optim.optax._outer_step import OuterStep, outer_step
+from lookahead_optim.optax._arguments import as_outer, checked_reduce
+from lookahead_optim.optax._momentum import (
+    Reduce,
+    SlowMomentumState,
+    initial_state_of,
+    outer_step_of_all,
+    pseudo_gradients_of_all,
+)
+from lookahead_optim.optax._outer_step import OuterStep, descended, outer_step
 from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, mark_stale, weights_of
 from lookahead_optim.optax._trees import at_paths_of, by_path, is_array, outermost_nodes, shapes, with_leaves
 
@@ -65,7 +71,11 @@ def slow_params(state: optax.OptState, params: optax.Params) -> optax.Params:
 
 
 def sync(
-    state: optax.OptState, params: optax.Params, *, outer: optax.GradientTransformation | None = None
+    state: optax.OptState,
+    params: optax.Params,
+    *,
+    outer: optax.GradientTransformation | None = None,
+    reduce: Callable[[optax.Updates], optax.Updates] | None = None,
 ) -> tuple[optax.Params, optax.OptState]:
     """Synchronise now, for the end of a run that does not end on a sync.
 
@@ -81,6 +91,7 @@ def sync(
         params: Tree of the current parameters.
         outer: The transformation that was given to `lookahead` as `outer`, if one was. A state has the numbers of the
             other settings, and no functions.
+        reduce: The function that was given to `lookahead` as `reduce`, if one was. All workers must call `sync` then.
 
     Returns:
         The new parameters and the new state.
@@ -90,7 +101,7 @@ def sync(
         ValueError: as `slow_params`, or if `outer` is needed and not given, or does not fit the state.
     """
     found = _check(state, params)
-    transformation = as_outer(outer)
+    transformation, reduce = as_outer(outer), checked_reduce(reduce)
     _check_outer(state, transformation)
     leaves = by_path(params)
     mapped = _copies(leaves)
@@ -102,17 +113,17 @@ def sync(
         node = node._replace(inner_state=_map_lookaheads(lambda inside: synchronize(inside, around), node.inner_state))
 
         def own(new: jax.Array, old: jax.Array) -> jax.Array:
-            is_own = _scalar(node.captured, old) != 0
+            is_own = _scalar(node.captured, old) > 0
             for captured in captured_around:
                 is_own &= _scalar(captured, old) == 0
             return jnp.where(is_own, new, old)
 
         weights = _weights(node, leaves)
-        new_slow, outer_state = _outer_step(node, weights, transformation)
+        new_slow, outer_state = _outer_step(node, weights, transformation, reduce)
         wider = {}
         for (path, slow, param), new in zip(weights, new_slow):
             dtype = jnp.result_type(param)
-            mapped[path] = jnp.where(_scalar(node.captured, param) != 0, new.astype(dtype), mapped[path])
+            mapped[path] = jnp.where(_scalar(node.captured, param) > 0, new.astype(dtype), mapped[path])
             if slow.dtype != dtype:
                 wider[path] = own(new, slow)
         return node._replace(
@@ -221,26 +232,34 @@ def _weights(state: LookaheadState, leaves: Mapping[Any, Any]) -> list[_Weight]:
 
 
 def _outer_step(
-    state: LookaheadState, weights: list[_Weight], outer: optax.GradientTransformationExtraArgs | None
+    state: LookaheadState,
+    weights: list[_Weight],
+    outer: optax.GradientTransformationExtraArgs | None,
+    reduce: Reduce | None,
 ) -> tuple[list[jax.Array], Any]:
     """Return the slow weights and the outer state after an outer step."""
-    outer_state = state.outer_state
+    outer_state, tree = state.outer_state, weights_of(state.slow_params)
+    slow, fast = [one.slow for one in weights], [jnp.asarray(one.param) for one in weights]
     if outer_state is None or isinstance(outer_state, SlowMomentumState):
         momentum = {} if outer_state is None else by_path(outer_state.slow_momentum)
         moved = {}
-        for path, slow, param in weights:
+        means: list[Any] = [None] * len(weights)
+        if reduce is not None and weights:
+            means = jax.tree.leaves(pseudo_gradients_of_all(slow, fast, jax.tree.structure(tree), reduce))
+        for (path, slow_weight, param), mean in zip(weights, means):
             step = OuterStep(_scalar(state.next_slow_step_size, param))
             if outer_state is not None:
                 scalars = outer_state.next_factor, outer_state.next_nesterov
                 step = step._replace(**dict(zip(step._fields[1:], (_scalar(one, param) for one in scalars))))
-            moved[path] = outer_step(slow, param, momentum.get(path), step)
+            b = momentum.get(path)
+            is_alone = mean is None
+            moved[path] = outer_step(slow_weight, param, b, step) if is_alone else descended(slow_weight, mean, b, step)
         if outer_state is not None:
             new_momentum = with_leaves(outer_state.slow_momentum, {path: one for path, (_, one) in moved.items()})
             outer_state = outer_state._replace(slow_momentum=new_momentum)
-        return [slow for slow, _ in moved.values()], outer_state
+        return [new_slow for new_slow, _ in moved.values()], outer_state
     if not weights or outer is None:
-        return [one.slow for one in weights], outer_state
-    tree = weights_of(state.slow_params)
+        return slow, outer_state
     # `nnx` has variables in the place of the leaves, which the transformation does not know.
     leaves, structure = jax.tree.flatten(outer_state)
     like: Any = jax.tree.structure(jax.eval_shape(outer.init, tree))
@@ -249,12 +268,8 @@ def _outer_step(
             "`outer` must be the transformation that was given to `lookahead` as `outer`, whose state has "
             f"{len(leaves)} leaves. Received: outer={outer!r}, whose state has {like.num_leaves}"
         )
-    new_slow, new_state = outer_step_by(
-        outer,
-        [one.slow for one in weights],
-        [jnp.asarray(one.param) for one in weights],
-        jax.tree.unflatten(like, leaves),
-        jax.tree.structure(tree),
+    new_slow, new_state = outer_step_of_all(
+        outer, slow, fast, jax.tree.unflatten(like, leaves), jax.tree.structure(tree), reduce
     )
     return new_slow, jax.tree.unflatten(structure, jax.tree.leaves(new_state))
 

@@ -13,6 +13,7 @@ Where things happen:
 - a frozen weight: all functions of a sync leave a weight alone whose update is `None`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ from lookahead_optim.optax._arguments import (
     check_slow_dtype_holds,
     check_slow_dtype_of,
     check_update,
+    checked_reduce,
     checked_slow_dtype,
     checked_slow_momentum,
     checked_slow_step_size,
@@ -39,9 +41,10 @@ from lookahead_optim.optax._arguments import (
 from lookahead_optim.optax._combinators import completes_step, is_applied
 from lookahead_optim.optax._conditional import capture_passing_params, sync_if_due
 from lookahead_optim.optax._count import END, SlowStepSize, SyncPeriod, is_due, is_off, next_count, slow_step_size_at
-from lookahead_optim.optax._momentum import SlowMomentumState, initial_momentum, initial_state_of
+from lookahead_optim.optax._momentum import Reduce, SlowMomentumState, initial_momentum, initial_state_of
 from lookahead_optim.optax._outer_step import OuterStep, has_momentum, params_after_sync, updates_to_sync
 from lookahead_optim.optax._slow_weights import (
+    IN_PLACE,
     LookaheadState,
     capture_if_stale,
     has_wider,
@@ -128,6 +131,7 @@ def lookahead(
     slow_nesterov: bool = True,
     outer: optax.GradientTransformation | None = None,
     slow_dtype: jax.typing.DTypeLike | None = None,
+    reduce: Callable[[optax.Updates], optax.Updates] | None = None,
 ) -> LookaheadTransformation:
     r"""Lookahead: `k` steps forward, one step back.
 
@@ -188,6 +192,10 @@ def lookahead(
             where the fast weights restarted, the rounded slow ones. `update` returns updates of this dtype, so that
             `optax.apply_updates`, which adds first and rounds then, ends at the rounded slow weights. Defaults to
             `None`, the dtype of each parameter.
+        reduce: Function of the tree of pseudo-gradients, in the dtypes of the slow parameters, that returns their mean
+            over workers: `functools.partial(jax.lax.pmean, axis_name="workers")` in a `jax.shard_map`, or under a
+            `jax.vmap` with that axis name. Only a sync calls it. All workers must start with equal parameters, and make
+            the same updates: a worker that skips one waits for others that do not come. Defaults to `None`, one worker.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that has `apply_gradients` too.
@@ -232,6 +240,7 @@ def lookahead(
         check_slow_nesterov(slow_nesterov),
         transformation,
         checked_slow_dtype(slow_dtype),
+        checked_reduce(reduce),
     )
     return LookaheadTransformation(rule.init, rule.update)
 
@@ -256,10 +265,11 @@ class _Lookahead:
         slow_nesterov: bool,
         outer: optax.GradientTransformationExtraArgs | None,
         slow_dtype: np.dtype | None,
+        reduce: Reduce | None,
     ) -> None:
         self.inner, self.sync_period, self.slow_step_size = inner, sync_period, slow_step_size
         self.slow_momentum, self.slow_nesterov = slow_momentum, slow_nesterov
-        self.outer, self.slow_dtype = outer, slow_dtype
+        self.outer, self.slow_dtype, self.reduce = outer, slow_dtype, reduce
         self.inner_states = States(inner)
         self.outer_states = None if outer is None else States(outer)
 
@@ -271,6 +281,8 @@ class _Lookahead:
             settings += f", slow_momentum={self.slow_momentum!r}, slow_nesterov={self.slow_nesterov!r}"
         if self.slow_dtype is not None:
             settings += f", slow_dtype={self.slow_dtype.name!r}"
+        if self.reduce is not None:
+            settings += f", reduce={self.reduce!r}"
         return f"lookahead({self.inner!r}, {settings})"
 
     def init(self, params: optax.Params) -> LookaheadState:
@@ -321,7 +333,8 @@ class _Lookahead:
 
     def _is_plain(self, state: LookaheadState, params: optax.Params) -> bool:
         """Return whether a sync changes nothing but the parameters."""
-        return state.outer_state is None and not has_wider(state.slow_params, params)
+        is_alone = self.reduce is None
+        return is_alone and state.outer_state is None and not has_wider(state.slow_params, params)
 
     def _captured(self, state: LookaheadState, params: optax.Params) -> tuple[optax.Params, optax.Params]:
         """Return the slow parameters with which the update starts, and the parameters."""
@@ -348,7 +361,9 @@ class _Lookahead:
         is_sync = is_step & is_due(step, self.sync_period)
         # The adversarial steps of `sam` move the parameters and complete no step.
         since_capture = jnp.maximum(jnp.minimum(state.captured, END - 1) + is_step, 1)
-        captured = jnp.where(is_sync | (self.sync_period == 0), 0, since_capture)
+        # Slow parameters of workers are not captured from their own parameters: an addition may have rounded these.
+        after_sync = 0 if self.reduce is None else IN_PLACE
+        captured = jnp.where(is_sync, after_sync, jnp.where(self.sync_period == 0, 0, since_capture))
         # `mark_stale` marks the states of wrappers inside, and `captured` this one's own.
         new_state = LookaheadState(
             inner_state=mark_stale(inner_state, is_sync),
@@ -384,12 +399,14 @@ class _Lookahead:
             return updates_to_sync(is_sync, slow, moving, params, slow_step_size), state
         if self.outer is not None:
             slow, moving, outer_state = sync_if_due(
-                is_sync, self.outer, slow, moving, state.outer_state, updates, params
+                is_sync, self.outer, slow, moving, state.outer_state, updates, params, self.reduce
             )
         else:
             outer_step = OuterStep(slow_step_size, self.slow_momentum, self.slow_nesterov)
             momentum = None if state.outer_state is None else state.outer_state.slow_momentum
-            slow, moving, momentum = sync_if_due(is_sync, outer_step, slow, moving, momentum, updates, params)
+            slow, moving, momentum = sync_if_due(
+                is_sync, outer_step, slow, moving, momentum, updates, params, self.reduce
+            )
             outer_state = None if momentum is None else self._momentum_state(momentum)
         return moving, state._replace(slow_params=slow, outer_state=outer_state)
 
