@@ -1,4 +1,4 @@
-"""Values of optimizer variables: as arrays, and checked before they are assigned."""
+"""Values of optimizer variables: as arrays and tensors, and checked before they are assigned."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -6,13 +6,20 @@ from typing import Any
 import keras
 import numpy as np
 
-__all__ = ["assign", "checked", "to_numpy"]
+__all__ = ["assign", "checked", "to_numpy", "to_tensor"]
 
 
 def to_numpy(variable: keras.Variable) -> np.ndarray:
     """Return the value of a variable."""
     # Only as a tensor can a variable of several replicas be converted in the scope of its strategy.
     return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
+
+
+def to_tensor(value: Any, dtype: Any = None) -> Any:
+    """Return the value of a variable or tensor, of a dtype that may be given."""
+    # With the dtype `convert_to_tensor` would leave a variable's as it is, on PyTorch up to Keras 3.10 at least.
+    tensor = keras.ops.convert_to_tensor(value)
+    return tensor if dtype is None else keras.ops.cast(tensor, keras.backend.standardize_dtype(dtype))
 
 
 def assign(variables: Sequence[keras.Variable], values: Iterable[Any], caller: str) -> None:

@@ -39,7 +39,7 @@ from lookahead_optim.keras._inner_optimizer import deserialize, make_inner_optim
 from lookahead_optim.keras._saving import Saving
 from lookahead_optim.keras._settings import Schedule, Setting, check_slow_dtype, check_slow_dtype_of, make_step_size
 from lookahead_optim.keras._slow_weights import SlowWeights
-from lookahead_optim.keras._state import to_numpy
+from lookahead_optim.keras._state import to_numpy, to_tensor
 from lookahead_optim.keras._wrappers import accumulation_steps, counter_of, counts_by_one, optimizers_in
 
 __all__ = ["Lookahead"]
@@ -154,7 +154,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         self._sync_period, self._slow_step_size = Setting(sync_period), step_size
         self._slow_momentum, self._slow_nesterov, self._slow_dtype = slow_momentum, slow_nesterov, slow_dtype
         self._slow_weights = SlowWeights(inner_optimizer, bool(slow_momentum), slow_dtype)
-        self._block = Block(keras.ops.convert_to_tensor, backend.copy_of, keras.ops.all)
+        self._block = Block(to_tensor, backend.copy_of, keras.ops.all)
         self._track_own({"inner_optimizer": inner_optimizer})
         # Without slow weights there is no variable either, so that no file of one kind says that there are some.
         if sync_period:
