@@ -65,7 +65,7 @@ test: .venv/.installed  ## Run all tests.
 QUICK := tests/test_conformance.py tests/test_troubleshooting.py tests/test_torch
 LEFT_OUT := $(addprefix --ignore=tests/test_,torch/test_distributed.py torch/test_trainer.py torch/test_compile.py \
     torch/test_resume.py torch/test_lightning_slow_weights.py torch/test_transformers_slow_weights.py \
-    torch/test_kept_by_loops.py keras/test_distribution.py keras/test_kills.py keras/test_kept.py keras/test_saving.py)
+    torch/test_kept_by_loops.py torch/test_workers.py keras/test_distribution.py keras/test_kills.py keras/test_kept.py keras/test_saving.py)
 
 test-quick: .venv/.installed  ## Run the conformance suite and the tests of PyTorch, in less than two minutes.
 	@$(share-compiled-programs); failed=; \
@@ -154,7 +154,7 @@ bench-report: .venv/.installed  ## Make the tables and plots of the docs from RE
 	$(DEV)python benchmarks/report.py docs/benchmarks $(RESULTS)
 	$(DEV)python benchmarks/report_gpu.py docs/benchmarks_gpu $(GPU_RESULTS)
 
-EXPERIMENTS := noisy_quadratic deterministic_quadratic bilinear_game outer_step inner_moments digits characters loss_surface
+EXPERIMENTS := noisy_quadratic deterministic_quadratic bilinear_game outer_step inner_moments communication digits characters loss_surface
 
 experiments: .venv/.installed  ## Reproduce the paper's claims; results in experiments/results, plots in docs/experiments/drawn.
 	@for one in $(EXPERIMENTS); do echo "== $$one"; $(DEV)python experiments/$$one.py $(ARGS) || exit 1; done

@@ -26,6 +26,7 @@ NAMES = [
     "bilinear_game",
     "outer_step",
     "inner_moments",
+    "communication",
     "digits",
     "characters",
     "loss_surface",
@@ -111,6 +112,19 @@ def test_noise_and_rate_of_the_outer_step_are_the_closed_forms(quick):
     for one in results_of(quick, "outer_step"):
         assert one["variance"] == pytest.approx(one["variance_expected"], rel=0.02)
         assert one["rate"] == pytest.approx(one["rate_expected"], abs=1e-12)
+
+
+def test_the_bytes_on_the_wire_are_the_closed_form_divided_by_the_period(quick):
+    module = importlib.import_module("communication")
+    assert module.bytes_sent(4, 100) == 150
+    assert module.seconds(8, 8, 7.0, 1.0, "ring") == 14 + 2
+    assert module.seconds(8, 8, 7.0, 1.0, "tree") == 6 + 2
+    results = results_of(quick, "communication")
+    assert {one["period"] for one in results} == {None, 1, 10, 100}
+    for one in results:
+        expected = module.bytes_sent(one["workers"], one["size"]) / (one["period"] or 1)
+        # Each message has a header, and each round a barrier.
+        assert expected < one["bytes"] < 1.1 * expected
 
 
 def test_moments_are_pulled_back_as_the_weights_are():
