@@ -525,3 +525,20 @@ def test_a_group_that_is_switched_off_after_a_frozen_weight_was_synchronised_sta
     expected = second.detach().clone()
     step()
     assert_same_bits([optimizer.state[second]["slow"]], [expected])
+
+
+def test_a_group_added_as_a_generator_or_with_names_keeps_its_parameters_with_a_slow_dtype():
+    old, *new = parameters((2,), (3,), (4,), (5,))
+    optimizer = Lookahead(Lookahead(sgd([old]), 2, slow_dtype=torch.float64), 2, slow_dtype=torch.float64)
+    optimizer.add_param_group({"params": (one for one in new)})
+    assert list(map(id, optimizer.param_groups[1]["params"])) == list(map(id, new))
+    train(optimizer, [old, *new], range(2))
+    assert all(slow.dtype == torch.float64 for slow in slow_weights(optimizer, new))
+
+    optimizer = Lookahead(sgd([("old", old)]), 2, slow_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"for a parameter of torch\.float64"):
+        optimizer.add_param_group({"params": [("new", parameters((3,), dtype=torch.float64)[0])]})
+    optimizer.add_param_group({"params": (pair for pair in [("new", new[0])])})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
+    with pytest.raises(TypeError, match="ordered"):
+        optimizer.add_param_group({"params": set(new[1:])})

@@ -409,7 +409,11 @@ class Lookahead(Optimizer):
             for name in (self._names.lookahead_step, self._names.lookahead_unsynced):
                 param_group.pop(name, None)
             check_group(param_group, self._names)
-            if "params" in param_group:
+            params = param_group.get("params")
+            # The inner optimizer refuses a set.
+            if params is not None and not isinstance(params, set):
+                # As a generator gives its parameters once.
+                param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
                 _check_slow_dtype(self._slow_weights.dtype, [param_group])
         self.inner_optimizer.add_param_group(param_group)
         self._complete_groups()
@@ -573,8 +577,9 @@ def _check_slow_dtype(slow_dtype: object, groups: list[Group]) -> None:
             f"Received: slow_dtype={slow_dtype!r} of type {type(slow_dtype).__name__}"
         )
     for group in groups:
-        parameters = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
-        for parameter in parameters:
+        for parameter in group["params"]:
+            # A group that is added may have pairs of a name and a parameter.
+            parameter = parameter[1] if isinstance(parameter, tuple) else parameter
             dtype = getattr(parameter, "dtype", slow_dtype)
             if dtype.is_floating_point and torch.promote_types(dtype, slow_dtype) != slow_dtype:
                 raise ValueError(
