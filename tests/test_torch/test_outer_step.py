@@ -444,3 +444,37 @@ def test_momentum_in_a_narrow_dtype_moves_all_elements(dtype):
         optimizer.step()
     # s = 1/4; b = 1/4, then 3/8; d = 3/8, then 7/16.
     assert torch.equal(weight.detach().float(), torch.full((33,), 1 - 0.5 * (3 / 8 + 7 / 16)))
+
+
+@pytest.mark.parametrize("inner", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("outer", [{"slow_momentum": 0.6}, {"slow_dtype": torch.float64}])
+def test_the_bare_optimizer_loads_a_checkpoint_where_one_weight_never_had_a_gradient(inner, outer):
+    weights = parameters((3,), (2,))
+    optimizer = Lookahead(inner(weights, 0.1), 2, 0.7, **outer)
+    for step in range(5):
+        set_gradients(weights[:1], step)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    copies = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+    bare = inner([weight.detach().clone() for weight in weights], 0.1)
+    bare.load_state_dict(copy.deepcopy(saved))
+    set_gradients(bare.param_groups[0]["params"], 5)
+    bare.step()
+    # The weight that is not in the file is captured again, in mid-cycle too.
+    other = Lookahead(inner(copies, 0.1), 2, 0.7, **outer)
+    other.load_state_dict(saved)
+    for one in (optimizer, other):
+        train(one, 9, 5)
+    assert_same_bits(copies, weights)
+
+
+@pytest.mark.parametrize("name", ["slow", "slow_momentum"])
+def test_a_checkpoint_keeps_what_a_weight_without_gradients_cannot_be_captured_with_again(name):
+    weights = parameters((3,), (2,))
+    optimizer = Lookahead(torch.optim.AdamW(weights, 0.1), 4, slow_momentum=0.6, slow_dtype=torch.float64)
+    set_gradients(weights[:1], 0)
+    optimizer.step()
+    # A slow weight that its parameter does not have, though it rounds to it, and a momentum by which it coasts.
+    value = weights[1].detach().double() * (1 + 2**-40) if name == "slow" else torch.ones(2, dtype=torch.float64)
+    optimizer.state[weights[1]][name] = value
+    assert_same_bits([optimizer.state_dict()["state"][1][name]], [value])

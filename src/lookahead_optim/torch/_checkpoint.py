@@ -35,7 +35,7 @@ def with_slow_weights(
 
     A parameter that never had a gradient has no entry of the inner optimizer, and most optimizers refuse a state dict
     that has an entry for it with nothing of theirs. Such a slow weight is left out if it equals the parameter, from
-    which it can be captured again.
+    which it can be captured again, and has no slow momentum but 0.
     """
     state, saved_groups = dict(state_dict["state"]), [dict(saved) for saved in state_dict["param_groups"]]
     for group, saved in zip(groups, saved_groups):
@@ -45,11 +45,9 @@ def with_slow_weights(
             slow, entries = slow_weights.by_parameter.get(parameter), state.get(index, {})
             if slow is None or not isinstance(entries, Mapping):
                 continue
-            fast = fast_weights.get(parameter)
-            has_moved = parameter in slow_weights.momentum or not _are_same(slow, parameter if fast is None else fast)
-            if keeps_state and not entries and not has_moved:
+            fast, momentum = fast_weights.get(parameter), slow_weights.momentum.get(parameter)
+            if keeps_state and not entries and _is_at_start(slow, parameter if fast is None else fast, momentum):
                 continue
-            momentum = slow_weights.momentum.get(parameter)
             own = {slow_weights.name: slow, slow_weights.momentum_name: momentum, FAST: fast}
             state[index] = {**entries, **{name: value for name, value in own.items() if value is not None}}
     return {**state_dict, "state": state, "param_groups": saved_groups}
@@ -178,6 +176,9 @@ def _like(parameter: Tensor, weight: object, kind: str, index: object) -> Tensor
     return weight.detach().to(parameter.device, copy=True)
 
 
-def _are_same(slow: Tensor, parameter: Tensor) -> bool:
+def _is_at_start(slow: Tensor, parameter: Tensor, momentum: Tensor | None) -> bool:
+    """Return whether a capture would make this slow weight from the parameter, and this momentum."""
     (slow,), (fast,) = local([slow]), local([parameter])
-    return slow.dtype == fast.dtype and slow.device == fast.device and torch.equal(slow, fast)
+    is_as_wide = torch.promote_types(slow.dtype, fast.dtype) == slow.dtype
+    is_same = is_as_wide and slow.device == fast.device and torch.equal(slow, fast.to(slow.dtype))
+    return is_same and (momentum is None or not local([momentum])[0].any())
