@@ -95,6 +95,11 @@ def _descend(piece: Piece, step: OuterStep, moves: list[Tensor]) -> None:
     """Move slow weights by momentum on their pseudo-gradients, which are `moves` with their signs turned."""
     slow, _, momentum, fits_kernels = piece
     slow_step_size, slow_momentum, slow_nesterov = step
+    if _overflows(slow_step_size, slow):
+        wide = [[_widened(weight) for weight in weights] for weights in (slow, moves, momentum)]
+        _descend(Piece(wide[0], wide[1], wide[2]), step, wide[1])
+        torch._foreach_copy_([*slow, *momentum], [*wide[0], *wide[2]])
+        return
     if not momentum:
         torch._foreach_add_(slow, moves, alpha=slow_step_size)
         return
@@ -160,9 +165,12 @@ def outer_step_unshared(piece: Piece, step: OuterStep, is_careful: bool) -> bool
     move five arrays where four do.
     """
     if _needs_moves(piece, step):
-        # The fast weights are read once. Then their memory is free for the moves, until the restart.
-        _descend(piece, step, _moves(piece, in_place_of_fast=bool(piece.momentum)))
-        torch._foreach_copy_(piece.fast, piece.slow)
+        try:
+            # The fast weights are read once. Then their memory is free for the moves, until the restart.
+            _descend(piece, step, _moves(piece, in_place_of_fast=bool(piece.momentum)))
+        finally:
+            # After an error, too: weights must not be left with their moves.
+            torch._foreach_copy_(piece.fast, piece.slow)
         return is_careful
     if len(piece.slow) == 1 and not is_careful and 0 < step.slow_step_size < 1:
         (slow,), (fast,), *_ = piece
@@ -222,13 +230,16 @@ def _kernel() -> Callable[[Tensor, Tensor, float], bool] | None:
 
 def _slow_step_with_care(slow: Tensor, fast: Tensor, slow_step_size: float) -> None:
     """Move a slow weight: as usual where that is finite, and by a weighted mean elsewhere."""
-    wide = torch.promote_types(slow.dtype, torch.float64)
-    start, end = slow.to(wide), fast.to(wide)
+    start, end = _widened(slow), _widened(fast)
     mean = torch.where(start == end, start, (1 - slow_step_size) * start + slow_step_size * end).to(slow.dtype)
     if not _overflows(slow_step_size, [slow]):
         moved = torch.lerp(slow, fast, slow_step_size)
         mean = torch.where(moved.isfinite(), moved, mean)
     slow.copy_(mean)
+
+
+def _widened(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float64))
 
 
 def _overflows(slow_step_size: float, weights: list[Tensor]) -> bool:

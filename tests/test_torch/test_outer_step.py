@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 
+from lookahead_optim import _outer_step_torch
 from lookahead_optim.torch import Lookahead
 from tests.comparison import assert_same_bits
 from tests.test_torch.by_hand import parameters, set_gradients
@@ -478,3 +479,51 @@ def test_a_checkpoint_keeps_what_a_weight_without_gradients_cannot_be_captured_w
     value = weights[1].detach().double() * (1 + 2**-40) if name == "slow" else torch.ones(2, dtype=torch.float64)
     optimizer.state[weights[1]][name] = value
     assert_same_bits([optimizer.state_dict()["state"][1][name]], [value])
+
+
+@pytest.mark.parametrize("name", ["slow", "slow_momentum"])
+def test_a_tensor_that_was_expanded_can_be_assigned(name):
+    weights, others = parameters((3,)), parameters((3,))
+    for (weight,), value in ((weights, torch.ones(1).expand(3)), (others, torch.ones(3))):
+        optimizer = train(Lookahead(torch.optim.SGD([weight], 0.1), 2, 0.7, slow_momentum=0.5), 3)
+        optimizer.state[weight][name] = value
+        train(optimizer, 6, 3)
+    assert_same_bits(weights, others)
+
+
+@pytest.mark.parametrize("slow_nesterov", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "slow_step_size"), [(torch.float16, 1e5), (torch.float16, 1e39), (torch.float32, 1e39)], ids=str
+)
+def test_a_step_size_that_the_dtype_cannot_hold_makes_the_same_step(dtype, slow_step_size, slow_nesterov):
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=dtype))
+    optimizer = Lookahead(torch.optim.SGD([weight], 1.0), 2, slow_step_size, slow_momentum=0.5)
+    optimizer.param_groups[0]["slow_nesterov"] = slow_nesterov
+    # A pseudo-gradient of 0, and the largest momentum that moves a weight by 1 or 3/2.
+    moves = torch.tensor([0.0, 4 / slow_step_size], dtype=dtype)
+    for _ in range(2):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    assert_same_bits([weight.detach()], [torch.tensor([1.0, -2.0], dtype=dtype)])
+    optimizer.state[weight]["slow_momentum"] = moves.clone()
+    for _ in range(2):
+        optimizer.step()
+    moved = moves.double() * (0.25 if slow_nesterov else 0.5) * slow_step_size
+    expected = torch.tensor([1.0, -2.0], dtype=torch.float64) - moved
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("slow_dtype", [None, torch.float64])
+def test_an_error_in_a_sync_leaves_no_pseudo_gradients_in_the_parameters(slow_dtype, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of memory")
+
+    (weight,) = parameters((3,))
+    optimizer = Lookahead(torch.optim.SGD([weight], 0.1), 2, slow_momentum=0.5, slow_dtype=slow_dtype)
+    train(optimizer, 3)
+    slow, momentum = (optimizer.state[weight][name].clone() for name in ("slow", "slow_momentum"))
+    monkeypatch.setattr(_outer_step_torch, "_descend", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(optimizer, 4, 3)
+    assert_same_bits([weight.detach()], [slow.to(weight.dtype)])
+    assert_same_bits([optimizer.state[weight]["slow"], optimizer.state[weight]["slow_momentum"]], [slow, momentum])

@@ -79,9 +79,7 @@ class SlowWeights:
         if parameter not in self.captured and self.captured:
             return
         slow = slow.to_dense() if slow.layout is not torch.strided else slow
-        if slow.is_set_to(parameter):
-            slow = slow.detach().clone()
-        by_parameter[parameter] = slow
+        by_parameter[parameter] = slow.detach().clone() if slow.is_set_to(parameter) else _with_own_memory(slow)
         self._is_careful |= is_large(local([slow]))
         self._lists.clear()
 
@@ -92,7 +90,7 @@ class SlowWeights:
                 f"`state[parameter][{self.momentum_name!r}]` must be a tensor of the parameter's shape, the slow "
                 f"momentum. Received: {value!r:.200} of type {type(value).__name__}"
             )
-        momentum[parameter] = value
+        momentum[parameter] = _with_own_memory(value)
         self.changed()
 
     def changed(self) -> None:
@@ -420,6 +418,12 @@ def _places(fast: list[Tensor], state: list[Tensor]) -> _Places:
         [weight.stride() for weight in fast],
         [weight.dtype for weight in fast],
     )
+
+
+def _with_own_memory(weight: Tensor) -> Tensor:
+    """Return a tensor that can be changed in place: a copy of one that `expand` has made."""
+    is_expanded = any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride()))
+    return weight.detach().clone(memory_format=torch.contiguous_format) if is_expanded else weight
 
 
 def _takes_part(parameter: Tensor) -> bool:
