@@ -121,7 +121,10 @@ def check_slow_momentum(slow_momentum: Any) -> float:
             "`slow_momentum` must be a real number, the factor of the momentum on the pseudo-gradient (0 for none). "
             f"Received: slow_momentum={slow_momentum!r} of type {type(slow_momentum).__name__}"
         )
-    value = float(slow_momentum)
+    try:
+        value = float(slow_momentum)
+    except OverflowError:
+        value = math.inf
     if not 0 <= value < 1:
         raise ValueError(
             "`slow_momentum` must be >= 0 and < 1, usually 0.4 to 0.9: at 1 the momentum would never decay. "
