@@ -53,7 +53,7 @@ def outer_step(pieces: list[Piece], steps: list[OuterStep], is_careful: bool) ->
     Returns:
         Whether the next outer step must be careful.
     """
-    moves = [_moves(piece) if _needs_moves(piece, step) else None for piece, step in zip(pieces, steps)]
+    moves = [_moves(piece, is_careful) if _needs_moves(piece, step) else None for piece, step in zip(pieces, steps)]
     is_careful_next = is_careful
     for piece, step, move in zip(pieces, steps, moves):
         if move is None:
@@ -70,14 +70,18 @@ def _needs_moves(piece: Piece, step: OuterStep) -> bool:
     return bool(piece.momentum) or (is_wide(piece) and step.slow_step_size != 1)
 
 
-def _moves(piece: Piece, in_place_of_fast: bool = False) -> list[Tensor]:
+def _moves(piece: Piece, is_careful: bool, in_place_of_fast: bool = False) -> list[Tensor]:
     """Return how far the weights moved since the last restart: the pseudo-gradients, with their signs turned.
 
     A fast weight started from the slow weight rounded to its dtype. Measured from there, a fast weight that did not
     move leaves a slow weight of a wider dtype alone, bit for bit.
+
+    A careful step makes 0 of the difference of equal infinities, those of a mask, which is NaN.
     """
     slow, fast, *_ = piece
     if slow[0].dtype == fast[0].dtype:
+        if is_careful:
+            return _moves_with_care(slow, fast)
         if not in_place_of_fast:
             return list(torch._foreach_sub(fast, slow))
         torch._foreach_sub_(fast, slow)
@@ -87,8 +91,14 @@ def _moves(piece: Piece, in_place_of_fast: bool = False) -> list[Tensor]:
     wide_started, moves = ([torch.empty_like(slow_weight) for slow_weight in slow] for _ in range(2))
     torch._foreach_copy_(wide_started, started)
     torch._foreach_copy_(moves, fast)
+    if is_careful:
+        return _moves_with_care(wide_started, moves)
     torch._foreach_sub_(moves, wide_started)
     return moves
+
+
+def _moves_with_care(started: list[Tensor], ended: list[Tensor]) -> list[Tensor]:
+    return [torch.where(start == end, 0, end - start) for start, end in zip(started, ended)]
 
 
 def _descend(piece: Piece, step: OuterStep, moves: list[Tensor]) -> None:
@@ -167,7 +177,7 @@ def outer_step_unshared(piece: Piece, step: OuterStep, is_careful: bool) -> bool
     if _needs_moves(piece, step):
         try:
             # The fast weights are read once. Then their memory is free for the moves, until the restart.
-            _descend(piece, step, _moves(piece, in_place_of_fast=bool(piece.momentum)))
+            _descend(piece, step, _moves(piece, is_careful, in_place_of_fast=bool(piece.momentum)))
         finally:
             # After an error, too: weights must not be left with their moves.
             torch._foreach_copy_(piece.fast, piece.slow)

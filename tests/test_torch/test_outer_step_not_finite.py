@@ -107,3 +107,34 @@ def test_without_a_guard_momentum_is_spoiled_for_good_until_a_reset(bad, value):
     for weight, state, fast, b in zip(weights, states(optimizer), oracle.weights, oracle.b):
         torch.testing.assert_close(weight.detach(), torch.as_tensor(fast), rtol=0, atol=1e-12)
         torch.testing.assert_close(state["slow_momentum"], torch.as_tensor(b), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "outer"),
+    [
+        (torch.float32, {"slow_momentum": MU}),
+        (torch.float32, {"slow_momentum": MU, "slow_nesterov": False}),
+        (torch.bfloat16, {"slow_momentum": MU}),
+        (torch.bfloat16, {"slow_dtype": torch.float32}),
+        (torch.bfloat16, {"slow_momentum": MU, "slow_dtype": torch.float32}),
+    ],
+    ids=str,
+)
+def test_infinite_weights_that_do_not_move_stay_and_have_no_momentum(dtype, outer, is_shared):
+    """As the -inf of a mask does. All other weights make the steps that they make without a mask beside them."""
+    value = torch.tensor([-math.inf, 1.0, math.inf, -2.0], dtype=dtype)
+    masked, finite = (torch.nn.Parameter(one) for one in (value.clone(), value.nan_to_num(0.0, 0.0, 0.0)))
+    for weight in (masked, finite):
+        weights = [weight, torch.nn.Parameter(torch.zeros(1, dtype=dtype))]
+        if is_shared:
+            memory = torch.cat([one.detach() for one in weights])
+            weights[0].data, weights[1].data = memory[:-1], memory[-1:]
+        optimizer = Lookahead(torch.optim.SGD(weights, LR), PERIOD, ETA, **outer)
+        for _ in range(3 * PERIOD):
+            weight.grad = torch.tensor([0.0, 1.0, 0.0, 2.0], dtype=dtype)
+            optimizer.step()
+        if "slow_momentum" in outer:
+            assert not optimizer.state[weight]["slow_momentum"][[0, 2]].any()
+    assert_same_bits([masked.detach()[[0, 2]]], [value[[0, 2]]])
+    assert_same_bits([masked.detach()[[1, 3]]], [finite.detach()[[1, 3]]])
