@@ -714,13 +714,49 @@ def test_the_state_of_the_momentum_names_the_public_module():
     assert isinstance(pickle.loads(pickled).outer_state, SlowMomentumState)
 
 
-def test_switched_off_there_is_no_outer_state_and_one_that_is_there_stays():
-    off = lookahead(INNER, 0, slow_momentum=MU)
-    assert off.init(make_params()).outer_state is None
-    params, state = train(MOMENTUM, make_params(), range(4))
-    params, later = train(off, params, range(4, 6), state)
-    assert_same_bits(later.outer_state, state.outer_state)
-    train(MOMENTUM, params, [6], later)
+def test_switched_off_there_is_no_outer_state():
+    assert lookahead(INNER, 0, slow_momentum=MU).init(make_params()).outer_state is None
+
+
+OF_PERIODS = {
+    "settings": lambda period: lookahead(optax.sgd(0.1), period, 0.7, slow_momentum=0.9),
+    "outer": lambda period: lookahead(optax.sgd(0.1), period, outer=optax.sgd(0.7, momentum=0.9, nesterov=True)),
+}
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+@pytest.mark.parametrize("make", OF_PERIODS.values(), ids=OF_PERIODS)
+def test_a_period_of_0_drops_the_momentum(make, is_traced):
+    # Five steps with period 2, three with 0, six with 4: syncs after steps 2, 4 and 12, the last one with s = b = 1.
+    params = {"w": jnp.ones(1)}
+    state = make(2).init(params)
+    for period, gradients in ((2, range(1, 6)), (0, range(1, 4)), (4, range(1, 7))):
+        optimizer = make(jnp.asarray(period) if is_traced else period)
+        for gradient in gradients:
+            grads = {"w": jnp.full(1, float(gradient))}
+            params, state = optimizer.apply_gradients(grads, state, params)
+        if not period:
+            momentum = jax.tree.leaves(state.outer_state)[0]
+            assert float(momentum[0]) == 0
+    at_4 = 1 - 0.7 * (0.3 + 0.9 * 0.3) - 0.7 * (0.7 + 0.9 * (0.9 * 0.3 + 0.7))
+    at_12 = at_4 - 0.1 * (5 + 1 + 2 + 3) - 0.7 * (1 + 0.9)
+    assert float(params["w"][0]) == pytest.approx(at_12 - 0.1 * (5 + 6), abs=1e-5)
+
+
+def test_an_outer_transformation_may_return_its_state_in_another_dtype():
+    # With its momentum in an array `optax.sgd` makes float32 of the momentum of a weight in bfloat16.
+    outer = optax.inject_hyperparams(optax.sgd)(0.7, momentum=0.9)
+    params = {"w": jnp.ones(3, jnp.bfloat16), "v": jnp.ones(3)}
+    optimizer = lookahead(optax.sgd(0.1), 2, outer=outer)
+    state = optimizer.init(params)
+    step = jax.jit(lambda params, state: optimizer.apply_gradients(jax.tree.map(jnp.ones_like, params), state, params))
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(state)]
+    for _ in range(4):
+        params, state = step(params, state)
+    assert [leaf.dtype for leaf in jax.tree.leaves(state)] == dtypes
+    # s = 0.2 in each cycle; b = 0.2, then 0.38.
+    np.testing.assert_allclose(params["v"], 1 - 0.7 * 0.58, rtol=1e-6)
+    np.testing.assert_allclose(params["w"].astype(jnp.float32), 1 - 0.7 * 0.58, rtol=2e-2)
 
 
 def test_no_early_sync_warns_with_momentum(recwarn):

@@ -58,6 +58,8 @@ class Plain:
             if is_due:
                 self.restart(level, slow_step_size, moving)
             self.captured[level] = not is_due and period > 0
+            if not period:
+                self.slow_momentum[level] = self.no_momentum()
 
     def no_momentum(self):
         return {name: np.zeros_like(one) for name, one in self.fast.items()}

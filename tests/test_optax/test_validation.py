@@ -158,7 +158,7 @@ def test_the_signature_is_that_of_the_function():
     parameters = inspect.signature(lookahead).parameters
     assert list(parameters)[:3] == ["inner", "sync_period", "slow_step_size"]
     by_keyword = [name for name, one in parameters.items() if one.kind is inspect.Parameter.KEYWORD_ONLY]
-    assert by_keyword == ["slow_momentum", "slow_nesterov", "outer", "slow_dtype"]
+    assert by_keyword == ["slow_momentum", "slow_nesterov", "outer", "slow_dtype", "reduce"]
 
 
 def test_a_step_size_above_1_warns_at_the_line_that_makes_the_optimizer_and_nowhere_else():

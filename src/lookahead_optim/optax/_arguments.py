@@ -14,7 +14,8 @@ from lookahead_optim._checks import (
     warn_if_over_relaxed,
 )
 from lookahead_optim.optax._count import SlowStepSize, SyncPeriod
-from lookahead_optim.optax._momentum import Reduce, SlowMomentumState
+from lookahead_optim.optax._momentum import SlowMomentumState
+from lookahead_optim.optax._outer_step_of_all import Reduce
 from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, takes_slow_dtype, weights_of
 from lookahead_optim.optax._trees import by_path, has_node_types_of, is_array, shapes
 
@@ -99,7 +100,11 @@ def checked_slow_dtype(slow_dtype: Any) -> np.dtype | None:
     except TypeError:
         dtype = None
     # `float` and `bool` would be dtypes for NumPy, and mean another dtype than JAX has for them.
-    if dtype is None or slow_dtype in (bool, int, float, complex) or not jnp.issubdtype(dtype, jnp.floating):
+    if (
+        dtype is None
+        or any(slow_dtype is one for one in (bool, int, float, complex))
+        or not jnp.issubdtype(dtype, jnp.floating)
+    ):
         raise TypeError(
             "`slow_dtype` must be a dtype of real numbers, such as 'float32', or None for the dtype of each weight. "
             f"Received: slow_dtype={slow_dtype!r} of type {type(slow_dtype).__name__}"
@@ -133,7 +138,8 @@ def check_slow_dtype_holds(slow_dtype: np.dtype | None, params: optax.Params) ->
             if has.nmant < wants.nmant or has.maxexp < wants.maxexp or has.minexp > wants.minexp:
                 raise ValueError(
                     "`slow_dtype` must hold all values of the weights' dtypes, or the slow weights would lose what the "
-                    f"fast ones have. Received: slow_dtype={slow_dtype} for a weight of {wants.dtype}"
+                    "fast ones have. Give a dtype at least as wide, or None. "
+                    f"Received: slow_dtype={slow_dtype} for a weight of {wants.dtype}"
                 )
 
 

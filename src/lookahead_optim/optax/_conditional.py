@@ -22,18 +22,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lookahead_optim.optax._momentum import Outer, Reduce, outer_step_of_all
 from lookahead_optim.optax._outer_step import OuterStep, outer_step, update_to
+from lookahead_optim.optax._outer_step_of_all import Outer, Reduce, outer_step_of_all
 from lookahead_optim.optax._slow_weights import LookaheadState, captured_from, weights_of
 from lookahead_optim.optax._trees import at_paths_of, replaced
 
-__all__ = ["capture_passing_params", "sync_if_due"]
+__all__ = ["capture_passing_params", "changed_if", "sync_if_due"]
 
 # The number of elements from which a weight has a conditional of its own.
 _LARGE = 2**16
 
 
-def _if(predicate: jax.Array, change: Callable[..., Any], values: Any, *read: Any) -> Any:
+def changed_if(predicate: jax.Array, change: Callable[..., Any], values: Any, *read: Any) -> Any:
     """Return `change(values, *read)`, of the same types, if a predicate holds, or else the values."""
     if not isinstance(predicate, jax.core.Tracer):
         return change(values, *read) if predicate else values
@@ -56,7 +56,7 @@ def capture_passing_params(state: LookaheadState, params: optax.Params) -> tuple
         return jax.tree.map(lambda slow, param: jnp.copy(captured_from(slow, param)), slow, params), params
 
     slow = state.slow_params
-    slow, passed = _if(state.captured == 0, capture, (slow, at_paths_of(slow, params)))
+    slow, passed = changed_if(state.captured == 0, capture, (slow, at_paths_of(slow, params)))
     return slow, replaced(params, passed)
 
 
@@ -116,7 +116,9 @@ def sync_if_due(
                 moved = [are_moved[index] for index in group]
                 return [_step(outer, *one) for one in zip(values, params, moved)]
 
-            changed = _if(is_sync, step, [values[index] for index in group], [all_params[index] for index in group])
+            changed = changed_if(
+                is_sync, step, [values[index] for index in group], [all_params[index] for index in group]
+            )
             for index, value in zip(group, changed):
                 values[index] = value
         if outer_state is not None:
@@ -137,7 +139,7 @@ def sync_if_due(
 
         values = [_Values(*one, None) for one in zip(all_slow, all_moving)]
         has_momentum = isinstance(outer, OuterStep) and outer_state is not None
-        values, outer_state = _if(
+        values, outer_state = changed_if(
             is_sync, step_of_all, (values, all_momentum if has_momentum else outer_state), all_params
         )
         if has_momentum:

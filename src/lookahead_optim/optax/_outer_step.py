@@ -73,19 +73,13 @@ def _descend(
     slow: jax.Array, start: jax.Array, end: jax.Array, momentum: jax.Array, step: OuterStep
 ) -> tuple[jax.Array, jax.Array]:
     """Return slow - eta * d and b."""
-    slow_step_size, slow_momentum, slow_nesterov = step
-    # Rounded as it is saved, in half precision too: otherwise XLA would keep both in arrays as large as the weight.
-    new_momentum = jnp.asarray(slow_momentum * _wide(momentum) + pseudo_gradient(start, end)).astype(momentum.dtype)
-    momentum = _wide(new_momentum)
+    slow_step_size, slow_momentum, _ = step
+    new_momentum = _next_momentum(pseudo_gradient(start, end), momentum, step)
     # Computed again from values that XLA takes for others. It would keep the first one in an array as large as the
     # weight, for two loops that write two arrays. So each loop subtracts, and writes to the array that it replaces.
     start, end = jax.lax.optimization_barrier((start, end))
     s = pseudo_gradient(start, end)
-    nesterov = s + slow_momentum * momentum
-    if isinstance(slow_nesterov, bool):
-        d = nesterov if slow_nesterov else momentum
-    else:
-        d = jnp.where(slow_nesterov, nesterov, momentum)
+    d = _direction(s, new_momentum, step)
     new_slow = slow - slow_step_size * d
     if not isinstance(slow_momentum, float):
         # A traced factor of 0 gives the bits of the plain step. d - s is 0 then, but its derivative is not.
@@ -98,12 +92,25 @@ def descended(
     slow: jax.Array, pseudo_gradient: jax.Array, momentum: jax.Array | None, step: OuterStep
 ) -> tuple[jax.Array, jax.Array | None]:
     """Return a slow weight and its momentum after an outer step with a pseudo-gradient that is given, a mean."""
-    slow_step_size, slow_momentum, slow_nesterov = step
     d = s = _wide(pseudo_gradient)
     if momentum is not None:
-        momentum = jnp.asarray(slow_momentum * _wide(momentum) + s).astype(momentum.dtype)
-        d = jnp.where(slow_nesterov, s + slow_momentum * _wide(momentum), _wide(momentum))
-    return jnp.asarray(_wide(slow) - slow_step_size * d).astype(slow.dtype), momentum
+        momentum = _next_momentum(s, momentum, step)
+        d = _direction(s, momentum, step)
+    return jnp.asarray(_wide(slow) - step.slow_step_size * d).astype(slow.dtype), momentum
+
+
+def _next_momentum(s: jax.Array, momentum: jax.Array, step: OuterStep) -> jax.Array:
+    """Return b = mu * b + s, rounded as it is saved. Otherwise XLA would keep both in arrays as large as the weight."""
+    return jnp.asarray(step.slow_momentum * _wide(momentum) + s).astype(momentum.dtype)
+
+
+def _direction(s: jax.Array, momentum: jax.Array, step: OuterStep) -> jax.Array:
+    """Return d = s + mu * b with Nesterov's momentum, else b."""
+    momentum = _wide(momentum)
+    nesterov = s + step.slow_momentum * momentum
+    if isinstance(step.slow_nesterov, bool):
+        return nesterov if step.slow_nesterov else momentum
+    return jnp.where(step.slow_nesterov, nesterov, momentum)
 
 
 def pseudo_gradient(start: jax.Array, end: jax.Array) -> jax.Array:

@@ -14,14 +14,9 @@ from jax.typing import ArrayLike
 
 from lookahead_optim._checks import warn_if_within_first_cycle
 from lookahead_optim.optax._arguments import as_outer, checked_reduce
-from lookahead_optim.optax._momentum import (
-    Reduce,
-    SlowMomentumState,
-    initial_state_of,
-    outer_step_of_all,
-    pseudo_gradients_of_all,
-)
+from lookahead_optim.optax._momentum import SlowMomentumState, begun_anew
 from lookahead_optim.optax._outer_step import OuterStep, descended, outer_step
+from lookahead_optim.optax._outer_step_of_all import Reduce, outer_step_of_all, pseudo_gradients_of_all
 from lookahead_optim.optax._slow_weights import LookaheadState, first_missing, mark_stale, weights_of
 from lookahead_optim.optax._trees import at_paths_of, by_path, is_array, outermost_nodes, shapes, with_leaves
 
@@ -170,7 +165,7 @@ def reset_slow_params(
             slow_params=slow,
             # Unequal to `step`, now and later, so that it does not look like the capture before the first update.
             captured=jax.tree.map(lambda step: jnp.where(step == 1, 2, 1).astype(jnp.int32), node.step),
-            outer_state=_reset(node.outer_state, slow, transformation),
+            outer_state=begun_anew(node.outer_state, slow, transformation),
         )
 
     # The outermost that is on. Those inside capture at the next update, as after any sync of an outer one.
@@ -272,15 +267,6 @@ def _outer_step(
         outer, slow, fast, jax.tree.unflatten(like, leaves), jax.tree.structure(tree), reduce
     )
     return new_slow, jax.tree.unflatten(structure, jax.tree.leaves(new_state))
-
-
-def _reset(outer_state: Any, slow: optax.Params, outer: optax.GradientTransformationExtraArgs | None) -> Any:
-    """Return the outer state before the first sync."""
-    if isinstance(outer_state, SlowMomentumState):
-        return outer_state._replace(slow_momentum=jax.tree.map(jnp.zeros_like, outer_state.slow_momentum))
-    if outer_state is None or outer is None:
-        return outer_state
-    return jax.tree.unflatten(jax.tree.structure(outer_state), jax.tree.leaves(initial_state_of(outer, slow)))
 
 
 def _copies(leaves: Mapping[Any, Any]) -> dict[Any, Any]:

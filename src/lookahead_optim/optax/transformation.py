@@ -39,10 +39,11 @@ from lookahead_optim.optax._arguments import (
     checked_sync_period,
 )
 from lookahead_optim.optax._combinators import completes_step, is_applied
-from lookahead_optim.optax._conditional import capture_passing_params, sync_if_due
+from lookahead_optim.optax._conditional import capture_passing_params, changed_if, sync_if_due
 from lookahead_optim.optax._count import END, SlowStepSize, SyncPeriod, is_due, is_off, next_count, slow_step_size_at
-from lookahead_optim.optax._momentum import Reduce, SlowMomentumState, initial_momentum, initial_state_of
+from lookahead_optim.optax._momentum import SlowMomentumState, begun_anew, initial_momentum, initial_state_of
 from lookahead_optim.optax._outer_step import OuterStep, has_momentum, params_after_sync, updates_to_sync
+from lookahead_optim.optax._outer_step_of_all import Reduce
 from lookahead_optim.optax._slow_weights import (
     IN_PLACE,
     LookaheadState,
@@ -371,9 +372,18 @@ class _Lookahead:
             step=step,
             captured=jnp.where(is_moved, captured, state.captured).astype(jnp.int32),
             next_slow_step_size=self._next_slow_step_size(step),
-            outer_state=state.outer_state,
+            outer_state=self._outer_state_unless_off(state),
         )
         return updates, is_sync, new_state
+
+    def _outer_state_unless_off(self, state: LookaheadState) -> Any:
+        """Return the outer state with which an update begins: where Lookahead is switched off it starts anew."""
+        if state.outer_state is None or (isinstance(self.sync_period, int) and self.sync_period > 0):
+            return state.outer_state
+        is_switched_off = jnp.asarray(self.sync_period) == 0
+        return changed_if(
+            is_switched_off, lambda one: begun_anew(one, state.slow_params, self.outer), state.outer_state
+        )
 
     def _synced(
         self,
