@@ -528,3 +528,29 @@ def test_an_error_in_a_sync_leaves_no_pseudo_gradients_in_the_parameters(slow_dt
         train(optimizer, 4, 3)
     assert_same_bits([weight.detach()], [slow.to(weight.dtype)])
     assert_same_bits([optimizer.state[weight]["slow"], optimizer.state[weight]["slow_momentum"]], [slow, momentum])
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_after_a_checkpoint_without_the_count_since_the_last_sync_a_sync_is_made_in_mid_cycle_only(at, is_nested):
+    def make(weights):
+        optimizer = Lookahead(torch.optim.SGD(weights, 0.1), 3, 0.7, slow_momentum=0.9)
+        return Lookahead(optimizer, 6, 0.7, slow_momentum=0.5) if is_nested else optimizer
+
+    weights = parameters((3,))
+    optimizer = train(make(weights), at)
+    old = copy.deepcopy(optimizer.state_dict())
+    names = [name for name in old["param_groups"][0] if name.startswith("lookahead_unsynced")]
+    for name in names:
+        del old["param_groups"][0][name]
+    others = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+    other = make(others)
+    # A count of its own, which is not that of the checkpoint.
+    train(other, 4)
+    with torch.no_grad():
+        others[0].copy_(weights[0])
+    other.load_state_dict(old)
+    optimizer.sync()
+    other.sync()
+    assert_same_bits(others, weights)
+    assert all(other.param_groups[0][name] == optimizer.param_groups[0][name] for name in names)

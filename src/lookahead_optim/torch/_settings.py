@@ -87,11 +87,20 @@ def complete_group(group: Group, names: Names, defaults: dict[str, Any]) -> bool
         check_slow_nesterov(nesterov)
     # The counts last: after an error the group is still new.
     is_new = names.lookahead_step not in group
-    for name, initial in ((names.lookahead_step, 0), (names.lookahead_unsynced, NONE_UNSYNCED)):
-        count = group.setdefault(name, initial)
-        if type(count) is not int or not 0 <= count < _LARGEST_COUNT:
-            group[name] = _check_count(count, name)
+    group.setdefault(names.lookahead_step, 0)
+    _make_integer(group, names.lookahead_step)
+    if names.lookahead_unsynced not in group:
+        # A checkpoint from before there was momentum does not have it.
+        period = group[names.sync_period]
+        group[names.lookahead_unsynced] = NONE_UNSYNCED + (group[names.lookahead_step] % period if period else 0)
+    _make_integer(group, names.lookahead_unsynced)
     return is_new
+
+
+def _make_integer(group: Group, name: str) -> None:
+    count = group[name]
+    if type(count) is not int or not 0 <= count < _LARGEST_COUNT:
+        group[name] = _check_count(count, name)
 
 
 def _check_count(count: object, name: str) -> int:
