@@ -220,9 +220,10 @@ def test_a_sync_takes_no_memory_of_the_size_of_the_weights(results):
 
 def test_the_bytes_that_are_sent_are_those_of_ddp_divided_by_the_period(results):
     for result in results[2]:
-        sent = result["sent"]
-        assert sent[None] > 0
-        assert {period: sent[period] * period for period in (1, 5, 20)} == dict.fromkeys((1, 5, 20), sent[None])
+        sent, size = result["sent"]
+        # Two workers send their weights once in a ring.
+        for period, count in sent.items():
+            assert count == pytest.approx(20 * size / (period or 1), rel=0.05)
 
 
 # Two replicas, each sharded over two processes
@@ -295,11 +296,12 @@ def resumed(directory):
     return start_workers(directory, "resumed", 2)
 
 
-@pytest.mark.parametrize("form", ["plain", "dcp"])
+@pytest.mark.parametrize("form", worker.FORMS)
 def test_workers_of_which_one_was_killed_resume_from_their_checkpoints_bit_for_bit(results, resumed, form):
     assert_ends_as_uninterrupted(results, [histories[form] for histories in resumed])
 
 
+@pytest.mark.skipif(worker.FORMS == ["plain"], reason="PyTorch 2.6 may hang when restarted processes end")
 def test_torchrun_starts_workers_again_of_which_one_was_killed(results, directory):
     # The store that torchrun shares keeps the addresses of processes that are gone, where gloo would look for them.
     new_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
