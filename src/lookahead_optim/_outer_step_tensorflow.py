@@ -106,7 +106,9 @@ def _descend(pair: Pair, step: OuterStep) -> tuple[tf.Tensor, list[tf.Operation]
     slow, fast, _, momentum = pair
     dtype = tf.float32 if slow.dtype.size < 4 else slow.dtype
     start, end, step_size = tf.cast(slow, dtype), tf.cast(fast, dtype), _as_dtype(step.slow_step_size, dtype)
-    pseudo_gradient = _rounded(start, fast.dtype) - end
+    restart_point = _rounded(start, fast.dtype)
+    # Equal infinities, such as those of a mask, have no way between them.
+    pseudo_gradient = tf.where(tf.equal(restart_point, end), tf.zeros_like(end), restart_point - end)
     if momentum is None:
         moved = tf.where(tf.equal(step_size, 1), end, start - step_size * pseudo_gradient)
         return tf.cast(moved, slow.dtype), []
@@ -122,15 +124,28 @@ def _descend(pair: Pair, step: OuterStep) -> tuple[tf.Tensor, list[tf.Operation]
 def _descend_in_place(pair: Pair, step: OuterStep) -> list[tf.Operation]:
     """Do what `_descend` does by one kernel, which moves the slow weight and its momentum."""
     slow, fast, _, momentum = pair
-    moved = tf.raw_ops.ResourceApplyMomentum(
-        var=slow.handle,
-        accum=momentum.handle,  # type: ignore[union-attr]
-        lr=_as_dtype(step.slow_step_size, slow.dtype),
-        grad=tf.subtract(slow, fast),
-        momentum=tf.constant(step.slow_momentum, slow.dtype),
-        use_nesterov=step.slow_nesterov,
-    )
-    return [] if tf.executing_eagerly() else [moved]
+    pseudo_gradient = tf.subtract(slow, fast)
+    # One pass finds what is not finite. Squares that overflow are a false alarm.
+    size = tf.nn.l2_loss(pseudo_gradient)
+
+    def usual() -> tf.Operation:
+        return tf.raw_ops.ResourceApplyMomentum(
+            var=slow.handle,
+            accum=momentum.handle,  # type: ignore[union-attr]
+            lr=_as_dtype(step.slow_step_size, slow.dtype),
+            grad=pseudo_gradient,
+            momentum=tf.constant(step.slow_momentum, slow.dtype),
+            use_nesterov=step.slow_nesterov,
+        )
+
+    def at_the_ends() -> tf.Operation:
+        new, assigned = _descend(pair, step)
+        return tf.group(*assigned, slow.assign(new, read_value=False))
+
+    if tf.executing_eagerly():
+        (usual if math.isfinite(size) else at_the_ends)()
+        return []
+    return [tf.cond(tf.math.is_finite(size), lambda: _done(usual()), lambda: _done(at_the_ends()))]
 
 
 def _rounded(value: tf.Tensor, dtype: tf.DType) -> tf.Tensor:

@@ -274,3 +274,21 @@ def test_a_sync_by_hand_rounds_and_a_reset_captures_the_fast_weights(outer):
     assert_same_bits(values(optimizer.slow_variables), [one.astype("float32") for one in values(weights)])
     if outer:
         assert not any(one.any() for one in momenta(optimizer, weights))
+
+
+@pytest.mark.parametrize("mode", STEPS)
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [("float32", {"slow_momentum": 0.5}), ("bfloat16", {"slow_dtype": "float32"})],
+    ids=["momentum", "wide"],
+)
+def test_weights_that_stay_infinite_stay_what_they_are(dtype, settings, mode):
+    variables = [keras.Variable([-np.inf, np.inf, 1.0], dtype=dtype)]
+    optimizer = Lookahead(keras.optimizers.SGD(0.25), 1, 0.5, **settings)
+    step = stepper(optimizer, variables, mode)
+    for _ in range(2):
+        step(tensors([np.array([0.0, 0.0, 1.0], "float32")], variables))
+    (fast,) = values(variables)
+    # s = 1/4; with momentum b = 1/4, then 3/8 and d = 3/8, then 7/16.
+    expected = 1 - 0.5 * (3 / 8 + 7 / 16) if "slow_momentum" in settings else 1 - 0.5 * (1 / 4 + 1 / 4)
+    np.testing.assert_array_equal(fast.astype("float32"), np.array([-np.inf, np.inf, expected], "float32"))

@@ -194,3 +194,18 @@ def test_a_function_that_is_not_registered_is_found_among_custom_objects():
     assert Lookahead.from_config(config, {"constant": constant}).slow_step_size == 0.25
     with pytest.raises((TypeError, ValueError)):
         Lookahead.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error", "said"),
+    [
+        (keras.optimizers.schedules.CosineDecay, TypeError, "a class: make an object of it"),
+        (lambda: 0.5, TypeError, "which fails for 0 syncs: TypeError"),
+        (lambda syncs: "x", TypeError, "which fails for 0 syncs"),
+        (lambda syncs: -1.0, ValueError, r"which returns -1\.0 for 0 syncs"),
+        (lambda syncs: float("nan"), ValueError, "which returns nan for 0 syncs"),
+    ],
+)
+def test_a_function_that_is_no_schedule_is_refused_at_construction(schedule, error, said):
+    with pytest.raises(error, match=f"(?s)`slow_step_size` must be a number .*Received: slow_step_size=.*{said}"):
+        Lookahead("sgd", 2, schedule)

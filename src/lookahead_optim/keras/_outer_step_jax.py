@@ -65,7 +65,7 @@ def _descend(values: Values, step: OuterStep) -> tuple[jax.Array, jax.Array | No
     slow, fast, momentum = values
     dtype = jnp.promote_types(slow.dtype, jnp.float32)
     start, end = slow.astype(dtype), fast.astype(dtype)
-    pseudo_gradient = rounded(start, fast.dtype) - end
+    pseudo_gradient = _pseudo_gradient(rounded(start, fast.dtype), end)
     slow_step_size = _as_dtype(step.slow_step_size, dtype)
     if momentum is None:
         moved = jnp.where(slow_step_size == 1, end, start - slow_step_size * pseudo_gradient)
@@ -76,10 +76,16 @@ def _descend(values: Values, step: OuterStep) -> tuple[jax.Array, jax.Array | No
         # see that it computes the same twice. It then reads two arrays once more, and saves to write and read two.
         new_momentum, slow, fast = jax.lax.optimization_barrier((new_momentum, slow, fast))
         start, end = slow.astype(dtype), fast.astype(dtype)
-        pseudo_gradient = rounded(start, fast.dtype) - end
+        pseudo_gradient = _pseudo_gradient(rounded(start, fast.dtype), end)
     direction = pseudo_gradient + step.slow_momentum * new_momentum if step.slow_nesterov else new_momentum
     moved = start - slow_step_size * direction
     return moved.astype(slow.dtype), new_momentum.astype(momentum.dtype)
+
+
+def _pseudo_gradient(start: jax.Array, end: jax.Array) -> jax.Array:
+    """Return the way back to the restart point. Equal infinities, such as those of a mask, have none between them."""
+    way = start - end
+    return jnp.where(jnp.isnan(way) & (start == end), 0, way)
 
 
 def _as_dtype(slow_step_size: float | jax.Array, dtype: jnp.dtype) -> float | jax.Array:

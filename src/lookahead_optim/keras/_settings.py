@@ -104,9 +104,22 @@ class Schedule:
 
 def make_step_size(slow_step_size: Any) -> Setting | Schedule:
     """Return what holds a slow step size or a schedule of it, or raise `TypeError` or `ValueError`."""
-    if callable(slow_step_size):
-        return Schedule(slow_step_size)
-    return Setting(check_slow_step_size(slow_step_size))
+    if not callable(slow_step_size):
+        return Setting(check_slow_step_size(slow_step_size))
+    schedule = Schedule(slow_step_size)
+    message = (
+        "`slow_step_size` must be a number >= 0, or a schedule or function of the number of syncs that returns one. "
+        f"Received: slow_step_size={slow_step_size!r}, "
+    )
+    if isinstance(slow_step_size, type):
+        raise TypeError(f"{message}a class: make an object of it")
+    try:
+        first = schedule.at(0)
+    except Exception as error:
+        raise TypeError(f"{message}which fails for 0 syncs: {type(error).__name__}: {error!s:.200}") from error
+    if isinstance(first, float) and not 0 <= first < float("inf"):
+        raise ValueError(f"{message}which returns {first} for 0 syncs")
+    return schedule
 
 
 def check_slow_dtype(slow_dtype: Any) -> str | None:
@@ -129,7 +142,7 @@ def check_slow_dtype(slow_dtype: Any) -> str | None:
         has_dtype = keras.backend.standardize_dtype(keras.ops.convert_to_tensor(0.0, name).dtype) == name
     if not has_dtype:
         raise ValueError(
-            f"`slow_dtype` must be a dtype that the backend has. JAX has 'float64' with `jax_enable_x64` alone. "
+            f"`slow_dtype` must be a dtype that the backend has. JAX has 'float64' only with `jax_enable_x64`. "
             f"Received: slow_dtype={slow_dtype!r}"
         )
     return name
@@ -142,7 +155,8 @@ def check_slow_dtype_of(slow_dtype: str | None, weights: list[Any]) -> None:
         if slow_dtype is not None and slow_dtype not in _HELD_BY.get(dtype, (slow_dtype,)):
             raise ValueError(
                 "`slow_dtype` must hold all values of the weights' dtypes, or the slow weights would lose what the "
-                f"fast ones have. Received: slow_dtype={slow_dtype!r} for the weight {weight.path!r} of {dtype!r}"
+                "fast ones have. Give a dtype at least as wide, or None. "
+                f"Received: slow_dtype={slow_dtype!r} for the weight {weight.path!r} of {dtype!r}"
             )
 
 

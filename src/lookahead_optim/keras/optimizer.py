@@ -275,15 +275,27 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         r"""The slow momentum, $\mu$. It cannot be set: state and compiled steps depend on it."""
         return self._slow_momentum
 
+    @slow_momentum.setter
+    def slow_momentum(self, slow_momentum: Any) -> None:
+        _refuse_to_set("slow_momentum", slow_momentum)
+
     @property
     def slow_nesterov(self) -> bool:
         """Whether slow momentum is Nesterov's. It cannot be set."""
         return self._slow_nesterov
 
+    @slow_nesterov.setter
+    def slow_nesterov(self, slow_nesterov: Any) -> None:
+        _refuse_to_set("slow_nesterov", slow_nesterov)
+
     @property
     def slow_dtype(self) -> str | None:
         """The dtype of slow weights and slow momentum, `None` for the dtype of each weight. It cannot be set."""
         return self._slow_dtype
+
+    @slow_dtype.setter
+    def slow_dtype(self, slow_dtype: Any) -> None:
+        _refuse_to_set("slow_dtype", slow_dtype)
 
     @property
     def learning_rate(self) -> Any:
@@ -684,3 +696,10 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
             # Who made the config was warned.
             warnings.filterwarnings("ignore", OVER_RELAXATION)
             return cls(**config)
+
+
+def _refuse_to_set(name: str, value: Any) -> None:
+    raise AttributeError(
+        f"`{name}` cannot be set, as state and compiled steps depend on it. Make a new `Lookahead` with it. "
+        f"Received: {name}={value!r}"
+    )
