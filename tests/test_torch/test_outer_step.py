@@ -5,6 +5,9 @@ import io
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lookahead_optim import _outer_step_torch
 from lookahead_optim.torch import Lookahead
@@ -554,3 +557,61 @@ def test_after_a_checkpoint_without_the_count_since_the_last_sync_a_sync_is_made
     other.sync()
     assert_same_bits(others, weights)
     assert all(other.param_groups[0][name] == optimizer.param_groups[0][name] for name in names)
+
+
+@pytest.mark.parametrize("slow_momentum", [0.0, 0.9])
+def test_a_state_dict_that_lost_its_momentum_is_warned_of(slow_momentum):
+    weights = parameters((3,), (2,))
+    groups = [{"params": weights[:1]}, {"params": weights[1:], "slow_momentum": 0.5}]
+    optimizer = train(Lookahead(torch.optim.SGD(groups, 0.1), 3), 4)
+    lost = copy.deepcopy(optimizer.state_dict())
+    others = parameters((3,), (2,))
+    other = Lookahead(
+        torch.optim.SGD([{"params": others[:1]}, {"params": others[1:]}], 0.1), 3, slow_momentum=slow_momentum
+    )
+    other.load_state_dict(lost)
+    # What `torch.distributed.checkpoint` does where the optimizer has no momentum.
+    del lost["state"][1]["slow_momentum"]
+    with pytest.warns(UserWarning, match=r"begins with 0.*Received: slow_momentum=0\.5 in group 1") as caught:
+        other.load_state_dict(lost)
+    assert [one.filename for one in caught] == [__file__]
+    assert not other.state[others[1]]["slow_momentum"].any()
+    train(other, 7, 4)
+    # Older state dicts, and those that slow weights are captured after, are not warned of.
+    del lost["param_groups"][1]["slow_momentum"]
+    other.load_state_dict(lost)
+    other.load_state_dict(torch.optim.SGD(groups, 0.1).state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_distributed_checkpoints_with_and_without_momentum_load_as_the_docs_say(tmp_path):
+    def make(**outer):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        return model, Lookahead(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), 3, **outer)
+
+    def save(name, **outer):
+        model, optimizer = make(**outer)
+        train(optimizer, 4)
+        dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=tmp_path / name)
+        return model, optimizer
+
+    def load(name, planner=None, **outer):
+        model, optimizer = make(**outer)
+        state = get_optimizer_state_dict(model, optimizer)
+        dcp.load(state, checkpoint_id=tmp_path / name, planner=planner)
+        set_optimizer_state_dict(model, optimizer, state)
+        return optimizer.param_groups[0]["slow_momentum"], optimizer.state[model.weight]
+
+    model, optimizer = save("with", slow_momentum=0.5)
+    save("without")
+    with pytest.warns(UserWarning, match="begins with 0"):
+        slow_momentum, state = load("with")
+    assert slow_momentum == 0.5
+    assert not state["slow_momentum"].any()
+    _, state = load("with", slow_momentum=0.5)
+    assert_same_bits([state["slow_momentum"]], [optimizer.state[model.weight]["slow_momentum"]])
+    with pytest.raises(CheckpointException, match="Missing key"):
+        load("without", slow_momentum=0.5)
+    slow_momentum, _ = load("without", dcp.DefaultLoadPlanner(allow_partial_load=True), slow_momentum=0.5)
+    assert slow_momentum == 0
