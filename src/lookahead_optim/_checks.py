@@ -1,6 +1,7 @@
 """Checks that several front ends make, with the messages that they raise."""
 
 import functools
+import inspect
 import math
 import numbers
 import warnings
@@ -23,7 +24,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 # What others call the arguments: the paper's code, timm, pytorch_optimizer, torch_optimizer, Optax, PaddlePaddle,
-# keras-lookahead, Ranger, Ranger21, torchft's DiLoCo and programs that were written after these.
+# keras-lookahead, Ranger, Ranger21, torchft's DiLoCo, MuLoCo and programs that were written after these.
 _PERIODS = (
     "inner_step",
     "inner_steps",
@@ -36,6 +37,7 @@ _PERIODS = (
     "lookahead_mergetime",
     "lookahead_steps",
     "sync_every",
+    "sync_interval",
     "sync_steps",
 )
 _STEP_SIZES = (
@@ -47,6 +49,7 @@ _STEP_SIZES = (
     "slow_lr",
     "slow_step",
 )
+_MOMENTA = ("momentum_outer", "outer_momentum")
 _INNER_OPTIMIZERS = ("base_opt", "base_optimizer", "fast_optimizer", "inner", "inner_optimizer", "opt", "optimizer")
 
 
@@ -66,6 +69,9 @@ def explain_other_names(
     names |= {name: inner for name in _INNER_OPTIMIZERS if name != inner}
 
     def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        if "slow_momentum" in inspect.signature(function).parameters:
+            names.update(dict.fromkeys(_MOMENTA, "slow_momentum"))
+
         @functools.wraps(function)
         def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
             wrong = {name: value for name, value in kwargs.items() if name in names}

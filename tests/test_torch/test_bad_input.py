@@ -149,6 +149,11 @@ def test_numpy_scalars_are_numbers_and_kept_as_those_of_python():
         ({"k": 5}, "Write `sync_period` for `k`.*Received: k=5"),
         ({"la_steps": 5, "la_alpha": 0.5}, "`sync_period` for `la_steps` and `slow_step_size` for `la_alpha`"),
         ({"alpha": 0.5}, "Write `slow_step_size` for `alpha`"),
+        (
+            {"sync_interval": 30, "outer_lr": 0.7, "outer_momentum": 0.6},
+            "`sync_period` for `sync_interval` and `slow_step_size` for `outer_lr` and `slow_momentum` for `outer_mom",
+        ),
+        ({"momentum_outer": 0.9}, r"Write `slow_momentum` for `momentum_outer`.*Received: momentum_outer=0\.9"),
         ({"momentum": 0.9}, "unexpected keyword argument 'momentum'"),
     ],
 )

@@ -367,8 +367,10 @@ def test_a_state_dict_with_a_bad_momentum_is_refused_and_changes_nothing(momentu
     [
         (torch.float32, "float32", TypeError, "`slow_dtype` must be a floating point.*Received: slow_dtype='float32'"),
         (torch.float32, torch.int64, TypeError, r"Received: slow_dtype=torch\.int64"),
+        (torch.float32, torch.complex64, TypeError, r"Received: slow_dtype=torch\.complex64"),
+        (torch.float32, torch.float8_e4m3fn, TypeError, r"at least 16 bits.*Received: slow_dtype=torch\.float8_e4m3fn"),
         (torch.float32, torch.bfloat16, ValueError, r"slow_dtype=torch\.bfloat16 for a parameter of torch\.float32"),
-        (torch.float16, torch.bfloat16, ValueError, "must hold all values"),
+        (torch.float16, torch.bfloat16, ValueError, "must hold all values.*Give a dtype at least as wide, or None"),
         (torch.float64, torch.float32, ValueError, "must hold all values"),
     ],
 )
@@ -615,3 +617,32 @@ def test_distributed_checkpoints_with_and_without_momentum_load_as_the_docs_say(
         load("without", slow_momentum=0.5)
     slow_momentum, _ = load("without", dcp.DefaultLoadPlanner(allow_partial_load=True), slow_momentum=0.5)
     assert slow_momentum == 0
+
+
+@pytest.mark.parametrize("slow_dtype", [None, torch.float32])
+def test_a_slow_dtype_in_a_group_is_refused_and_changes_nothing(slow_dtype):
+    weights = parameters((3,), (2,))
+    group = {"params": weights[1:], "slow_dtype": torch.float64}
+    message = r"`slow_dtype` is an argument of `Lookahead`.*Received: a group with slow_dtype=torch\.float64"
+    inner = torch.optim.SGD([dict(group)], 0.1)
+    with pytest.raises(TypeError, match=message):
+        Lookahead(inner, slow_dtype=slow_dtype)
+    assert "sync_period" not in inner.param_groups[0]
+    optimizer = Lookahead(torch.optim.SGD(weights[:1], 0.1), slow_dtype=slow_dtype)
+    with pytest.raises(TypeError, match=message):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+@pytest.mark.parametrize(("name", "kind"), [("slow", "slow weight"), ("slow_momentum", "slow momentum")])
+def test_a_state_dict_with_a_slow_weight_or_momentum_of_no_real_dtype_is_refused(name, kind, dtype):
+    weights = parameters((2,), (3,))
+    optimizer = train(Lookahead(torch.optim.SGD(weights, 0.1, momentum=0.9), 3, slow_momentum=0.9), 4)
+    before = copy.deepcopy((weights, optimizer.state_dict()))
+    bad = copy.deepcopy(optimizer.state_dict())
+    bad["state"][1][name] = torch.ones(3, dtype=dtype)
+    with pytest.raises(ValueError, match=rf"{kind} of a floating point dtype for parameter 1\. Received: {dtype}"):
+        optimizer.load_state_dict(bad)
+    assert_same_bits(weights, before[0])
+    assert str(optimizer.state_dict()) == str(before[1])

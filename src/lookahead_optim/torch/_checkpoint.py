@@ -184,6 +184,11 @@ def _like(parameter: Tensor, weight: object, kind: str, index: object) -> Tensor
             f"`state_dict` must have a {kind} of shape {tuple(parameter.shape)} for parameter {index}. "
             f"Received: {received}"
         )
+    is_real = weight.is_floating_point() or (weight.is_complex() and parameter.is_complex())
+    if not is_real and weight.dtype != parameter.dtype:
+        raise ValueError(
+            f"`state_dict` must have a {kind} of a floating point dtype for parameter {index}. Received: {weight.dtype}"
+        )
     weight = weight.to_dense() if weight.layout is not torch.strided else weight
     if hasattr(parameter, "to_local") and not hasattr(weight, "to_local"):
         raise ValueError(

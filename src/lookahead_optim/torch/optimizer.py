@@ -403,7 +403,8 @@ class Lookahead(Optimizer):
         """Add a parameter group, which may have a `sync_period` and `slow_step_size` of its own. Its count starts at 0.
 
         Raises:
-            TypeError, ValueError: if these are invalid, or the inner optimizer does not accept the group.
+            TypeError, ValueError: if these are invalid, the group has a `slow_dtype`, which is no setting of a group, or
+                the inner optimizer does not accept the group.
         """
         if isinstance(param_group, dict):
             for name in (self._names.lookahead_step, self._names.lookahead_unsynced):
@@ -572,11 +573,19 @@ def _wrappers(optimizer: Optimizer) -> Iterator[Lookahead]:
 
 def _check_slow_dtype(slow_dtype: object, groups: list[Group]) -> None:
     """Raise an error if slow weights cannot have a dtype."""
+    for group in groups:
+        if "slow_dtype" in group:
+            raise TypeError(
+                "`slow_dtype` is an argument of `Lookahead`, for all parameters, and no setting of a group. "
+                f"Received: a group with slow_dtype={group['slow_dtype']!r}"
+            )
     if slow_dtype is None:
         return
-    if not isinstance(slow_dtype, torch.dtype) or not slow_dtype.is_floating_point:
+    # PyTorch stores numbers of 8 bits, and does not compute with them.
+    if not isinstance(slow_dtype, torch.dtype) or not slow_dtype.is_floating_point or slow_dtype.itemsize < 2:
         raise TypeError(
-            "`slow_dtype` must be a floating point `torch.dtype`, or None for the dtype of each parameter. "
+            "`slow_dtype` must be a floating point `torch.dtype` of at least 16 bits, or None for the dtype of each "
+            "parameter. "
             f"Received: slow_dtype={slow_dtype!r} of type {type(slow_dtype).__name__}"
         )
     for group in groups:
@@ -587,7 +596,8 @@ def _check_slow_dtype(slow_dtype: object, groups: list[Group]) -> None:
             if dtype.is_floating_point and torch.promote_types(dtype, slow_dtype) != slow_dtype:
                 raise ValueError(
                     "`slow_dtype` must hold all values of the parameters' dtypes, or the slow weights would lose what "
-                    f"the fast ones have. Received: slow_dtype={slow_dtype} for a parameter of {dtype}"
+                    "the fast ones have. Give a dtype at least as wide, or None. "
+                    f"Received: slow_dtype={slow_dtype} for a parameter of {dtype}"
                 )
 
 
