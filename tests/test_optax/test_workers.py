@@ -197,6 +197,30 @@ def test_workers_of_other_quadratics_meet_where_the_closed_form_says(mu, eta):
     np.testing.assert_allclose(params, np.sum(q * optima) / np.sum(q), rtol=1e-5)
 
 
+def test_the_noise_of_one_worker_is_divided_by_the_number_of_workers():
+    # The loss (x - c)^2 / 2 with c ~ N(0, 1), for many independent x at once. On one worker the variance of the slow
+    # weights is 1.310041384665 of that of SGD, which is step / (2 - step).
+    period, count, cycles = 30, 4_000, 120
+    optimizer = lookahead(optax.sgd(RATE), period, 0.7, slow_momentum=0.6, reduce=mean_over_workers)
+
+    def cycle(carried, key):
+        def step(carried, key):
+            params, state = carried
+            gradients = params - jax.random.normal(key, params.shape)
+            return optimizer.apply_gradients(gradients, state, params), None
+
+        params, state = jax.lax.scan(step, carried, jax.random.split(key, period))[0]
+        return (params, state), jnp.mean(params**2)
+
+    def cycles_of(params, state, key):
+        return jax.lax.scan(cycle, (params, state), jax.random.split(key, cycles))[1]
+
+    params = jnp.zeros((WORKERS, count))
+    keys = jax.random.split(jax.random.key(0), WORKERS)
+    squares = by_vmap(cycles_of)(params, jax.vmap(optimizer.init)(params), keys)[0, 20:]
+    np.testing.assert_allclose(np.mean(squares) / (RATE / (2 - RATE)), 1.310041384665 / WORKERS, rtol=0.02)
+
+
 @forms
 def test_a_frozen_weight_is_captured_anew(form):
     start, gradients = start_and_gradients(7)
