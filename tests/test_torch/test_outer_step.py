@@ -646,3 +646,15 @@ def test_a_state_dict_with_a_slow_weight_or_momentum_of_no_real_dtype_is_refused
         optimizer.load_state_dict(bad)
     assert_same_bits(weights, before[0])
     assert str(optimizer.state_dict()) == str(before[1])
+
+
+def test_a_step_size_of_1_copies_the_rounded_weight_into_a_wide_slow_weight():
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = Lookahead(torch.optim.SGD([weight], 1.0), 1, 0.3, slow_dtype=torch.float32)
+    weight.grad = torch.full_like(weight, -UNIT)
+    optimizer.step()
+    assert optimizer.state[weight]["slow"] == 1 + torch.tensor(0.3) * UNIT
+    weight.grad = torch.zeros_like(weight)
+    optimizer.param_groups[0]["slow_step_size"] = 1.0
+    optimizer.step()
+    assert optimizer.state[weight]["slow"] == weight == 1

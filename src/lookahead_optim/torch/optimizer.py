@@ -83,7 +83,7 @@ class Lookahead(Optimizer):
 
     Args:
         optimizer: The inner optimizer, any `torch.optim.Optimizer` that is not `differentiable`. Its groups may have
-            a `sync_period` and `slow_step_size` of their own.
+            a `sync_period`, `slow_step_size`, `slow_momentum` and `slow_nesterov` of their own.
         sync_period: Integer >= 0, inner steps per slow step ($k$). 0 switches Lookahead off: the wrapper then
             behaves as the inner optimizer and holds no slow weights. Defaults to 6.
         slow_step_size: Finite float >= 0, the slow step size ($\alpha$). 1 without momentum recovers the inner
@@ -400,10 +400,12 @@ class Lookahead(Optimizer):
         self.inner_optimizer.zero_grad() if set_to_none else self.inner_optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, which may have a `sync_period` and `slow_step_size` of its own. Its count starts at 0.
+        """Add a parameter group. Its count starts at 0.
+
+        It may have a `sync_period`, `slow_step_size`, `slow_momentum` and `slow_nesterov` of its own.
 
         Raises:
-            TypeError, ValueError: if these are invalid, the group has a `slow_dtype`, which is no setting of a group, or
+            TypeError, ValueError: if these are invalid, the group has a `slow_dtype`, which no group has of its own, or
                 the inner optimizer does not accept the group.
         """
         if isinstance(param_group, dict):
