@@ -35,9 +35,9 @@ class Piece(NamedTuple):
 def cut(slow: list[Tensor], fast: list[Tensor], momentum: Sequence[Tensor] = ()) -> list[Piece]:
     """Cut lists of slow weights, fast weights and, if there is any, slow momentum into pieces for `outer_step`.
 
-    On the CPU several small weights make one piece, and a large weight makes several, which are views of it, if it is
-    contiguous. On other devices a large weight makes a piece, and all others of one device and dtype make one, as their
-    `foreach` operations ask for.
+    On the CPU several small weights make one piece, and a large weight makes several, which are views of it, if it lies
+    in memory without gaps. On other devices a large weight makes a piece, and all others of one device and dtype make
+    one, as their `foreach` operations ask for.
     """
     # Each row is a slow weight, its fast one, and its momentum if there is any.
     rows = list(zip(slow, fast, momentum) if momentum else zip(slow, fast))
@@ -74,7 +74,15 @@ def is_large_on_gpu(slow: Tensor, fast: Tensor) -> bool:
 
 
 def _has_no_gaps(weight: Tensor) -> bool:
-    return weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+    """Return whether a weight fills its memory: it is contiguous, or would be with its dimensions in another order."""
+    if weight.is_contiguous():
+        return True
+    elements = 1
+    for stride, size in sorted(zip(weight.stride(), weight.shape)):
+        if size != 1 and stride != elements:
+            return False
+        elements *= size
+    return True
 
 
 def _fits_kernels(piece: Piece) -> bool:
@@ -109,8 +117,15 @@ def is_wide(piece: Piece) -> bool:
 def _parts(row: Sequence[Tensor], limit: int) -> Iterable[Sequence[Tensor]]:
     """Return a slow weight, its fast one and its momentum, all in parts if they are larger than a piece."""
     slow, fast = row[:2]
-    is_plain = type(fast) in _PLAIN and all(weight.is_contiguous() for weight in row)
-    if slow.nbytes <= limit or not is_plain:
+    if slow.nbytes <= limit or type(fast) not in _PLAIN or not _lie_alike(row):
         return [row]
     elements = limit // slow.element_size()
-    return zip(*(weight.view(-1).split(elements) for weight in row))
+    # In the order of the memory.
+    return zip(*(weight.as_strided((weight.numel(),), (1,)).split(elements) for weight in row))
+
+
+def _lie_alike(row: Sequence[Tensor]) -> bool:
+    """Return whether weights of one shape lie in memory in one order, without gaps."""
+    return all(weight.is_contiguous() for weight in row) or (
+        len({weight.stride() for weight in row}) == 1 and _has_no_gaps(row[0])
+    )

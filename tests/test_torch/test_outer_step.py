@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from lookahead_optim import _outer_step_torch
+from lookahead_optim import _outer_step_torch, _pieces_torch
 from lookahead_optim.torch import Lookahead
 from tests.comparison import assert_same_bits
 from tests.test_torch.by_hand import parameters, set_gradients
@@ -658,3 +658,34 @@ def test_a_step_size_of_1_copies_the_rounded_weight_into_a_wide_slow_weight():
     optimizer.param_groups[0]["slow_step_size"] = 1.0
     optimizer.step()
     assert optimizer.state[weight]["slow"] == weight == 1
+
+
+@pytest.mark.parametrize("outer", [{}, {"slow_momentum": 0.9}, {"slow_momentum": 0.9, "slow_dtype": torch.float64}])
+@pytest.mark.parametrize(
+    ("shape", "lay_out", "is_cut"),
+    [
+        ((30, 40), lambda one: one.t().contiguous().t(), True),
+        ((6, 5, 8, 5), lambda one: one.to(memory_format=torch.channels_last), True),
+        ((6, 5, 4, 5, 2), lambda one: one.permute(3, 0, 4, 1, 2).contiguous().permute(1, 3, 4, 0, 2), True),
+        ((30, 40), lambda one: torch.cat([one, one], 1)[:, :40], False),
+        ((30, 40), lambda one: torch.cat([one, one], 1).t()[:40].t(), False),
+    ],
+    ids=["transposed", "channels last", "permuted", "with gaps", "transposed with gaps"],
+)
+def test_large_weights_are_cut_in_the_order_of_their_memory(shape, lay_out, is_cut, outer, monkeypatch):
+    largest = 512
+    monkeypatch.setattr(_pieces_torch, "_BYTES_PER_THREAD", largest)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    (plain,), (moved,) = parameters(shape), parameters(shape)
+    moved.data = lay_out(moved.data)
+    assert torch.equal(plain, moved)
+    assert not moved.is_contiguous()
+    optimizers = [Lookahead(torch.optim.SGD([one], 0.1), 2, 0.7, **outer) for one in (plain, moved)]
+    for optimizer in optimizers:
+        train(optimizer, 7)
+    torch.testing.assert_close(moved, plain)
+    for name in ("slow", "slow_momentum") if "slow_momentum" in outer else ("slow",):
+        torch.testing.assert_close(optimizers[1].state[moved][name], optimizers[0].state[plain][name])
+    pieces = _pieces_torch.cut([lay_out(plain.detach())], [moved.detach()], [lay_out(torch.zeros(shape))])
+    assert (len(pieces) > 1) == is_cut
+    assert max(piece.slow[0].nbytes for piece in pieces) == (largest if is_cut else plain.nbytes)
