@@ -44,6 +44,17 @@ def test_without_momentum_there_are_the_variables_of_before():
     assert names[0] == names[1]
 
 
+# XLA of the oldest supported releases computes in float32 what is bfloat16 on a CPU, with copies.
+IS_OLD = keras.__version__.startswith("3.10.")
+with_narrow_weights = pytest.mark.parametrize(
+    ("dtype", "outer"),
+    [
+        ("float32", MOMENTUM),
+        pytest.param("bfloat16", WIDE, marks=pytest.mark.skipif(IS_OLD, reason="XLA copies bfloat16")),
+    ],
+)
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX")
 class TestJAX:
     def lower(self, optimizer, variables, gradients):
@@ -64,13 +75,14 @@ class TestJAX:
         # Weights, slow weights, slow momentum and momentum, all donated.
         assert memory.alias_size_in_bytes >= 4 * COUNT * BYTES
 
+    @pytest.mark.skipif(IS_OLD, reason="XLA copies bfloat16")
     def test_wide_slow_weights_and_momentum_are_updated_in_place(self):
         memory = self.lower(*wrapped(dtype="bfloat16", **WIDE)).compile().memory_analysis()
         assert memory.temp_size_in_bytes < BYTES
         # Two of the four are in bfloat16.
         assert memory.alias_size_in_bytes >= (2 + 0.5 + 0.5) * COUNT * BYTES
 
-    @pytest.mark.parametrize(("dtype", "outer"), [("float32", MOMENTUM), ("bfloat16", WIDE)])
+    @with_narrow_weights
     def test_step_outside_the_conditionals_neither_copies_weights_nor_touches_slow_weights_or_momentum(
         self, dtype, outer
     ):
@@ -127,7 +139,7 @@ class TestJAX:
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow")
 class TestTensorFlow:
-    @pytest.mark.parametrize(("dtype", "outer"), [("float32", MOMENTUM), ("bfloat16", WIDE)])
+    @with_narrow_weights
     def test_xla_program_has_no_conditional_and_does_not_copy_weights(self, dtype, outer):
         import tensorflow as tf
 
