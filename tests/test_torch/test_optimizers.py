@@ -261,8 +261,8 @@ def test_weights_larger_than_the_cache_are_synchronised_in_parts(name, monkeypat
     slow = [one.detach().clone() for one in fast]
     cut = [one for piece in _pieces_torch.cut(slow, fast) for one in piece.slow]
     assert sum(one.numel() for one in cut) == sum(one.numel() for one in fast)
-    # What is not laid out as it is numbered stays whole.
-    assert [one.nbytes for one in cut if one.nbytes > 2**13] == [slow[3].nbytes, slow[4].nbytes]
+    # Also of what is not laid out as it is numbered.
+    assert max(one.nbytes for one in cut) <= 2**13
     assert assert_as_by_hand(large_and_small, maker(name))
 
 
