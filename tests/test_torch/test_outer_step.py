@@ -585,7 +585,7 @@ def test_a_state_dict_that_lost_its_momentum_is_warned_of(slow_momentum):
     other.load_state_dict(torch.optim.SGD(groups, 0.1).state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:TypedStorage is deprecated")
 def test_distributed_checkpoints_with_and_without_momentum_load_as_the_docs_say(tmp_path):
     def make(**outer):
         torch.manual_seed(0)
