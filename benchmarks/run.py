@@ -32,6 +32,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Only modes whose name contains this; repeatable.")] = None,
     kind: Annotated[str, typer.Option(help="Only this kind: step, outer, training, memory or scaling.")] = "",
     period: Annotated[int, typer.Option(help="Only this sync period; 0 means all.", min=0)] = 0,
+    dtype: Annotated[str, typer.Option(help="Only weights of this dtype: float32 or bfloat16.")] = "",
     output: Annotated[Path | None, typer.Option(help="The JSON file. Defaults to this machine's.")] = None,
 ) -> None:
     """Measure what Lookahead adds to an optimizer step and to a training step, as a ratio to the bare optimizer."""
@@ -39,6 +40,7 @@ def main(
         case
         for case in (cases.quick() if quick else cases.full())
         if any(part in case.mode for part in only or [""]) and kind in ("", case.kind) and period in (0, case.period)
+        if dtype in ("", case.dtype)
     ]
     console = Console(stderr=True)
     missing = sorted({case.mode for case in chosen if interpreter(case.mode) is None})
@@ -47,7 +49,8 @@ def main(
     chosen = [case for case in chosen if case.mode not in missing]
     if not chosen:
         raise SystemExit(
-            f"No case is left. Received: --only {only!r} --kind {kind!r} --period {period}. Modes: {', '.join(MODES)}"
+            f"No case is left. Received: --only {only!r} --kind {kind!r} --period {period} --dtype {dtype!r}. "
+            f"Modes: {', '.join(MODES)}"
         )
     now = datetime.datetime.now(datetime.timezone.utc)
     run = {
