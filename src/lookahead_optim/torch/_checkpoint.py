@@ -1,7 +1,6 @@
 """State dicts: the inner optimizer's, with slow weights in each parameter's entries, and in a block fast weights."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,7 +12,7 @@ from lookahead_optim.torch._fsdp import local
 from lookahead_optim.torch._settings import FAST, Group, Names, check_group, is_setting, is_slow_weight
 from lookahead_optim.torch._slow_weights import SlowWeights
 
-__all__ = ["StateDict", "load_inner", "split", "warn_of_lost_momentum", "with_slow_weights"]
+__all__ = ["StateDict", "load_inner", "split", "with_slow_weights"]
 
 StateDict: TypeAlias = dict[str, Any]
 
@@ -96,23 +95,6 @@ def split(state_dict: StateDict, groups: list[Group], names: Names, is_innermost
             else:
                 state.pop(index, None)
     return {**state_dict, "state": state}, loaded
-
-
-def warn_of_lost_momentum(state_dict: StateDict, groups: list[Group], loaded: Loaded, names: Names) -> None:
-    """Warn of groups that have slow momentum by their settings, and slow weights without it."""
-    lost = []
-    for index, (group, saved) in enumerate(zip(groups, state_dict["param_groups"])):
-        has_momentum = any(parameter in loaded.momentum for parameter in group["params"])
-        if saved.get(names.slow_momentum) and not has_momentum and any(map(loaded.slow.__contains__, group["params"])):
-            lost.append(f"{names.slow_momentum}={saved[names.slow_momentum]} in group {index}")
-    if lost:
-        # Past the two decorators of `load_state_dict`.
-        warnings.warn(
-            "`state_dict` has settings of slow momentum, and slow weights without it. The momentum begins with 0. As "
-            "`torch.distributed.checkpoint` loads only what the optimizer has, make the optimizer with the "
-            f"`slow_momentum` of the saved run. Received: {', '.join(lost)}",
-            stacklevel=5,
-        )
 
 
 def load_inner(

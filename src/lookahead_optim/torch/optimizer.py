@@ -32,7 +32,7 @@ from lookahead_optim._checks import (
     warn_if_within_first_cycle,
 )
 from lookahead_optim.torch._blocks import Blocks
-from lookahead_optim.torch._checkpoint import load_inner, split, warn_of_lost_momentum, with_slow_weights
+from lookahead_optim.torch._checkpoint import load_inner, split, with_slow_weights
 from lookahead_optim.torch._fsdp import gathered_anew
 from lookahead_optim.torch._ranks import check_equal_on_all_ranks
 from lookahead_optim.torch._settings import NONE_UNSYNCED, Group, Names, check_group, complete_group
@@ -472,7 +472,6 @@ class Lookahead(Optimizer):
         with self._blocks.lock:
             self._complete_groups()
             inner_state_dict, loaded = split(state_dict, self.param_groups, self._names, is_innermost)
-            warn_of_lost_momentum(state_dict, self.param_groups, loaded, self._names)
             inner_slow_weights = [wrapper._slow_weights for wrapper in _wrappers(self.inner_optimizer)]
             load_inner(inner_state_dict, self.inner_optimizer, inner_slow_weights, self._names)
             self._complete_groups()
