@@ -58,7 +58,7 @@ OUTER = (
     "Keras, PyTorch",
     "Optax",
 )
-# Its settings there, those of MuLoCo.
+# MuLoCo's settings of the outer step, which these cases use.
 OUTER_STEP = {"slow_step_size": 0.7, "slow_momentum": 0.6}
 
 

@@ -43,12 +43,8 @@ class LinenModel(linen.Module):
         return linen.Dense(4)(jnp.tanh(linen.Dense(5)(inputs)))
 
 
-@pytest.mark.parametrize("container", [dict, FrozenDict])
-def test_jitted_and_donated_train_state_of_linen(container):
-    model = LinenModel()
-    variables = model.init(jax.random.key(0), make_batch(0)[0])
-    params = (freeze if container is FrozenDict else dict)(variables["params"])
-    hand = by_hand(jax.tree.map(jnp.copy, params))
+def jitted_linen(model):
+    """Return functions that compute the gradient of a model's parameters, and that train a donated state."""
 
     @jax.jit
     def gradient(params, batch):
@@ -58,6 +54,17 @@ def test_jitted_and_donated_train_state_of_linen(container):
     def train(state, batch):
         return state.apply_gradients(grads=gradient(state.params, batch))
 
+    return gradient, train
+
+
+@pytest.mark.parametrize("container", [dict, FrozenDict])
+def test_jitted_and_donated_train_state_of_linen(container):
+    model = LinenModel()
+    variables = model.init(jax.random.key(0), make_batch(0)[0])
+    params = (freeze if container is FrozenDict else dict)(variables["params"])
+    hand = by_hand(jax.tree.map(jnp.copy, params))
+
+    gradient, train = jitted_linen(model)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=wrapped())
     # Flax starts with a Python number, for which `jit` compiles once more.
     state = state.replace(step=jnp.array(0))
@@ -548,14 +555,7 @@ def test_train_state_of_linen_with_momentum(kind):
     params = model.init(jax.random.key(0), make_batch(0)[0])["params"]
     hand = momentum_by_hand(jax.tree.map(jnp.copy, params))
 
-    @jax.jit
-    def gradient(params, batch):
-        return jax.grad(lambda params: squared_error(functools.partial(model.apply, {"params": params}), batch))(params)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train(state, batch):
-        return state.apply_gradients(grads=gradient(state.params, batch))
-
+    gradient, train = jitted_linen(model)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=lookahead(inner(), SYNC_PERIOD, **settings))
     for number in range(STEPS):
         state = train(state, make_batch(number))

@@ -11,13 +11,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lookahead_optim.optax import lookahead, slow_params, sync
+from tests.test_optax.whole_steps import FORMS, whole_step
 
 WORKERS, PERIOD, ETA, RATE = 4, 3, 0.7, 0.1
 SHAPES = {"w": (3, 4), "v": (2, 2), "b": (5,)}
 mean_over_workers = functools.partial(jax.lax.pmean, axis_name="workers")
 OUTER = [(0.0, True), (0.9, True), (0.5, False)]
 outer_settings = pytest.mark.parametrize(("mu", "nesterov"), OUTER, ids=["plain", "nesterov", "heavy ball"])
-forms = pytest.mark.parametrize("form", ["update", "apply_gradients"])
+forms = pytest.mark.parametrize("form", FORMS)
 
 
 def normal(rng, dtype="float32"):
@@ -59,31 +60,21 @@ class ByHand:
         self.workers = [dict(self.slow) for _ in range(WORKERS)]
 
 
-def step_of(optimizer, form):
-    """Return a step of one worker."""
-
-    def step(params, state, gradients):
-        if form == "apply_gradients":
-            return optimizer.apply_gradients(gradients, state, params)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
 def by_vmap(function):
     return jax.jit(jax.vmap(function, axis_name="workers"))
 
 
-def by_shard_map(function):
-    """Return a function of trees with an axis of workers, each on its device."""
+def by_shard_map(function, mesh=None):
+    """Return a function of trees with an axis of workers, each on its device, or on its part of a mesh."""
 
-    def on_device(*trees):
+    def on_worker(*trees):
         results = function(*(jax.tree.map(lambda leaf: leaf[0], tree) for tree in trees))
         return jax.tree.map(lambda leaf: leaf[None], results)
 
-    mesh = jax.make_mesh((WORKERS,), ("workers",), axis_types=(AxisType.Auto,))
-    return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=P("workers"), out_specs=P("workers")))
+    mesh = mesh or jax.make_mesh((WORKERS,), ("workers",), axis_types=(AxisType.Auto,))
+    # Other axes of the mesh are the compiler's.
+    mapped = jax.shard_map(on_worker, mesh=mesh, in_specs=P("workers"), out_specs=P("workers"), axis_names={"workers"})
+    return jax.jit(mapped)
 
 
 ways = pytest.mark.parametrize("way", [by_vmap, by_shard_map])
@@ -112,7 +103,7 @@ def settings_of(kind, mu, nesterov):
 def test_all_workers_restart_from_the_outer_step_with_the_mean(way, form, mu, nesterov, kind):
     start, gradients = start_and_gradients(8)
     optimizer = lookahead(optax.sgd(RATE), PERIOD, reduce=mean_over_workers, **settings_of(kind, mu, nesterov))
-    by_hand, step = ByHand(start, mu, nesterov), way(step_of(optimizer, form))
+    by_hand, step = ByHand(start, mu, nesterov), way(whole_step(optimizer, form))
     params = stacked([start] * WORKERS)
     state = jax.vmap(optimizer.init)(params)
     for count, one in enumerate(gradients, 1):
@@ -132,7 +123,7 @@ def test_all_workers_restart_from_the_outer_step_with_the_mean(way, form, mu, ne
 def test_a_sync_by_hand_is_that_of_all_workers_and_a_second_one_changes_nothing(way, mu, nesterov):
     start, gradients = start_and_gradients(7)
     optimizer = lookahead(optax.sgd(RATE), PERIOD, reduce=mean_over_workers, **settings_of("settings", mu, nesterov))
-    by_hand, step = ByHand(start, mu, nesterov), way(step_of(optimizer, "apply_gradients"))
+    by_hand, step = ByHand(start, mu, nesterov), way(whole_step(optimizer, "apply_gradients"))
     params = stacked([start] * WORKERS)
     state = jax.vmap(optimizer.init)(params)
     sync_all = way(lambda state, params: sync(state, params, reduce=mean_over_workers))
@@ -153,7 +144,7 @@ def test_a_sync_by_hand_is_that_of_all_workers_and_a_second_one_changes_nothing(
 def test_workers_communicate_once_and_in_the_branch_of_the_sync_alone(form, kind):
     optimizer = lookahead(optax.sgd(RATE), PERIOD, reduce=mean_over_workers, **settings_of(kind, 0.9, True))
     params = stacked([normal(np.random.default_rng(0))] * WORKERS)
-    step = by_shard_map(step_of(optimizer, form))
+    step = by_shard_map(whole_step(optimizer, form))
     text = step.lower(params, jax.vmap(optimizer.init)(params), params).compile().as_text()
     entry = text[text.index("\nENTRY ") :]
     assert text.count(" all-reduce(") == 1
@@ -168,7 +159,7 @@ def test_slow_weights_in_float32_take_the_mean_of_bfloat16_workers(form):
     params = {"w": jnp.ones((WORKERS, 3), jnp.bfloat16)}
     state = jax.vmap(optimizer.init)(params)
     gradients = {"w": jnp.zeros((WORKERS, 3), jnp.bfloat16).at[1].set(-(2.0**-7))}
-    step = by_vmap(step_of(optimizer, form))
+    step = by_vmap(whole_step(optimizer, form))
     for count in range(1, 65):
         params, state = step(params, state, gradients)
         np.testing.assert_array_equal(state.slow_params["w"], 1 + 2.0**-10 * count)
@@ -225,7 +216,7 @@ def test_the_noise_of_one_worker_is_divided_by_the_number_of_workers():
 def test_a_frozen_weight_is_captured_anew(form):
     start, gradients = start_and_gradients(7)
     optimizer = lookahead(optax.sgd(RATE), PERIOD, ETA, slow_momentum=0.9, reduce=mean_over_workers)
-    step = by_vmap(step_of(optimizer, form))
+    step = by_vmap(whole_step(optimizer, form))
 
     def frozen_step(params, state, gradients):
         gradients = {**gradients, "b": None}
@@ -262,16 +253,9 @@ def test_parameters_stay_sharded_over_the_axes_of_the_model():
     sharded = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, jax.NamedSharding(mesh, spec)), params, specs)
     many_devices = sharded, jax.vmap(optimizer.init)(sharded)
 
-    # The workers' axis is `shard_map`'s, that of the model is the compiler's.
-    def on_worker(*trees):
-        results = step_of(optimizer, "apply_gradients")(*(jax.tree.map(lambda leaf: leaf[0], tree) for tree in trees))
-        return jax.tree.map(lambda leaf: leaf[None], results)
-
-    step = jax.jit(
-        jax.shard_map(on_worker, mesh=mesh, in_specs=P("workers"), out_specs=P("workers"), axis_names={"workers"})
-    )
+    step = by_shard_map(whole_step(optimizer, "apply_gradients"), mesh)
     for one in gradients:
-        one_device = by_vmap(step_of(optimizer, "apply_gradients"))(*one_device, one)
+        one_device = by_vmap(whole_step(optimizer, "apply_gradients"))(*one_device, one)
         many_devices = step(*many_devices, jax.device_put(one, jax.tree.map(lambda leaf: leaf.sharding, sharded)))
     for name, spec in specs.items():
         np.testing.assert_allclose(many_devices[0][name], one_device[0][name], rtol=1e-5, atol=1e-6)

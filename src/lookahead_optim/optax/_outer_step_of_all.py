@@ -47,7 +47,6 @@ def outer_step_of_all(
     `None`. Its updates are added to the slow weights. With settings in its place the outer state is the momentum, a
     list, or `None`. Lists are in the order of the leaves of `structure`, the weights' tree.
     """
-
     weights = structure.unflatten(slow)
     pseudo_gradients = pseudo_gradients_of_all(slow, fast, structure, reduce)
     if isinstance(outer, OuterStep):

@@ -452,8 +452,6 @@ class Lookahead(Optimizer):
         If it was saved in a `slow_weights()` block, parameters that hold their slow weights, as the model was saved in
         the block too, get the fast weights: now, or before the next forward pass if the model is loaded later.
 
-        A warning tells of slow momentum that is in the settings and not in the state.
-
         Args:
             state_dict: Dictionary, as from `state_dict`. Its slow weights are copied.
 
