@@ -7,7 +7,6 @@ process; shards are written as such.
 """
 
 import copy
-import datetime
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from lookahead_optim.torch import Lookahead
+from tests.test_torch.process_groups import join
 
 TIMEOUT = 120
 STEPS = 15
@@ -364,12 +364,6 @@ if __name__ == "__main__":
     run, directory, rank, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=(directory / run).as_uri(),
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=TIMEOUT),
-    )
+    join(run, directory, rank, world_size, TIMEOUT)
     torch.save({"two": two, "load": load}[run](directory), directory / f"{run}-{rank}.pt")
     dist.destroy_process_group()

@@ -5,7 +5,6 @@
 Writes the weights and the batches of each loop to DIRECTORY/loops-RANK.pt.
 """
 
-import datetime
 import os
 import sys
 import warnings
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lookahead_optim.torch import Lookahead, average
+from tests.test_torch.process_groups import join
 from tests.test_torch.small_task import network
 
 TIMEOUT = 120
@@ -160,13 +160,7 @@ if __name__ == "__main__":
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"}
     address["KERAS_BACKEND"] = "torch"
     os.environ.update({name: str(value) for name, value in {**numbers, **address}.items()})
-    dist.init_process_group(
-        "gloo",
-        init_method=(directory / run).as_uri(),
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=TIMEOUT),
-    )
+    join(run, directory, rank, world_size, TIMEOUT)
     results = {}
     for name in LOOPS:
         model, batches = globals()[f"in_{name}"](directory)

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lookahead_optim.torch import Lookahead, _workers, average
+from tests.test_torch.process_groups import join
 
 TIMEOUT = 120
 STEPS = 14
@@ -478,13 +479,12 @@ if __name__ == "__main__":
     # PyTorch, of `no_dist=True`.
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=TIMEOUT)
     if numbers:
         rank, world_size = numbers
-        where = {"init_method": (directory / run).as_uri(), "rank": rank, "world_size": world_size}
+        join(run, directory, rank, world_size, TIMEOUT)
     else:
         # torchrun gives the rest.
-        rank, where = int(os.environ["RANK"]), {}
-    dist.init_process_group("gloo", timeout=timeout, **where)
+        rank = int(os.environ["RANK"])
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
     torch.save(RUNS[run](directory), directory / f"{run}-{rank}.pt")
     dist.destroy_process_group()
