@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lookahead_optim.optax import lookahead, slow_params, sync
+from lookahead_optim.optax import lookahead, reset_slow_params, slow_params, sync
 from tests.test_optax.whole_steps import FORMS, whole_step
 
 WORKERS, PERIOD, ETA, RATE = 4, 3, 0.7, 0.1
@@ -116,6 +116,34 @@ def test_all_workers_restart_from_the_outer_step_with_the_mean(way, form, mu, ne
         assert_close(shown, [by_hand.slow] * WORKERS)
         if form == "apply_gradients" and count % PERIOD == 0:
             assert_equal_on_all_workers(params)
+
+
+@forms
+@pytest.mark.parametrize("reduce", [None, mean_over_workers], ids=["alone", "workers"])
+@outer_settings
+@pytest.mark.parametrize("kind", ["settings", "outer"])
+def test_a_loop_on_each_device_carries_the_state(form, reduce, mu, nesterov, kind):
+    settings = {"reduce": reduce, **settings_of(kind, mu, nesterov)}
+    optimizer = lookahead(optax.sgd(RATE), PERIOD, **settings)
+    step = whole_step(optimizer, form)
+
+    def cycle(params, state, gradients):
+        def body(carried, gradients):
+            params, state = step(*carried, gradients)
+            return (params, state), slow_params(state, params)
+
+        (params, state), shown = jax.lax.scan(body, (params, state), gradients)
+        outer = settings.get("outer")
+        params, state = sync(state, params, outer=outer, reduce=reduce)
+        return params, reset_slow_params(state, params, outer=outer), shown
+
+    start, gradients = start_and_gradients(7)
+    params = stacked([start] * WORKERS)
+    state = jax.vmap(optimizer.init)(params)
+    gradients = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), stacked([stacked(one) for one in gradients]))
+    found, expected = (way(cycle)(params, state, gradients) for way in (by_shard_map, by_vmap))
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-5)
 
 
 @ways

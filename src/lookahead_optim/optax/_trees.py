@@ -20,6 +20,7 @@ __all__ = [
     "outermost_nodes",
     "replaced",
     "shapes",
+    "with_axes_of",
     "with_leaves",
 ]
 
@@ -39,6 +40,15 @@ def outermost_nodes(tree: Any, kinds: tuple[type, ...]) -> Iterator[Any]:
     """Yield the nodes of certain types that are in no other node of these types."""
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds))
     return (node for node in nodes if isinstance(node, kinds))
+
+
+def with_axes_of(like: jax.Array, value: jax.Array) -> jax.Array:
+    """Return a value that, in a `jax.shard_map`, varies over the mesh axes over which another one does.
+
+    The state that goes into a step of a loop must have the types of the state that comes out of it. A type says over
+    which axes a value varies, and a constant varies over none.
+    """
+    return jnp.where(True, value, like)
 
 
 def by_path(tree: Any) -> dict[Path, Any]:

@@ -52,7 +52,7 @@ from lookahead_optim.optax._slow_weights import (
     initial,
     mark_stale,
 )
-from lookahead_optim.optax._trees import add_updates
+from lookahead_optim.optax._trees import add_updates, with_axes_of
 
 __all__ = ["LookaheadTransformation", "lookahead"]
 
@@ -306,11 +306,17 @@ class _Lookahead:
             outer_state = initial_state_of(self.outer, slow)
             self.outer_states.add(outer_state)
             return outer_state
-        return self._momentum_state(initial_momentum(slow)) if has_momentum(self.slow_momentum) else None
-
-    def _momentum_state(self, momentum: optax.Params) -> SlowMomentumState:
+        if not has_momentum(self.slow_momentum):
+            return None
         # Copies, as no buffer can be donated twice.
-        return SlowMomentumState(momentum, jnp.array(self.slow_momentum, float), jnp.array(self.slow_nesterov))
+        settings = jnp.array(self.slow_momentum, float), jnp.array(self.slow_nesterov)
+        return SlowMomentumState(initial_momentum(slow), *settings)
+
+    def _next_momentum_state(self, momentum: optax.Params, state: SlowMomentumState) -> SlowMomentumState:
+        factor, nesterov = jnp.asarray(self.slow_momentum, float), jnp.asarray(self.slow_nesterov)
+        return SlowMomentumState(
+            momentum, with_axes_of(state.next_factor, factor), with_axes_of(state.next_nesterov, nesterov)
+        )
 
     def update(
         self,
@@ -371,7 +377,7 @@ class _Lookahead:
             slow_params=slow,
             step=step,
             captured=jnp.where(is_moved, captured, state.captured).astype(jnp.int32),
-            next_slow_step_size=self._next_slow_step_size(step),
+            next_slow_step_size=with_axes_of(state.next_slow_step_size, self._next_slow_step_size(step)),
             outer_state=self._outer_state_unless_off(state),
         )
         return updates, is_sync, new_state
@@ -417,7 +423,7 @@ class _Lookahead:
             slow, moving, momentum = sync_if_due(
                 is_sync, outer_step, slow, moving, momentum, updates, params, self.reduce
             )
-            outer_state = None if momentum is None else self._momentum_state(momentum)
+            outer_state = None if momentum is None else self._next_momentum_state(momentum, state.outer_state)
         return moving, state._replace(slow_params=slow, outer_state=outer_state)
 
     def _next_slow_step_size(self, step: jax.Array) -> jax.Array:
