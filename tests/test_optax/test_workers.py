@@ -11,6 +11,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lookahead_optim.optax import lookahead, reset_slow_params, slow_params, sync
+from tests import child_processes
+from tests.test_optax import worker_processes
 from tests.test_optax.whole_steps import FORMS, whole_step
 
 WORKERS, PERIOD, ETA, RATE = 4, 3, 0.7, 0.1
@@ -37,11 +39,11 @@ def start_and_gradients(steps):
 class ByHand:
     """All workers in float64, with SGD inside."""
 
-    def __init__(self, start, mu, nesterov, eta=ETA):
-        self.mu, self.nesterov, self.eta, self.count = mu, nesterov, eta, 0
+    def __init__(self, start, mu, nesterov, workers=WORKERS):
+        self.mu, self.nesterov, self.eta, self.count = mu, nesterov, ETA, 0
         self.slow = {name: value.astype("float64") for name, value in start.items()}
         self.b = {name: np.zeros_like(value) for name, value in self.slow.items()}
-        self.workers = [dict(self.slow) for _ in range(WORKERS)]
+        self.workers = [dict(self.slow) for _ in range(workers)]
 
     def step(self, gradients):
         self.workers = [
@@ -57,7 +59,7 @@ class ByHand:
             s = np.mean([slow - worker[name] for worker in self.workers], axis=0)
             b = self.b[name] = self.mu * self.b[name] + s
             self.slow[name] = slow - self.eta * (s + self.mu * b if self.nesterov else b)
-        self.workers = [dict(self.slow) for _ in range(WORKERS)]
+        self.workers = [dict(self.slow) for _ in self.workers]
 
 
 def by_vmap(function):
@@ -116,6 +118,24 @@ def test_all_workers_restart_from_the_outer_step_with_the_mean(way, form, mu, ne
         assert_close(shown, [by_hand.slow] * WORKERS)
         if form == "apply_gradients" and count % PERIOD == 0:
             assert_equal_on_all_workers(params)
+
+
+@forms
+def test_workers_are_two_processes(form, tmp_path):
+    child_processes.run_together(worker_processes, form, tmp_path, 2, timeout=120)
+    found = [np.load(tmp_path / f"{form}-{rank}.npz") for rank in range(2)]
+    start, gradients = start_and_gradients(8)
+    by_hand = ByHand(start, 0.9, True, workers=2)
+    for count, one in enumerate(gradients):
+        by_hand.step(one[:2])
+        for worker, expected in zip(found, by_hand.workers):
+            for name, value in expected.items():
+                np.testing.assert_allclose(worker[f"{name} {count}"], value, rtol=0, atol=1e-5)
+    for name in SHAPES:
+        np.testing.assert_allclose(found[0][f"slow {name}"], by_hand.slow[name], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found[0][f"momentum {name}"], by_hand.b[name], rtol=0, atol=1e-5)
+        for kind in ("slow", "momentum"):
+            np.testing.assert_array_equal(*(worker[f"{kind} {name}"] for worker in found))
 
 
 @forms
