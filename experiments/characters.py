@@ -5,11 +5,8 @@ the PyTorch front end: validation loss of the bare weights, and of fast and slow
 learning rate.
 """
 
-import hashlib
 import math
 import sys
-import sysconfig
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,23 +16,11 @@ from torch import nn
 
 from common import BARE, FAST, SLOW, command, markdown
 from lookahead_optim.torch import Lookahead
+from source_text import CHARACTERS, described, load
 
 CONTEXT, BATCH, WIDTH = 64, 32, 64
-CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 PERIOD, STEP_SIZE = 5, 0.5
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-
-
-def load():
-    """Return training and validation text as integers, and the text's digest; every tenth file is for validation."""
-    numbers = {character: number for number, character in enumerate(CHARACTERS)}
-    parts = [[], []]
-    for index, path in enumerate(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))):
-        text = path.read_text(encoding="utf-8", errors="ignore").replace("\t", "    ")
-        parts[index % 10 == 0].extend(numbers[one] for one in text if one in numbers)
-    training, validation = (np.array(part, dtype=np.int64) for part in parts)
-    digest = hashlib.sha256(training.tobytes() + validation.tobytes()).hexdigest()[:16]
-    return torch.from_numpy(training), torch.from_numpy(validation), digest
 
 
 class Transformer(nn.Module):
@@ -108,10 +93,11 @@ def train(texts, rate, wrapped, decayed, seed, steps, advance):
 
 def run(quick):
     """Return the results of the experiment."""
-    training, validation, digest = load()
+    *texts, digest = load()
+    tensors = [torch.from_numpy(text) for text in texts]
     rates, seeds, steps = ((3e-3,), 1, 36) if quick else (RATES, 3, 300)
     results = {
-        "text": {"training": len(training), "validation": len(validation), "sha256": digest},
+        "text": described(*texts, digest),
         "rates": rates,
         "seeds": seeds,
         "constant": {"bare": [], "fast": [], "slow": []},
@@ -128,7 +114,13 @@ def run(quick):
                 for seed in range(seeds):
                     for wrapped in (False, True):
                         curves, results["steps"] = train(
-                            (training, validation), rate, wrapped, decayed, seed, steps, lambda: progress.advance(task)
+                            tensors,
+                            rate,
+                            wrapped,
+                            decayed,
+                            seed,
+                            steps,
+                            lambda: progress.advance(task),
                         )
                         for name, curve in curves.items():
                             runs[name].append(curve)

@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import inspect
 import json
+import multiprocessing
 import os
 import platform
 import time
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import Annotated
 
 import matplotlib as mpl
+import numpy as np
+import scipy.stats
 import typer
+from rich.progress import track
 
 FOLDER = Path(__file__).resolve().parent
 BARE, FAST, SLOW = "#D55E00", "#56B4E9", "#0072B2"
@@ -21,6 +25,32 @@ def markdown(heading, rows):
     """Return a table in Markdown; numbers are aligned to the right."""
     lines = [heading, ["---", *["---:"] * (len(heading) - 1)], *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def paired(values, others):
+    """Return the mean difference of two sequences, one pair for each seed, and its 95% interval by bootstrap.
+
+    The interval is that of resampled pairs (Efron's percentile method). With few seeds it is too narrow rather than too
+    wide. One pair has no interval: its ends are NaN.
+    """
+    differences = np.subtract(values, others)
+    if len(differences) < 2:
+        return float(differences.mean()), np.nan, np.nan
+    found = scipy.stats.bootstrap((differences,), np.mean, method="percentile", rng=np.random.default_rng(0))
+    return float(differences.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def in_words(difference, digits=2):
+    """Return a difference and its interval, as `paired` gives them, in words."""
+    mean, low, high = difference
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def in_processes(function, tasks):
+    """Return what a function returns for each of a list of tasks, computed in as many processes as there are cores."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(os.cpu_count()) as pool:
+        return list(track(pool.imap(function, tasks), total=len(tasks)))
 
 
 def draw(module, content, folder):
