@@ -53,6 +53,17 @@ def in_processes(function, tasks):
         return list(track(pool.imap(function, tasks), total=len(tasks)))
 
 
+def written():
+    """Return the bytes that this process has written to files and sockets."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("wchar")).split()[1])
+
+
+def bytes_sent(workers, size):
+    """Return the bytes that a worker sends in a reduction of so many bytes, by a ring or a tree."""
+    return 2 * (workers - 1) / workers * size
+
+
 def draw(module, content, folder):
     """Write an experiment's tables and plots, made of its results alone."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 
-from common import BARE, FAST, SLOW, command, markdown
+from common import BARE, FAST, SLOW, bytes_sent, command, markdown, written
 from lookahead_optim.torch import Lookahead, average
 
 PERIODS = (1, 10, 100)
@@ -26,21 +26,10 @@ NETWORKS = {"in a data centre, 100 Gbit/s, 10 us": (12.5e9, 1e-5), "between site
 SIZES = [2**power for power in range(1, 13)]
 
 
-def bytes_sent(workers, size):
-    """Return the bytes that a worker sends in a reduction of so many bytes, by a ring or a tree."""
-    return 2 * (workers - 1) / workers * size
-
-
 def seconds(workers, size, bandwidth, latency, form="ring"):
     """Return how long a reduction takes whose messages wait for nothing but the network."""
     messages = 2 * (workers - 1) if form == "ring" else 2 * math.ceil(math.log2(workers))
     return messages * latency + bytes_sent(workers, size) / bandwidth
-
-
-def written():
-    """Return the bytes that this process has written to files and sockets."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("wchar")).split()[1])
 
 
 def make(period, width):

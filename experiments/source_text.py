@@ -11,12 +11,14 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 
 def load():
     """Return training and validation text as integers, and the text's digest; every tenth file is for validation."""
-    numbers = {character: number for number, character in enumerate(CHARACTERS)}
+    numbers = np.full(256, -1)
+    numbers[np.frombuffer(CHARACTERS.encode(), np.uint8)] = np.arange(len(CHARACTERS))
     parts = [[], []]
     for index, path in enumerate(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))):
         text = path.read_text(encoding="utf-8", errors="ignore").replace("\t", "    ")
-        parts[index % 10 == 0].extend(numbers[one] for one in text if one in numbers)
-    training, validation = (np.array(part, dtype=np.int64) for part in parts)
+        found = numbers[np.frombuffer(text.encode("ascii", "ignore"), np.uint8)]
+        parts[index % 10 == 0].append(found[found >= 0])
+    training, validation = map(np.concatenate, parts)
     digest = hashlib.sha256(training.tobytes() + validation.tobytes()).hexdigest()[:16]
     return training, validation, digest
 

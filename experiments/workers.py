@@ -1,0 +1,285 @@
+"""Several workers on a character model: loss against bytes, with local steps, with and without slow momentum.
+
+One, two and four workers with AdamW inside share the pieces of each batch, so that all runs see the same text. They are
+simulated on one device by `vmap`; once, real processes make the same steps over `jax.distributed`. With the Optax front
+end.
+"""
+
+import functools
+import itertools
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+
+from common import BARE, FAST, SLOW, bytes_sent, command, in_processes, markdown, written
+from lookahead_optim.optax import lookahead, slow_params
+from source_text import described, load
+from transformer import CONTEXT, initial_params, loss_of, starts_of_pieces
+
+WORKERS, PERIODS, BATCH = (1, 2, 4), (1, 10, 50), 32
+# Slow step size and slow momentum. With the first, a sync takes the mean of the workers' weights.
+OUTER = {"mean": (1.0, 0.0), "momentum 0.6": (0.7, 0.6), "momentum 0.9": (0.7, 0.9)}
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+SEEDS, SEED_TO_TUNE = (0, 1, 2), 100
+# The loss is measured so many times in a run, each time right after a sync.
+TIMES = 8
+
+
+def way(workers, period, outer):
+    """Return a way to train, for the file of results."""
+    return {"workers": workers, "period": period, "outer": outer}
+
+
+def ways(workers=WORKERS, periods=PERIODS, outers=tuple(OUTER)):
+    """Return all ways to train. The first is AdamW alone: one worker, whose slow weights copy its weights."""
+    bare = way(1, 1, "mean")
+    others = itertools.product(workers, periods, outers)
+    return [bare, *(way(*one) for one in others if one[0] > 1 or one[2] != "mean")]
+
+
+def optimizer(one, rate, steps):
+    """Return the optimizer of a way, with a learning rate that decays to 0."""
+    eta, mu = OUTER[one["outer"]]
+    inner = optax.adamw(lambda count: rate * (1 + jnp.cos(jnp.pi * count / steps)) / 2)
+    momentum = {"slow_momentum": mu} if mu else {}
+    mean = functools.partial(jax.lax.pmean, axis_name="workers")
+    return lookahead(inner, one["period"], eta, reduce=mean, **momentum)
+
+
+def train_worker(one, rate, steps, params, state, text, starts):
+    """Make a step for each row of `starts` in one of several workers; return parameters and state."""
+    rule = optimizer(one, rate, steps)
+
+    def step(carried, starts):
+        params, state = carried
+        gradients = jax.grad(loss_of)(params, text, starts)
+        return rule.apply_gradients(gradients, state, params), None
+
+    return jax.lax.scan(step, (params, state), starts)[0]
+
+
+@functools.cache
+def compiled(workers, period, outer, steps):
+    """Return compiled functions of all workers: to begin, to make some steps, and the loss of the slow weights."""
+    one = way(workers, period, outer)
+
+    @jax.jit
+    def begin(params, rate):
+        replicas = jax.tree.map(lambda leaf: jnp.stack([leaf] * workers), params)
+        return replicas, jax.vmap(optimizer(one, rate, steps).init)(replicas)
+
+    @jax.jit
+    def train(rate, params, state, text, starts):
+        worker = functools.partial(train_worker, one, rate, steps)
+        return jax.vmap(worker, in_axes=(0, 0, None, 1), axis_name="workers")(params, state, text, starts)
+
+    @jax.jit
+    def loss(params, state, text, starts):
+        # The slow weights are the same in all workers.
+        slow = jax.tree.map(lambda leaf: leaf[0], jax.vmap(slow_params)(state, params))
+        return loss_of(slow, text, starts)
+
+    return begin, train, loss
+
+
+def shared(starts, workers):
+    """Split the pieces of each batch between workers: from (steps, batch) to (steps, workers, pieces of each)."""
+    return starts.reshape(len(starts), workers, -1)
+
+
+def losses(one, rate, seed, steps):
+    """Return validation losses of a training, at equal distances, the last one at its end."""
+    training, validation, _ = load()
+    begin, train, loss = compiled(one["workers"], one["period"], one["outer"], steps)
+    starts = shared(starts_of_pieces(training, (steps, BATCH), seed), one["workers"])
+    same = starts_of_pieces(validation, 256, 0)
+    training, validation = jnp.asarray(training, "int8"), jnp.asarray(validation, "int8")
+    params, state = begin(initial_params(seed), rate)
+    found = []
+    for part in np.split(starts, TIMES):
+        params, state = train(rate, params, state, training, part)
+        found.append(round(float(loss(params, state, validation, same)), 4))
+    return found
+
+
+def tuned(steps, rates, seeds, one):
+    """Return a way with the losses at all rates with one seed, and at the best rate with other seeds."""
+    tuning = [losses(one, rate, SEED_TO_TUNE, steps)[-1] for rate in rates]
+    rate = rates[int(np.nanargmin(tuning))]
+    return {**one, "tuning": tuning, "rate": rate, "curves": [losses(one, rate, seed, steps) for seed in seeds]}
+
+
+# --- The same steps in real processes
+
+
+def train_in_process(rank, workers, port, one, steps, path):
+    """Train as one of several processes, and simulate all of them; write the difference, and the bytes of a sync."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", num_processes=workers, process_id=rank)
+    training, _, _ = load()
+    text = jnp.asarray(training, "int8")
+    starts = shared(starts_of_pieces(training, (steps, BATCH), 0), workers)
+    params = jax.tree.map(lambda leaf: leaf.astype("float64"), initial_params(0))
+    begin, train, _ = compiled(workers, one["period"], one["outer"], steps)
+    rate = 4e-3
+
+    mesh = jax.make_mesh((workers,), ("workers",), axis_types=(AxisType.Auto,))
+    by_worker = NamedSharding(mesh, PartitionSpec("workers"))
+
+    def of_all(leaf):
+        """Return an array of all processes, of which this one has the part of its worker."""
+        return jax.make_array_from_process_local_data(by_worker, np.asarray(leaf[rank : rank + 1]))
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec("workers"), out_specs=PartitionSpec("workers"))
+    def train_each(params, state, starts):
+        params, state, starts = jax.tree.map(lambda leaf: leaf[0], (params, state, starts))
+        carried = train_worker(one, rate, steps, params, state, text, starts)
+        return jax.tree.map(lambda leaf: leaf[None], carried)
+
+    simulated = real = begin(params, rate)
+    real = jax.tree.map(of_all, real)
+    parts = np.split(starts, 2)
+    pieces = [of_all(np.swapaxes(part, 0, 1)) for part in parts]
+    largest, sent = 0.0, []
+    for part, of_each in zip(parts, pieces):
+        simulated = train(rate, *simulated, text, part)
+        jax.block_until_ready(simulated)
+        before = written()
+        real = train_each(*real, of_each)
+        jax.block_until_ready(real)
+        sent.append(written() - before)
+        for leaf, expected in zip(jax.tree.leaves(real), jax.tree.leaves(simulated)):
+            mine = np.asarray(leaf.addressable_data(0)[0], "float64")
+            largest = max(largest, float(np.abs(mine - np.asarray(expected[rank])).max()))
+    syncs = len(parts[-1]) / one["period"]
+    path.write_text(f"{largest} {sent[-1] / syncs}")
+
+
+def compare_with_processes(workers, steps):
+    """Return the largest difference between real processes and simulated ones, in float64, and the bytes of a sync."""
+    one = way(workers, 5, "momentum 0.6")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / str(rank) for rank in range(workers)]
+        context = multiprocessing.get_context("spawn")
+        processes = [
+            context.Process(target=train_in_process, args=(rank, workers, port, one, steps, path), daemon=True)
+            for rank, path in enumerate(paths)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+        assert [process.exitcode for process in processes] == [0] * workers
+        largest, sent = zip(*([float(number) for number in path.read_text().split()] for path in paths))
+    size = 8 * sum(leaf.size for leaf in jax.tree.leaves(initial_params(0)))
+    return {
+        **one,
+        "steps": steps,
+        "difference": max(largest),
+        "bytes_of_a_sync": max(sent),
+        "bytes_expected": bytes_sent(workers, size),
+    }
+
+
+def run(quick):
+    """Return the results of the experiment."""
+    # Two processes share the cores.
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    few = {"workers": (2,), "periods": (10,), "outers": ("momentum 0.6",)}
+    steps, rates, seeds, which = (16, (4e-3,), (0,), few) if quick else (400, RATES, SEEDS, {})
+    *texts, digest = load()
+    return {
+        "text": described(*texts, digest),
+        "steps": steps,
+        "rates": rates,
+        "seeds": seeds,
+        "size": 4 * sum(leaf.size for leaf in jax.tree.leaves(initial_params(0))),
+        "processes": compare_with_processes(2, 20 if quick else 50),
+        "ways": in_processes(functools.partial(tuned, steps, rates, seeds), ways(**which)),
+    }
+
+
+def is_bare(one):
+    """Return whether a way is AdamW alone. With the learning rate of its group it is data-parallel AdamW, too."""
+    return (one["workers"], one["outer"]) == (1, "mean")
+
+
+def end(one):
+    """Return the losses at the end, one for each seed."""
+    return np.array(one["curves"])[:, -1]
+
+
+def sent(results, one, workers):
+    """Return the bytes that one of several workers sends in a training."""
+    return bytes_sent(workers, results["size"]) * results["steps"] / one["period"]
+
+
+def tables(results):
+    """Return the tables of the experiment's page."""
+    (bare,) = filter(is_bare, results["ways"])
+    most = max(one["workers"] for one in results["ways"])
+
+    def cells(one):
+        spread = f" ± {end(one).std(ddof=1):.3f}" if len(end(one)) > 1 else ""
+        return f"{end(one).mean():.3f}{spread} ({one['rate']:g})"
+
+    rows = [["AdamW, data-parallel", f"{sent(results, bare, most) / 1e6:.1f}", *[cells(bare)] * len(WORKERS)]]
+    for outer, period in itertools.product(OUTER, PERIODS):
+        same = [one for one in results["ways"] if (one["period"], one["outer"]) == (period, outer) and not is_bare(one)]
+        if same:
+            found = {one["workers"]: cells(one) for one in same}
+            megabytes = f"{sent(results, same[0], most) / 1e6:.1f}"
+            rows.append([f"k = {period}, {outer}", megabytes, *(found.get(workers, "-") for workers in WORKERS)])
+    processes, text = results["processes"], results["text"]
+    return {
+        "losses": markdown(["", f"MB sent by one of {most}", *(f"{one} workers" for one in WORKERS)], rows).replace(
+            "1 workers", "1 worker"
+        ),
+        "text": f"{text['training']:,} characters for training, {text['validation']:,} for validation (digest "
+        f"{text['sha256']}), {results['steps']} steps, {len(results['seeds'])} seeds.\n",
+        "processes": f"{processes['workers']} processes, {processes['steps']} steps, k = {processes['period']}, "
+        f"{processes['outer']}: parameters and state differ by at most {processes['difference']:.0e}. A sync sent "
+        f"{processes['bytes_of_a_sync'] / 1e6:.3f} MB from each process, {processes['bytes_expected'] / 1e6:.3f} MB by "
+        "the closed form.\n",
+    }
+
+
+def plots(results):
+    """Return the figures of the experiment's page: losses of the most workers over text, and over bytes."""
+    (bare,) = filter(is_bare, results["ways"])
+    most = max(one["workers"] for one in results["ways"])
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    shown = [bare, *(one for one in results["ways"] if one["workers"] == most)]
+    styles = dict(zip(OUTER, ("-", "--", ":")))
+    colors = dict(zip(PERIODS, (FAST, SLOW, "#009E73")))
+    parts = np.arange(1, TIMES + 1) / TIMES
+    for one in shown:
+        label = "AdamW, data-parallel" if one is bare else f"k = {one['period']}, {one['outer']}"
+        style = {"color": BARE} if one is bare else {"color": colors.get(one["period"]), "ls": styles[one["outer"]]}
+        curve = np.mean(one["curves"], axis=0)
+        left.plot(parts * results["steps"] * BATCH * CONTEXT / 1e6, curve, label=label, linewidth=1, **style)
+        right.semilogx(parts * sent(results, one, most) / 1e6, curve, linewidth=1, **style)
+    left.set(xlabel="million characters of text", ylabel="validation loss (nats a character)", title=f"{most} workers")
+    right.set(xlabel="MB sent by a worker", title="the same: lower and further left is better")
+    left.legend(fontsize=7)
+    return {"losses": figure}
+
+
+if __name__ == "__main__":
+    command(sys.modules[__name__], ["lookahead-optim", "jax", "optax", "flax"])
