@@ -1,6 +1,7 @@
 """The package as it is installed: its imports, its version, its wheel."""
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,57 @@ def test_other_backends_are_refused_by_name():
     )
     assert done.returncode == 1
     assert "trains on the tensorflow, jax and torch backends of Keras. Received: KERAS_BACKEND=numpy" in done.stderr
+
+
+def error_of(code, **environment):
+    """Return what a fresh process prints, which ends with an error."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+    assert done.returncode == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("torch", "torch", "torch"),
+        ("optax", "optax", "optax"),
+        ("optax", "jax", "optax"),
+        ("keras", "keras", "keras"),
+        ("migrate", "keras", "keras"),
+        ("tf_keras", "tensorflow", "tf-keras"),
+        ("tf_keras", "tf_keras", "tf-keras"),
+        ("lightning", "torch", "lightning"),
+        ("transformers", "transformers", "transformers"),
+    ],
+)
+def test_a_framework_that_is_missing_is_named_with_its_extra(module, package, extra):
+    code = f"import sys; sys.modules['{package}'] = None; import lookahead_optim.{module}"
+    assert re.search(
+        rf"ModuleNotFoundError: `lookahead_optim\.\w+` needs the package `{package}`, which is not installed: "
+        rf"pip install 'lookahead-optim\[{extra}\]'",
+        error_of(code, TF_CPP_MIN_LOG_LEVEL="3"),
+    )
+
+
+def test_lightning_may_come_from_either_package():
+    code = "import sys; sys.modules['lightning'] = sys.modules['pytorch_lightning'] = None"
+    assert "pip install 'lookahead-optim[lightning]'" in error_of(f"{code}; import lookahead_optim.lightning")
+
+
+def test_a_backend_of_keras_that_is_missing_is_named():
+    code = "import sys; sys.modules['jax'] = None; import lookahead_optim.keras"
+    assert "Keras looks for its backend `jax`, which is not installed. Install it, or set the environment " in error_of(
+        code, KERAS_BACKEND="jax"
+    )
+
+
+def test_the_package_itself_says_where_lookahead_is():
+    for name in ("Lookahead", "lookahead"):
+        found = error_of(f"from lookahead_optim import {name}")
+        assert "ImportError: `lookahead_optim` has a Lookahead for each framework" in found
+    assert not hasattr(lookahead_optim, "Other")
 
 
 def test_version_is_that_of_the_distribution():

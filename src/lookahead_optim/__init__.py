@@ -3,6 +3,22 @@
 Import the front end of your framework, for example `lookahead_optim.keras`; this module imports none.
 """
 
+import typing
+
 __all__ = ["__version__"]
 
 __version__ = "0.1.0"
+
+# Type checkers know that there is no such name.
+if not typing.TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name in ("Lookahead", "lookahead"):
+            # An `AttributeError` would become an `ImportError` that says nothing more.
+            raise ImportError(
+                "`lookahead_optim` has a Lookahead for each framework, and does not choose one. Import it from your "
+                "framework's module: `lookahead_optim.keras`, `lookahead_optim.tf_keras` (Keras 2) and "
+                "`lookahead_optim.torch` have `Lookahead`, `lookahead_optim.optax` has `lookahead`",
+                name=__name__,
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

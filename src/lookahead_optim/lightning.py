@@ -6,9 +6,12 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn.parameter import is_lazy
+from lookahead_optim._missing import explain_missing
+
+with explain_missing("lookahead_optim.lightning", "lightning", "torch"):
+    import torch
+    from torch import Tensor
+    from torch.nn.parameter import is_lazy
 
 from lookahead_optim.torch._fsdp import local
 
@@ -21,7 +24,11 @@ else:
         with contextlib.suppress(ModuleNotFoundError):
             _callbacks.append(importlib.import_module(_package).Callback)
     if not _callbacks:
-        raise ImportError("`lookahead_optim.lightning` needs the package `lightning` or `pytorch_lightning`.")
+        raise ModuleNotFoundError(
+            "`lookahead_optim.lightning` needs the package `lightning` or `pytorch_lightning`: "
+            "pip install 'lookahead-optim[lightning]'",
+            name="lightning",
+        )
     Callback = type("Callback", tuple(_callbacks), {})
 
 __all__ = ["SlowWeights"]

@@ -5,8 +5,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import keras
-import numpy as np
+from lookahead_optim._missing import explain_missing
+
+with explain_missing("lookahead_optim.migrate", "keras", "keras"):
+    import keras
+    import numpy as np
 
 from lookahead_optim.keras import Lookahead
 

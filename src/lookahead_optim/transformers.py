@@ -3,10 +3,12 @@
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
+from lookahead_optim._missing import explain_missing
 from lookahead_optim.torch import Lookahead
+
+with explain_missing("lookahead_optim.transformers", "transformers", "transformers"):
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 __all__ = ["SlowWeightsMixin"]
 

@@ -1,0 +1,30 @@
+"""Says which extra of this package installs a framework that is missing."""
+
+import contextlib
+from collections.abc import Iterator
+
+__all__ = ["explain_missing"]
+
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+@contextlib.contextmanager
+def explain_missing(module: str, extra: str, *packages: str) -> Iterator[None]:
+    """Explain the `ModuleNotFoundError` of a block of imports, if one of some packages is what is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name in packages:
+            raise ModuleNotFoundError(
+                f"`{module}` needs the package `{error.name}`, which is not installed: "
+                f"pip install 'lookahead-optim[{extra}]'",
+                name=error.name,
+            ) from error
+        if "keras" in packages and error.name in BACKENDS:
+            raise ModuleNotFoundError(
+                f"Keras looks for its backend `{error.name}`, which is not installed. Install it, or set the "
+                f"environment variable KERAS_BACKEND to the backend that is installed, one of {', '.join(BACKENDS)}, "
+                "before Keras is imported",
+                name=error.name,
+            ) from error
+        raise
