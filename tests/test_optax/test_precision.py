@@ -65,8 +65,9 @@ def start(kind):
 INNER = {
     "bfloat16": optax.adam(0.01, eps=1e-3, mu_dtype=jnp.float32),
     "float16": optax.adam(0.01, eps=1e-3, mu_dtype=jnp.float32),
-    # Updates of about 5: the spacing of float32 is 8 near 1e8.
-    "float32": optax.sgd(5.0, momentum=0.5),
+    # Updates of about 4: the spacing of float32 is 8 near 1e8. Products with powers of two are exact. So a compiler may
+    # fuse them with the additions that follow, or not: the sums are the same bits.
+    "float32": optax.sgd(4.0, momentum=0.5),
 }
 kinds = pytest.mark.parametrize("kind", INNER)
 
