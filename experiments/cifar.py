@@ -2,7 +2,8 @@
 
 Reads the "python version" of the data as its authors distribute it, unpacked (`cifar-10-batches-py`,
 `cifar-100-python`). The settings follow the paper: 200 epochs, batches of 128, crops and flips, SGD with momentum 0.9,
-the learning rate divided by 5 at epochs 60, 120 and 160, and Lookahead(5, 0.8). This repository has no results of it.
+the learning rate divided by 5 at epochs 60, 120 and 160, and Lookahead(5, 0.8); the outer step has options. This
+repository has no results of it.
 """
 
 import datetime
@@ -155,8 +156,11 @@ def hold_out(data, count):
     return (images[:-count], labels[:-count]), (images[-count:], labels[-count:]), classes
 
 
-def train(data, *, lookahead, rate, weight_decay, seed, epochs, device, width=64, period=5, step_size=0.8):
-    """Train ResNet-18; return test accuracies in % after each epoch, by the weights evaluated."""
+def train(data, *, lookahead, rate, weight_decay, seed, epochs, device, width=64):
+    """Train ResNet-18; return test accuracies in % after each epoch, by the weights evaluated.
+
+    `lookahead` has the arguments of `Lookahead`. Without any, SGD is bare.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     (images, labels), (test_images, test_labels), classes = data
@@ -171,7 +175,7 @@ def train(data, *, lookahead, rate, weight_decay, seed, epochs, device, width=64
     model = resnet18(classes, width).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=weight_decay)
     if lookahead:
-        optimizer = Lookahead(optimizer, period, step_size)
+        optimizer = Lookahead(optimizer, **lookahead)
     milestones = [round(one * epochs / 200) for one in MILESTONES]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, FACTOR)
     curves = {"fast": [], "slow": []} if lookahead else {"bare": []}
@@ -214,14 +218,24 @@ def main(
         int, typer.Option(help="Training images to hold out, and to evaluate in place of the test images.", min=0)
     ] = 0,
     epochs: Annotated[int, typer.Option(help="Epochs of each run; the schedule is stretched to them.", min=1)] = 200,
+    sync_period: Annotated[int, typer.Option(help="Steps from sync to sync.", min=1)] = 5,
+    slow_step_size: Annotated[float, typer.Option(help="Slow step size.", min=0)] = 0.8,
+    slow_momentum: Annotated[float, typer.Option(help="Momentum of the outer step, in [0, 1).", min=0)] = 0.0,
+    slow_nesterov: Annotated[bool, typer.Option(help="Whether this momentum is Nesterov's, or heavy ball.")] = True,
     width: Annotated[int, typer.Option(help="Channels of the first stage; 64 is ResNet-18.", min=1)] = 64,
     device: Annotated[str, typer.Option(help="Device of PyTorch.")] = "cuda" if torch.cuda.is_available() else "cpu",
     output: Annotated[Path, typer.Option(help="The JSON file of results.")] = Path("cifar.json"),
 ) -> None:
     loaded = hold_out(load(data), validation) if validation else load(data)
     results = []
+    outer = {
+        "sync_period": sync_period,
+        "slow_step_size": slow_step_size,
+        "slow_momentum": slow_momentum,
+        "slow_nesterov": slow_nesterov,
+    }
     for rate in map(float, rates.split(",")):
-        for lookahead in (False, True):
+        for lookahead in ({}, outer):
             for seed in range(seeds):
                 settings = {"lookahead": lookahead, "rate": rate, "weight_decay": weight_decay, "seed": seed}
                 curves = train(loaded, **settings, epochs=epochs, device=device, width=width)

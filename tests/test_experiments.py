@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 import cifar
 import common
@@ -263,12 +265,12 @@ def test_crops_and_flips_keep_rows_and_values():
     assert len(moved) == 18
 
 
-@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("lookahead", [{}, {"sync_period": 3, "slow_step_size": 0.8}])
 def test_cifar_trains_a_resnet(tmp_path, lookahead):
     write_cifar(tmp_path / "cifar-10-batches-py", 10, per_file=96)
     data = cifar.load(tmp_path / "cifar-10-batches-py")
     curves = cifar.train(
-        data, lookahead=lookahead, rate=0.05, weight_decay=1e-3, seed=1, epochs=6, device="cpu", width=8, period=3
+        data, lookahead=lookahead, rate=0.05, weight_decay=1e-3, seed=1, epochs=6, device="cpu", width=8
     )
     assert curves.keys() == ({"fast", "slow"} if lookahead else {"bare"})
     for curve in curves.values():
@@ -285,6 +287,24 @@ def test_cifar_runs_as_a_command_and_draws_its_curves(tmp_path):
     assert content["accuracy"] == "10 held-out images"
     assert [sorted(one["curves"]) for one in content["results"]] == [["bare"], ["fast", "slow"]]
     assert output.with_suffix(".svg").exists()
+
+
+def test_options_of_the_outer_step_reach_the_optimizer_of_cifar(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(cifar, "Lookahead", lambda *args, **kwargs: made.append(Lookahead(*args, **kwargs)) or made[-1])
+    write_cifar(tmp_path / "cifar-10-batches-py", 10)
+    app = typer.Typer()
+    app.command()(cifar.main)
+    options = "--sync-period 7 --slow-step-size 0.6 --slow-momentum 0.4 --no-slow-nesterov"
+    few = f"--rates 0.1 --seeds 1 --epochs 1 --width 4 --device cpu --output {tmp_path / 'found.json'}"
+    for given in (few, f"{few} {options}"):
+        found = CliRunner().invoke(app, [str(tmp_path / "cifar-10-batches-py"), *given.split()])
+        assert found.exit_code == 0, found.output
+    names = "sync_period", "slow_step_size", "slow_momentum", "slow_nesterov"
+    used = [tuple(one.param_groups[0][name] for name in names) for one in made]
+    assert used == [(5, 0.8, 0.0, True), (7, 0.6, 0.4, False)]
+    (bare, wrapped) = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert (bare["lookahead"], tuple(wrapped["lookahead"].values())) == ({}, used[-1])
 
 
 def test_resnet18_has_its_usual_number_of_parameters():
