@@ -1,6 +1,6 @@
 """Lists of weights of PyTorch, cut so that the CPU finds in its cache what an outer step needs more than once."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ __all__ = ["Piece", "cut", "is_large_on_gpu", "is_wide"]
 _BYTES_PER_THREAD = 2**18
 # From here on a GPU needs longer for a weight than the host to launch a kernel for it alone.
 _BYTES_OF_LARGE = 2**24
+# Some operations take memory for all weights of a piece.
+_BYTES_OF_PIECE = 2**27
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -37,17 +39,19 @@ def cut(slow: list[Tensor], fast: list[Tensor], momentum: Sequence[Tensor] = ())
 
     On the CPU several small weights make one piece, and a large weight makes several, which are views of it, if it lies
     in memory without gaps. On other devices a large weight makes a piece, and all others of one device and dtype make
-    one, as their `foreach` operations ask for.
+    pieces of 128 MiB, as their `foreach` operations ask for.
     """
     # Each row is a slow weight, its fast one, and its momentum if there is any.
     rows = list(zip(slow, fast, momentum) if momentum else zip(slow, fast))
     if not all(fast_weight.is_cpu for fast_weight in fast):
         by_kind: dict[object, Piece] = defaultdict(_empty)
+        sizes: Counter[object] = Counter()
         for row in rows:
             slow_weight, fast_weight = row[:2]
             is_alone = fast_weight.is_cuda and fast_weight.nbytes >= _BYTES_OF_LARGE
             kind = id(fast_weight) if is_alone else (fast_weight.device, fast_weight.dtype, slow_weight.dtype)
-            _append(by_kind[kind], row)
+            _append(by_kind[kind, sizes[kind] // _BYTES_OF_PIECE], row)
+            sizes[kind] += slow_weight.nbytes
         return [piece._replace(fits_kernels=_fits_kernels(piece)) for piece in by_kind.values()]
     pieces, size, limit = [_empty()], 0, _BYTES_PER_THREAD * torch.get_num_threads()
     for row in rows:

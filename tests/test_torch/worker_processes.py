@@ -42,7 +42,11 @@ WIDE_DTYPES = [torch.bfloat16, torch.float32, torch.bfloat16]
 CURVATURES, OPTIMA, STEP, CYCLES = (0.5, 2.0), (1.0, -3.0), 0.2, 250
 OUTER = [(0.5, 0.0), (1.0, 0.0), (0.7, 0.5), (0.3, 0.9)]
 DIFFERENCES = ["nothing", "count", "period", "step size", "momentum", "nesterov", "shape", "dtype", "weight"]
-DIFFERENCES += ["parameters", "groups", "loaded", "local"]
+DIFFERENCES += ["parameters", "groups", "loaded", "loaded momentum", "local", "unsynced", "off", "permuted", "frozen"]
+DIFFERENCES += ["slow dtype"]
+CHANGES = ["reset", "added", "off and on"]
+SMALL_BUCKET = 2**22
+KINDS = ["float32", "bfloat16", "one, bfloat16", "transposed", "channels last"]
 SAVED_EVERY, KILLED_AFTER = 3, 10
 # PyTorch 2.6 cannot save one process by itself.
 FORMS = ["plain", "dcp"] if "no_dist" in inspect.signature(dcp.save).parameters else ["plain"]
@@ -153,26 +157,35 @@ def started(difference):
     groups = [{"params": parameters[:1]}, {"params": parameters[1:]}]
     if difference == "groups" and rank:
         groups = [{"params": parameters}]
-    optimizer = Lookahead(torch.optim.SGD(groups, 0.1), 3, slow_momentum=0.5, reduce=average())
-    if difference == "loaded":
+    wide = {"slow_dtype": torch.float64} if difference == "slow dtype" and rank else {}
+    optimizer = Lookahead(torch.optim.SGD(groups, 0.1), 3, slow_momentum=0.5, **wide, reduce=average())
+    if difference.startswith("loaded"):
         for _ in range(2):
             set_gradients(parameters, rank, 1)
             optimizer.step()
         state = copy.deepcopy(optimizer.state_dict())
-        state["state"][1]["slow"][2] += rank
+        state["state"][1]["slow" if difference == "loaded" else "slow_momentum"][2] += rank
         optimizer.load_state_dict(state)
     group = optimizer.param_groups[-1]
     changes = {"count": {"lookahead_step": 7}, "period": {"sync_period": 4}, "step size": {"slow_step_size": 0.7}}
     changes |= {"momentum": {"slow_momentum": 0.7}, "nesterov": {"slow_nesterov": False}}
+    changes |= {"unsynced": {"lookahead_unsynced": 3}}
     if rank:
         group.update(changes.get(difference, {}))
     with torch.no_grad():
         if difference == "weight":
             parameters[1][2] += 1e-15 * rank
+        if difference == "permuted" and rank:
+            parameters[1].copy_(parameters[1].flip(0))
         if difference == "local":
             # Without a sync period there is nothing to keep equal.
             group["sync_period"] = 0
             parameters[1][2] += rank
+        if difference == "off" and rank:
+            for one in optimizer.param_groups:
+                one["sync_period"] = 0
+        if difference == "frozen" and rank:
+            parameters[1].requires_grad_(False)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     before = clones(parameters), copy.deepcopy(optimizer.state_dict())
@@ -188,6 +201,63 @@ def started(difference):
         optimizer.step()
         result["moved"] = not torch.equal(parameters[1], before[0][1])
     return result
+
+
+def changed(change):
+    """Make the workers differ after the start, and return the error of the next step."""
+    rank, parameters = dist.get_rank(), make_parameters()
+    optimizer = Lookahead(torch.optim.SGD(parameters[:2], 0.1), 3, slow_momentum=0.5, reduce=average())
+    for step in range(7):
+        set_gradients(parameters, rank, step)
+        if step == 4 and change == "off and on":
+            optimizer.param_groups[0]["sync_period"] = 0
+        optimizer.step()
+    if change == "reset":
+        optimizer.reset_slow_weights()
+    if change == "added":
+        with torch.no_grad():
+            parameters[2] += rank
+        optimizer.add_param_group({"params": parameters[2:]})
+    if change == "off and on":
+        optimizer.param_groups[0]["sync_period"] = 3
+    try:
+        optimizer.step()
+    except RuntimeError as raised:
+        return str(raised)
+    return None
+
+
+def in_groups():
+    """Return the error of a process that is in no group, and the weights of two groups of one, each with its settings.
+
+    All processes make all groups.
+    """
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    rank = dist.get_rank()
+    error = None
+    if rank == 1:
+        parameters = make_parameters()
+        optimizer = Lookahead(torch.optim.SGD(parameters, 0.1), 2, reduce=average(groups[0]))
+        set_gradients(parameters, rank, 1)
+        try:
+            optimizer.step()
+        except RuntimeError as raised:
+            error = str(raised)
+        try:
+            average(groups[0])([torch.ones(2)])
+        except RuntimeError as raised:
+            error += str(raised)
+    parameters = make_parameters()
+    optimizer = Lookahead(torch.optim.SGD(parameters, 0.1), 2 + rank, reduce=average(groups[rank]))
+    alone = make_parameters()
+    bare = Lookahead(torch.optim.SGD(alone, 0.1), 2 + rank)
+    # The other process may have other settings.
+    bare._is_compared = True
+    for step in range(7):
+        for one, of in ((optimizer, parameters), (bare, alone)):
+            set_gradients(of, rank, step)
+            one.step()
+    return error, clones(parameters), clones(alone)
 
 
 def calls():
@@ -255,18 +325,34 @@ def resident(name):
     return 1024 * int(line.split()[1])
 
 
-def memory():
+def weights_of(kind):
+    """Return 126 MB of weights, or half of that in bfloat16."""
+    if kind == "transposed":
+        return [torch.ones(5 * 2**10, 6 * 2**10).t()]
+    if kind == "channels last":
+        return [torch.ones(2**10, 2**8, 5, 4).to(memory_format=torch.channels_last) for _ in range(6)]
+    if kind == "one, bfloat16":
+        return [torch.ones(30 * 2**20, dtype=torch.bfloat16)]
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    return [torch.ones(5 * 2**20, dtype=dtype) for _ in range(6)]
+
+
+def memory(kind):
     """Return the bytes of the weights, and how many more than before a step with a sync takes for a while."""
-    parameters = [torch.nn.Parameter(torch.ones(5 * 2**20)) for _ in range(6)]
+    parameters = [torch.nn.Parameter(weight) for weight in weights_of(kind)]
     optimizer = Lookahead(torch.optim.SGD(parameters, 0.1), 2, slow_momentum=0.9, reduce=average())
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     growth = []
-    for _ in range(4):
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
-        optimizer.step()
-        growth.append(resident("VmHWM") - before)
+    kept, _workers._BYTES_PER_BUCKET = _workers._BYTES_PER_BUCKET, SMALL_BUCKET
+    try:
+        for _ in range(4):
+            Path("/proc/self/clear_refs").write_text("5")
+            before = resident("VmRSS")
+            optimizer.step()
+            growth.append(resident("VmHWM") - before)
+    finally:
+        _workers._BYTES_PER_BUCKET = kept
     return sum(parameter.nbytes for parameter in parameters), growth
 
 
@@ -368,9 +454,11 @@ def two(directory):
         "fixed": fixed_points(),
         "data_parallel": {momentum: data_parallel(momentum) for momentum in (0.0, 0.9)},
         "started": {difference: started(difference) for difference in DIFFERENCES},
+        "changed": {change: changed(change) for change in CHANGES},
+        "in_groups": in_groups(),
         "calls": calls(),
         "averaged": {size: averaged(size) for size in (2**25, 64)},
-        "memory": memory(),
+        "memory": {kind: memory(kind) for kind in KINDS},
         "sent": sent(),
     }
     result["uninterrupted"] = Restartable(directory / "uninterrupted").train()

@@ -390,8 +390,14 @@ def _reduced_outer_step(all_lists: list[_Lists], steps: list[OuterStep], reduce:
 
 def _call(reduce: Reduce, pseudo_gradients: list[Tensor]) -> bool:
     """Let `reduce` change pseudo-gradients, and return whether the cycle goes on."""
+    given = list(pseudo_gradients)
     try:
         goes_on = reduce(pseudo_gradients)
+        if len(pseudo_gradients) != len(given) or not all(map(operator.is_, pseudo_gradients, given)):
+            raise TypeError(
+                "`reduce` must change the tensors of its list in place, for example with "
+                "`pseudo_gradients[0].copy_(mean)`. Received: a list that has other tensors after the call"
+            )
         if not (goes_on is None or isinstance(goes_on, bool)):
             raise TypeError(
                 "`reduce` must return None or True to go on, or False to abandon the cycle. "

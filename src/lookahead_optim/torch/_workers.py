@@ -1,8 +1,8 @@
 """Several workers: what averages their pseudo-gradients, and the check that they start alike."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed
@@ -10,6 +10,9 @@ from torch.nn.parameter import is_lazy
 
 from lookahead_optim.torch._fsdp import local
 from lookahead_optim.torch._settings import Group, Names
+
+if TYPE_CHECKING:
+    from lookahead_optim.torch._slow_weights import SlowWeights
 
 __all__ = ["Average", "Reduce", "average", "description"]
 
@@ -27,19 +30,22 @@ def average(process_group: Any = None) -> "Average":
     data-parallel training. That is DiLoCo.
 
     float16 and bfloat16 are averaged in float32. The memory is that of 32 MiB of pseudo-gradients, besides what the
-    backend takes. Before the first step, and the first one after a state dict was loaded, the processes compare counts,
-    settings, shapes and, by a checksum, the weights with which they start. So all must load a state dict, or none.
+    backend takes. Before the first step the processes compare counts, settings, shapes and, by checksums, the weights
+    and the momentum with which they start. They do so again after `load_state_dict`, `reset_slow_weights` and
+    `add_param_group`, and when a group's `sync_period` became 0 or another number than 0. So all must do such a thing,
+    or none.
 
     Args:
         process_group: A `torch.distributed.ProcessGroup`, such as `mesh["replicate"].get_group()`, in which all
-            processes have the same weights, or the same shards of them. Defaults to `None`, the group of all.
+            processes have the same weights, or the same shards of them, and to which this process belongs. Defaults to
+            `None`, the group of all.
 
     Returns:
         A callable for `reduce`.
 
     Raises:
         RuntimeError: from the first step, in all processes of the group, if they do not start alike, before anything
-            has changed; and from any sync in which the communication fails.
+            has changed; if this process is not in the group; and from any sync in which the communication fails.
 
     Example:
 
@@ -69,7 +75,7 @@ class Average:
 
     def __call__(self, pseudo_gradients: list[Tensor]) -> None:
         """Replace pseudo-gradients, a list of tensors, by their means, in place."""
-        size = distributed.get_world_size(self.process_group)
+        size = self._size()
         for bucket in _buckets(pseudo_gradients):
             sent = [part.to(_dtype_to_send(part)).contiguous() for part in bucket]
             # Private: the public `all_reduce_coalesced` is deprecated.
@@ -80,10 +86,21 @@ class Average:
             for part, mean in zip(bucket, sent):
                 if mean is not part:
                     part.copy_(mean)
+            # The next bucket has the memory of this one.
+            del sent, mean
+
+    def _size(self) -> int:
+        """Return how many workers there are."""
+        if distributed.get_rank(self.process_group) < 0:
+            raise RuntimeError(
+                "`average(process_group)` must be given a group that has this process in it, in each process the group "
+                f"of its own workers. Received: a group without process {distributed.get_rank()}"
+            )
+        return distributed.get_world_size(self.process_group)
 
     def compare(self, described: dict[str, Any]) -> None:
         """Raise `RuntimeError`, in all processes, if one of them describes another start."""
-        found: list[Any] = [None] * distributed.get_world_size(self.process_group)
+        found: list[Any] = [None] * self._size()
         distributed.all_gather_object(found, described, group=self.process_group)
         for rank, other in enumerate(found):
             for name in {**found[0], **other}:
@@ -91,43 +108,63 @@ class Average:
                 if one != another:
                     raise RuntimeError(
                         "All workers must start alike, with the same settings, counts, shapes and weights. Load the "
-                        "same checkpoint in all, or send the weights of one to the others before training: "
-                        "`for parameter in model.parameters(): torch.distributed.broadcast(parameter.data, 0)`. "
+                        "same checkpoint in all, or send the weights of one to the others before training, with "
+                        "`torch.distributed.broadcast(parameter.data, 0)` for each parameter or, if it is a `DTensor`, "
+                        "with its `to_local()` in the group of the workers. "
                         f"Received: {name} is {one} in process 0 of the group and {another} in process {rank}"
                     )
 
 
-def description(groups: list[Group], names: Names, slow_weights: Mapping[Tensor, Tensor]) -> dict[str, Any]:
+def description(groups: list[Group], names: Names, slow_weights: "SlowWeights") -> dict[str, Any]:
     """Return what must be equal in all workers before their first step, by the names that an error has for it."""
-    described: dict[str, Any] = {"the number of groups": len(groups)}
+    described: dict[str, Any] = {"the number of groups": len(groups), "`slow_dtype`": str(slow_weights.dtype)}
     for index, group in enumerate(groups):
-        for name in (*names.settings, names.lookahead_step):
+        for name in (*names.settings, names.lookahead_step, names.lookahead_unsynced):
             described[f"`{name}` of group {index}"] = group[name]
         described[f"the number of parameters of group {index}"] = len(group["params"])
         for number, parameter in enumerate(group["params"]):
             label = f"parameter {number} of group {index}"
             described[f"the dtype of {label}"] = str(parameter.dtype)
+            described[f"`requires_grad` of {label}"] = parameter.requires_grad
             if is_lazy(parameter):
                 continue
             described[f"the shape of {label}"] = tuple(parameter.shape)
+            momentum = slow_weights.momentum.get(parameter)
+            if momentum is not None:
+                described[f"the checksum of the slow momentum of {label}"] = _checksum(*local([momentum]))
             # A slow weight starts from its parameter. Without a sync period parameters are each worker's own.
-            if parameter in slow_weights or group[names.sync_period]:
-                (start,) = local([slow_weights.get(parameter, parameter)])
-                described[f"the checksum of the slow weight of {label}"] = _checksum(start)
+            if parameter in slow_weights.by_parameter or group[names.sync_period]:
+                start = slow_weights.by_parameter.get(parameter, parameter)
+                described[f"the checksum of the slow weight of {label}"] = _checksum(*local([start]))
     return described
 
 
 def _checksum(weight: Tensor) -> int:
-    """Return the sum of the bits of a weight, read as integers. The memory is that of a bucket at most, or of a row."""
+    """Return the sum of the bits of each element, as an integer, times an odd number that depends on its position.
+
+    The sum is that modulo 2 ** 64. The memory is that of a bucket at most, or of a row.
+    """
     weight = torch.view_as_real(weight.detach().resolve_conj()) if weight.is_complex() else weight.detach()
     if not weight.numel():
         return 0
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    # A sum of another dtype than that of its elements copies these into it first.
     bits = weight.view(integers[weight.element_size()])
-    bits = bits.view(-1) if bits.is_contiguous() else bits
-    rows = max(1, _BYTES_PER_BUCKET // (8 * bits[0].numel()))
-    return sum(int(part.sum(dtype=torch.int64)) for part in bits.split(rows)) % 2**64
+    total = first = 0
+    for rows in _rows(bits, _BYTES_PER_BUCKET // 16):
+        factors = torch.arange(first, first + rows.numel(), device=rows.device).mul_(2).add_(1)
+        total += int(factors.mul_(rows.reshape(-1)).sum())
+        first += rows.numel()
+    return total % 2**64
+
+
+def _rows(tensor: Tensor, elements: int) -> Sequence[Tensor]:
+    """Cut a tensor into parts of so many elements at most, in the order of its elements.
+
+    A tensor that is not contiguous is cut along its first dimension alone, and has at least a row in a part.
+    """
+    if tensor.is_contiguous() or not tensor.ndim:
+        return tensor.view(-1).split(elements)
+    return tensor.split(max(1, elements // max(1, tensor[0].numel())))
 
 
 def _dtype_to_send(tensor: Tensor) -> torch.dtype:
@@ -135,18 +172,19 @@ def _dtype_to_send(tensor: Tensor) -> torch.dtype:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors of one device and dtype, together of no more bytes than a bucket has. Large ones are split."""
+    """Yield tensors of one device and dtype, of which no more bytes than a bucket has are sent. Large ones are cut."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        elements = _BYTES_PER_BUCKET // tensor.element_size()
-        parts = tensor.view(-1).split(elements) if tensor.is_contiguous() else [tensor]
-        by_kind[tensor.device, tensor.dtype].extend(part for part in parts if part.numel())
+        parts = _rows(tensor, _BYTES_PER_BUCKET // _dtype_to_send(tensor).itemsize) if tensor.numel() else ()
+        by_kind[tensor.device, tensor.dtype].extend(parts)
     for parts in by_kind.values():
         bucket: list[Tensor] = []
+        elements = 0
         for part in parts:
-            if bucket and sum(one.nbytes for one in bucket) + part.nbytes > _BYTES_PER_BUCKET:
+            if bucket and (elements + part.numel()) * _dtype_to_send(part).itemsize > _BYTES_PER_BUCKET:
                 yield bucket
-                bucket = []
+                bucket, elements = [], 0
             bucket.append(part)
+            elements += part.numel()
         if bucket:
             yield bucket

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from lookahead_optim._checks import (
@@ -133,9 +133,10 @@ class Lookahead(Optimizer):
     _slow_weights: SlowWeights
     _blocks: Blocks
     _reduce: Reduce | None
-    # Whether settings and counts were compared with other processes, and these and the weights with other workers.
+    # Whether settings and counts were compared with other processes.
     _is_compared: bool
-    _are_workers_compared: bool
+    # The indices of the groups that had a sync period when all was compared with other workers.
+    _groups_of_workers: list[int] | None
 
     @explain_other_names("optimizer")
     def __init__(
@@ -201,7 +202,7 @@ class Lookahead(Optimizer):
         others = {name: value for name, value in state.items() if name not in _OF_THE_INNER_OPTIMIZER}
         super().__setstate__(others)
         if "inner_optimizer" in others:
-            self._is_compared = self._are_workers_compared = False
+            self._is_compared, self._groups_of_workers = False, None
             inner = self.inner_optimizer
             self._blocks = inner._blocks if isinstance(inner, Lookahead) else Blocks()
         for name in _OF_THE_INNER_OPTIMIZER:
@@ -305,9 +306,13 @@ class Lookahead(Optimizer):
         self._note_synced(own_groups)
 
     def _compare_workers(self) -> None:
-        if isinstance(self._reduce, Average) and not self._are_workers_compared and self._active_groups():
-            self._reduce.compare(description(self.param_groups, self._names, self._slow_weights.by_parameter))
-            self._are_workers_compared = True
+        """Compare all with other workers: before the first step, and after what may have made them differ."""
+        active = [index for index, _ in self._active_groups()]
+        # A program that has switched Lookahead off need not have made a group of processes.
+        is_off = not active and not (distributed.is_available() and distributed.is_initialized())
+        if isinstance(self._reduce, Average) and self._groups_of_workers != active and not is_off:
+            self._reduce.compare(description(self.param_groups, self._names, self._slow_weights))
+            self._groups_of_workers = active
 
     def _note_synced(self, groups: list[Group]) -> None:
         for wrapper in _wrappers(self):
@@ -329,7 +334,9 @@ class Lookahead(Optimizer):
                 wrapper._slow_weights.check_shapes(index, group)
         # With the workers first: of the other comparison only some processes learn.
         self._compare_workers()
-        if not self._is_compared:
+        # Groups of workers may have settings of their own.
+        has_own_group = isinstance(self._reduce, Average) and self._reduce.process_group is not None
+        if not self._is_compared and not has_own_group:
             check_equal_on_all_ranks(self.param_groups, self._names)
             self._is_compared = True
         self._slow_weights.capture_new(self._active_groups(), self._names)
@@ -419,6 +426,7 @@ class Lookahead(Optimizer):
                 param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
                 _check_slow_dtype(self._slow_weights.dtype, [param_group])
         self.inner_optimizer.add_param_group(param_group)
+        self._groups_of_workers = None
         self._complete_groups()
         added = self.param_groups[-1]
         warn_if_over_relaxed(added[self._names.slow_step_size], added[self._names.slow_momentum], stacklevel=2)
@@ -477,7 +485,7 @@ class Lookahead(Optimizer):
             self._slow_weights.complete_momentum(self.param_groups, self._names)
             if loaded.fast or is_innermost:
                 self._blocks.loaded.load(loaded.fast, [self._slow_weights, *inner_slow_weights])
-        self._is_compared = self._are_workers_compared = False
+        self._is_compared, self._groups_of_workers = False, None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -498,7 +506,7 @@ class Lookahead(Optimizer):
         """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
 
         A warning tells of a group in its first cycle: its slow weights are still where training began. A group with
-        slow momentum that has made no step since its last sync is left alone.
+        slow momentum, or of workers, that has made no step since its last sync is left alone.
 
         Parameters that became frozen after the last sync take part.
 
@@ -510,17 +518,19 @@ class Lookahead(Optimizer):
             self._complete_groups()
             self._blocks.loaded.settle()
             names, groups = self._names, self._active_groups()
-            # Without a step since the last sync, momentum would move the weights on.
+            # Without a step since the last sync, momentum would move the weights on, and workers have nothing to say.
             groups = [
                 (index, group)
                 for index, group in groups
-                if not group[names.slow_momentum] or group[names.lookahead_unsynced] > NONE_UNSYNCED
+                if group[names.lookahead_unsynced] > NONE_UNSYNCED
+                or not (group[names.slow_momentum] or self._reduce is not None)
             ]
             for _, group in groups:
                 if not group[names.slow_momentum]:
                     settings = (group[names.sync_period], group[names.slow_step_size])
                     warn_if_within_first_cycle(group[names.lookahead_step], *settings, stacklevel=2)
-            self._synchronize(groups)
+            if groups:
+                self._synchronize(groups)
 
     def reset_slow_weights(self) -> None:
         """Capture the slow weights from the parameters again, after restoring the best weights, say.
@@ -540,6 +550,7 @@ class Lookahead(Optimizer):
                 wrapper._slow_weights.capture([parameter for group in stepped for parameter in group["params"]], set())
                 wrapper._slow_weights.complete_momentum(stepped, wrapper._names)
             self._note_synced(self.param_groups)
+            self._groups_of_workers = None
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
