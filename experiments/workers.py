@@ -21,7 +21,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
-from common import BARE, FAST, SLOW, bytes_sent, command, in_processes, markdown, written
+from common import BARE, FAST, SLOW, bytes_sent, command, in_processes, in_words, markdown, paired, written
 from lookahead_optim.optax import lookahead, slow_params
 from source_text import described, load
 from transformer import CONTEXT, initial_params, loss_of, starts_of_pieces
@@ -245,11 +245,22 @@ def tables(results):
             found = {one["workers"]: cells(one) for one in same}
             megabytes = f"{sent(results, same[0], most) / 1e6:.1f}"
             rows.append([f"k = {period}, {outer}", megabytes, *(found.get(workers, "-") for workers in WORKERS)])
+    ends = {(one["outer"], one["period"]): end(one) for one in results["ways"] if one["workers"] == most}
+    ends |= {("AdamW", period): end(bare) for period in PERIODS}
+    pairs = [("mean", "AdamW"), *((outer, "mean") for outer in OUTER if outer != "mean")]
+
+    def difference(one, other):
+        return in_words(paired(ends[one], ends[other]), 3) if one in ends and other in ends else "-"
+
+    differences = [
+        [period, *(difference((one, period), (other, period)) for one, other in pairs)] for period in PERIODS
+    ]
     processes, text = results["processes"], results["text"]
     return {
         "losses": markdown(["", f"MB sent by one of {most}", *(f"{one} workers" for one in WORKERS)], rows).replace(
             "1 workers", "1 worker"
         ),
+        "differences": markdown(["k", *(f"{one} minus {other}" for one, other in pairs)], differences),
         "text": f"{text['training']:,} characters for training, {text['validation']:,} for validation (digest "
         f"{text['sha256']}), {results['steps']} steps, {len(results['seeds'])} seeds.\n",
         "processes": f"{processes['workers']} processes, {processes['steps']} steps, k = {processes['period']}, "
