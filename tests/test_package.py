@@ -5,11 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
+import hatchling.build
 import pytest
 
+import hatch_metadata
 import lookahead_optim
 
 ROOT = Path(__file__).parent.parent
@@ -155,3 +158,45 @@ def test_wheel_holds_every_module_the_type_marker_and_the_license(tmp_path):
     assert modules <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith("tests") for name in names)
+
+
+def test_the_source_distribution_has_sources_tests_and_text_and_no_results_or_pictures(tmp_path):
+    with tarfile.open(tmp_path / hatchling.build.build_sdist(str(tmp_path))) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    for folder in ("src", "tests", "docs", "experiments", "benchmarks", "examples"):
+        sources = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py") if path.stem != "conf"}
+        assert sources - {one for one in sources if "_build" in one} <= names
+    assert {"README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt", "docs/torch.md"} <= names
+    assert not [
+        name for name in names if name.endswith((".svg", ".png")) or "results/" in name or name.startswith(".ci")
+    ]
+
+
+def test_links_in_the_readme_are_absolute_or_none_where_it_is_shown_elsewhere():
+    text = "[a](docs/a.md#b), ![p](p.svg), [c](https://c.d/e) and [f](#f)"
+    to_file, to_picture = "https://host/one/blob/main/docs/a.md#b", "https://host/one/raw/main/p.svg"
+    expected = f"[a]({to_file}), ![p]({to_picture}), [c](https://c.d/e) and [f](#f)"
+    assert hatch_metadata.with_absolute_links(text, "https://host/one") == expected
+    assert hatch_metadata.with_absolute_links(text, "") == "a, , [c](https://c.d/e) and [f](#f)"
+    assert hatch_metadata.urls("") == {}
+    assert hatch_metadata.urls("https://host/one")["Changelog"] == "https://host/one/blob/main/CHANGELOG.md"
+
+
+def test_the_relative_links_of_the_readme_lead_to_files():
+    links = [link[2].partition("#")[0] for link in hatch_metadata.LINK.findall((ROOT / "README.md").read_text())]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_citation_has_the_version_and_the_address_if_there_is_one():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {lookahead_optim.__version__}\n" in citation
+    (address,) = re.findall(r'^address = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert re.findall(r"^repository-code: (.*)$", citation, re.MULTILINE) == ([address] if address else [])
+
+
+def test_help_lists_every_target_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
+    shown = subprocess.run(["make", "help"], capture_output=True, text=True, cwd=ROOT, check=True, timeout=60).stdout
+    assert {line.split(":")[0] for line in shown.splitlines()} == targets
