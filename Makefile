@@ -1,20 +1,23 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick fuzz test-lowest test-tf215 lint types docs gpu bench bench-quick bench-report experiments peers clean
+.PHONY: help setup demo test test-quick test-python test-latest fuzz test-lowest test-tf215 lint types docs gpu bench bench-quick bench-report experiments peers clean
 PYTHON ?= python3
 BACKENDS := tensorflow jax torch
-DEV := .venv/bin/
+# The development environment, and the versions in it.
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+DEV := $(VENV)/bin/
 PYTEST_ARGS ?= --quiet --numprocesses 2 --dist loadfile
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 help:  ## List the targets.
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1: /'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /'
 
-setup: .venv/.installed  ## Make the full development environment, in .venv.
+setup: $(VENV)/.installed  ## Make the full development environment, in .venv.
 
-.venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(DEV)python -m pip install --quiet --constraint constraints.txt --upgrade pip
-	$(DEV)python -m pip install --quiet --constraint constraints.txt --editable '.[keras]' --group dev
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(DEV)python -m pip install --quiet --constraint $(CONSTRAINTS) --upgrade pip
+	$(DEV)python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[keras]' --group dev
 	touch $@
 
 .venv-demo/.installed: pyproject.toml constraints.txt
@@ -53,12 +56,18 @@ define share-compiled-programs
 	trap 'rm -r "$$JAX_COMPILATION_CACHE_DIR"' EXIT
 endef
 
-test: .venv/.installed  ## Run all tests.
+test: $(VENV)/.installed  ## Run all tests.
 	@$(share-compiled-programs); failed=; \
 	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py tests/test_experiments.py tests/test_troubleshooting.py docs/*.md docs/experiments/*.md \
 	    $(addprefix src/lookahead_optim/,torch optax tf_keras lightning.py transformers.py) || failed="package"; \
 	$(call run-native-tests,$(DEV)python,,tests/test_optax tests/test_tf_keras); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md docs/keras.md)
+
+test-python:  ## Run all tests on another Python, PYTHON=python3.12 for example, with the versions in constraints.
+	$(MAKE) test VENV=.venv-$(notdir $(PYTHON)) CONSTRAINTS=constraints/$(notdir $(PYTHON)).txt
+
+test-latest:  ## Run all tests with the newest versions that there are.
+	$(MAKE) test VENV=.venv-latest CONSTRAINTS=/dev/null
 
 # The conformance suite has all front ends but Keras 3, of which there is PyTorch, where nothing is compiled. Tests that
 # start processes or compile much are left out.
@@ -67,7 +76,7 @@ LEFT_OUT := $(addprefix --ignore=tests/test_,torch/test_distributed.py torch/tes
     torch/test_resume.py torch/test_lightning_slow_weights.py torch/test_transformers_slow_weights.py \
     torch/test_kept_by_loops.py torch/test_workers.py keras/test_distribution.py keras/test_kills.py keras/test_kept.py keras/test_saving.py)
 
-test-quick: .venv/.installed  ## Run the conformance suite and the tests of PyTorch, in less than two minutes.
+test-quick: $(VENV)/.installed  ## Run the conformance suite and the tests of PyTorch, in less than two minutes.
 	@$(share-compiled-programs); failed=; \
 	env -u KERAS_BACKEND $(DEV)python -m pytest $(PYTEST_ARGS) $(LEFT_OUT) $(QUICK) || failed="$$failed native"; \
 	KERAS_BACKEND=torch $(DEV)python -m pytest $(PYTEST_ARGS) $(LEFT_OUT) tests/test_conformance.py tests/test_keras \
@@ -78,7 +87,7 @@ SECONDS_EACH ?= 600
 
 fuzz: export FUZZ_SECONDS = $(SECONDS_EACH)
 fuzz: export OMP_NUM_THREADS ?= 1
-fuzz: .venv/.installed  ## Random operations in every front end, SECONDS_EACH each, with new seeds; prints their number.
+fuzz: $(VENV)/.installed  ## Random operations in every front end, SECONDS_EACH each, with new seeds; prints their number.
 	@failed=; \
 	for one in tests/test_torch tests/test_optax tests/test_tf_keras; do \
 	    $(DEV)python -m pytest --quiet --timeout 0 -s $$one/test_random_operations.py || failed="$$failed $$one"; \
@@ -110,14 +119,14 @@ test-lowest: .venv-lowest/.installed  ## Run the tests with the oldest supported
 test-tf215: .venv-tf215/.tfa-installed  ## Run the tests of Keras 2 with TensorFlow 2.15 and TensorFlow Addons, in .venv-tf215 (Python 3.9 to 3.11).
 	env -u KERAS_BACKEND .venv-tf215/bin/python -m pytest $(PYTEST_ARGS) -W default tests/test_conformance.py tests/test_tf_keras
 
-lint: .venv/.installed  ## Check style and formatting.
+lint: $(VENV)/.installed  ## Check style and formatting.
 	$(DEV)ruff check .
 	$(DEV)ruff format --check .
 
-types: .venv/.installed  ## Check types.
+types: $(VENV)/.installed  ## Check types.
 	$(DEV)mypy
 
-docs: .venv/.installed  ## Build the documentation into docs/_build.
+docs: $(VENV)/.installed  ## Build the documentation into docs/_build.
 	KERAS_BACKEND=jax $(DEV)sphinx-build --fresh-env --fail-on-warning --quiet docs docs/_build
 
 # timm without its dependencies: its Lookahead needs none, and not every PyTorch has a torchvision.
@@ -132,11 +141,11 @@ docs: .venv/.installed  ## Build the documentation into docs/_build.
 	.venv-tf215/bin/python -m pip install --quiet --group tfa
 	touch $@
 
-bench: .venv/.installed .venv-peers/.installed  ## Measure what Lookahead adds to a step, beside its peers.
+bench: $(VENV)/.installed .venv-peers/.installed  ## Measure what Lookahead adds to a step, beside its peers.
 	$(MAKE) .venv-tf215/.tfa-installed || echo "Going on without TensorFlow Addons: its environment was not made. It needs Python 3.9 to 3.11."
 	$(DEV)python benchmarks/run.py $(ARGS)
 
-bench-quick: .venv/.installed  ## See in two minutes that the benchmarks run, with what is installed.
+bench-quick: $(VENV)/.installed  ## See in two minutes that the benchmarks run, with what is installed.
 	$(DEV)python benchmarks/run.py --quick $(ARGS)
 
 # On a machine that has PyTorch, JAX and Optax for its GPU; ARGS="--wheels FOLDER" brings what it lacks.
@@ -150,20 +159,20 @@ RESULTS ?= $(addprefix benchmarks/results/,amd_epyc.json amd_epyc_designs.json i
 
 GPU_RESULTS ?= benchmarks/results/gpu_nvidia_h100_80gb_hbm3.json
 
-bench-report: .venv/.installed  ## Make the tables and plots of the docs from RESULTS and GPU_RESULTS, files in benchmarks/results.
+bench-report: $(VENV)/.installed  ## Make the tables and plots of the docs from RESULTS and GPU_RESULTS, files in benchmarks/results.
 	$(DEV)python benchmarks/report.py docs/benchmarks $(RESULTS)
 	$(DEV)python benchmarks/report_gpu.py docs/benchmarks_gpu $(GPU_RESULTS)
 
-EXPERIMENTS := noisy_quadratic deterministic_quadratic bilinear_game outer_step inner_moments communication digits characters loss_surface
+EXPERIMENTS := noisy_quadratic deterministic_quadratic bilinear_game outer_step slow_momentum_risk inner_moments communication workers digits adversarial label_noise characters loss_surface sensitivity
 
-experiments: .venv/.installed  ## Reproduce the paper's claims; results in experiments/results, plots in docs/experiments/drawn.
+experiments: $(VENV)/.installed  ## Reproduce the paper's claims; results in experiments/results, plots in docs/experiments/drawn.
 	@for one in $(EXPERIMENTS); do echo "== $$one"; $(DEV)python experiments/$$one.py $(ARGS) || exit 1; done
 
 # CODE is a file with the paper's own PyTorch code, which is no package.
-peers: .venv/.installed .venv-peers/.installed .venv-tf215/.tfa-installed  ## Ask other implementations what they compute; for the docs.
+peers: $(VENV)/.installed .venv-peers/.installed .venv-tf215/.tfa-installed  ## Ask other implementations what they compute; for the docs.
 	rm -f experiments/results/peers.json
 	for one in .venv-peers .venv .venv-tf215; do $$one/bin/python -W ignore experiments/peers.py experiments/results $(CODE) || exit 1; done
 
 clean:  ## Remove the environments and everything built.
-	rm -rf .venv .venv-demo .venv-lowest .venv-tf215 .venv-peers docs/_build build dist demo-output experiments/quick .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* docs/_build build dist demo-output experiments/quick .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
