@@ -297,6 +297,40 @@ def test_replicas_that_are_sharded_resume_in_mid_cycle_bit_for_bit(replicas):
         assert_same_bits(result["resumed"], result["history"][KILLED_AFTER:])
 
 
+# Another number of workers
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def another_number(directory, results, request):
+    return start_workers(directory, "another_number", request.param)
+
+
+@pytest.mark.parametrize("begin", worker.LOADED_BY_OTHERS)
+def test_another_number_of_workers_trains_on_from_the_checkpoint_of_one(directory, another_number, begin):
+    saved = torch.load(directory / "uninterrupted" / f"{begin}-0" / "plain")
+    models, inner = [], []
+    for _ in another_number:
+        model = worker.linear_model()
+        optimizer = Lookahead(torch.optim.AdamW(model.parameters(), 0.05), PERIOD, 0.7, slow_momentum=0.9)
+        model.load_state_dict(saved["model"])
+        # PyTorch does not copy the moments.
+        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        models.append(model)
+        inner.append(optimizer.inner_optimizer)
+    slow, momentum = ([optimizer.state[one][key] for one in model.parameters()] for key in ("slow", "slow_momentum"))
+    for step in range(begin, begin + 2 * PERIOD):
+        for rank, (model, optimizer) in enumerate(zip(models, inner)):
+            optimizer.zero_grad()
+            worker.loss_of(model, rank, step).backward()
+            optimizer.step()
+        if (step + 1) % PERIOD == 0:
+            outer_step(models, slow, momentum, eta=0.7, mu=0.9)
+        for model, histories in zip(models, another_number):
+            found = histories[begin][step + 1]
+            torch.testing.assert_close(found["fast"], worker.clones(model.parameters()), rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(found["slow"], slow, rtol=1e-9, atol=1e-11)
+
+
 # One worker is killed
 
 

@@ -48,6 +48,8 @@ CHANGES = ["reset", "added", "off and on"]
 SMALL_BUCKET = 2**22
 KINDS = ["float32", "bfloat16", "one, bfloat16", "transposed", "channels last"]
 SAVED_EVERY, KILLED_AFTER = 3, 10
+# In mid-cycle, and right after a sync.
+LOADED_BY_OTHERS = (9, 12)
 # PyTorch 2.6 cannot save one process by itself.
 FORMS = ["plain", "dcp"] if "no_dist" in inspect.signature(dcp.save).parameters else ["plain"]
 
@@ -431,10 +433,10 @@ class Restartable:
             self.optimizer.load_state_dict(state["optimizer"])
         self.step = step
 
-    def train(self, stop=None):
+    def train(self, stop=None, end=STEPS):
         """Return the weights after each step."""
         history = {}
-        while self.step < STEPS:
+        while self.step < end:
             loss_of(self.model, self.rank, self.step).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -483,6 +485,18 @@ def resumed(directory):
             shutil.copytree(directory / "checkpoints", folder)
         dist.barrier()
         histories[form] = Restartable(folder, form).train()
+    return histories
+
+
+def another_number(directory):
+    """Train on from the checkpoints of one of two workers, in all of another number of workers."""
+    histories = {}
+    for step in LOADED_BY_OTHERS:
+        folder = directory / f"{dist.get_world_size()}-from-{step}"
+        for rank in range(dist.get_world_size()) if dist.get_rank() == 0 else ():
+            shutil.copytree(directory / "uninterrupted" / f"{step}-0", folder / f"{step}-{rank}")
+        dist.barrier()
+        histories[step] = Restartable(folder).train(end=step + 2 * PERIOD)
     return histories
 
 
@@ -558,6 +572,7 @@ RUNS = {
     "four": four,
     "killed": killed,
     "resumed": resumed,
+    "another_number": another_number,
     "torchrun": restarted_by_torchrun,
 }
 
