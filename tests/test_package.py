@@ -182,12 +182,6 @@ def test_links_in_the_readme_are_absolute_or_none_where_it_is_shown_elsewhere():
     assert hatch_metadata.urls("https://host/one")["Changelog"] == "https://host/one/blob/main/CHANGELOG.md"
 
 
-def test_the_relative_links_of_the_readme_lead_to_files():
-    links = [link[2].partition("#")[0] for link in hatch_metadata.LINK.findall((ROOT / "README.md").read_text())]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
-
-
 def test_the_citation_has_the_version_and_the_address_if_there_is_one():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {lookahead_optim.__version__}\n" in citation
