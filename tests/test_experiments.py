@@ -1,6 +1,7 @@
 """Every experiment runs, agrees with its closed form, and its committed tables are made of its committed results."""
 
 import importlib
+import itertools
 import json
 import pickle
 import runpy
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
+import schedulefree
 import torch
 import typer
+from torch.optim import swa_utils
 from typer.testing import CliRunner
 
 import cifar
@@ -30,6 +34,7 @@ NAMES = [
     "inner_moments",
     "communication",
     "digits",
+    "label_noise",
     "characters",
     "loss_surface",
 ]
@@ -182,6 +187,79 @@ def test_the_character_model_learns(quick):
     for name in ("bare", "fast", "slow"):
         (curve,) = results["constant"][name][0]
         assert curve[-1] < curve[0] < np.log(96) + 1
+
+
+def trained_by_pytorch(name, setting, params, batches, smoothing):
+    """Train as one of the contenders of `label_noise` with PyTorch's own means; return the weights to evaluate."""
+    layers = [torch.nn.Linear(*layer["w"].shape) for layer in params]
+    for layer, values in zip(layers, params):
+        layer.weight.data = torch.tensor(np.array(values["w"]).T)
+        layer.bias.data = torch.tensor(np.array(values["b"]))
+    model = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2])
+    if name == "schedule-free":
+        optimizer = schedulefree.SGDScheduleFree(model.parameters(), setting["rate"], momentum=setting["b1"])
+        optimizer.train()
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), setting["rate"] / 10, momentum=0.9)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches)) if name == "cosine" else None
+    rule = {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(setting["decay"])} if name == "EMA" else {}
+    average = swa_utils.AveragedModel(model, **rule)
+    for step, (x, y) in enumerate(batches):
+        optimizer.zero_grad()
+        cross_entropy = torch.nn.functional.cross_entropy
+        cross_entropy(model(torch.tensor(x)), torch.tensor(y), label_smoothing=smoothing).backward()
+        optimizer.step()
+        if cosine:
+            cosine.step()
+        if name != "SWA" or step >= setting["start"] * len(batches):
+            average.update_parameters(model)
+    if name == "schedule-free":
+        optimizer.eval()
+    trained = (average.module if name in ("EMA", "SWA") else model).parameters()
+    return [one.detach().numpy() for one in trained]
+
+
+@pytest.mark.parametrize("name", ["cosine", "label smoothing", "EMA", "SWA", "schedule-free"])
+def test_contenders_of_label_noise_train_as_those_of_pytorch(name):
+    module = importlib.import_module("label_noise")
+    (x, y), *_ = module.load()
+    batches = [(x[first : first + 64], y[first : first + 64]) for first in range(0, 1024, 64)]
+    setting = {**module.DEFAULTS, "decay": 0.8}
+    smoothing = 0.1 if name == "label smoothing" else 0.0
+    params = start = module.initial(jax.random.key(0))
+    rule, evaluated = module.optimizer(name, setting, len(batches))
+    state = rule.init(params)
+    for x_batch, y_batch in batches:
+        gradients = jax.grad(module.loss)(params, x_batch, y_batch, smoothing)
+        updates, state = rule.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    weights = [one for layer in evaluated(state, params) for one in (layer["w"].T, layer["b"])]
+    for weight, expected in zip(weights, trained_by_pytorch(name, setting, start, batches, smoothing)):
+        np.testing.assert_allclose(weight, expected, rtol=1e-3, atol=2e-5)
+
+
+def test_the_best_of_some_tries_is_expected_as_counted():
+    module = importlib.import_module("label_noise")
+    validation, test = [3.0, 1.0, 2.0], [60.0, 10.0, 50.0]
+    for tries in (1, 2, 3):
+        drawn = itertools.product(range(3), repeat=tries)
+        best = [test[max(indices, key=validation.__getitem__)] for indices in drawn]
+        assert module.expected(validation, test, tries) == pytest.approx(np.mean(best))
+
+
+def test_a_share_of_labels_is_replaced():
+    module = importlib.import_module("label_noise")
+    for share in module.NOISES:
+        # All labels are 10, which no random label is.
+        found = module.replace(np.full(1000, 10), jax.random.key(0), share)
+        assert np.sum(np.asarray(found) != 10) == 1000 * share
+
+
+def test_each_contender_of_label_noise_is_tuned_within_its_learning_rates():
+    results = json.loads((FOLDER / "results" / "label_noise.json").read_text())["results"]
+    for one in results["contenders"]:
+        for noise, at in zip(results["noises"], one["clean"]):
+            assert results["rates"][0] < at["rate"] < results["rates"][-1], (one["name"], noise)
 
 
 @pytest.mark.parametrize("name", NAMES)
