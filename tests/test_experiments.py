@@ -31,12 +31,16 @@ NAMES = [
     "deterministic_quadratic",
     "bilinear_game",
     "outer_step",
+    "slow_momentum_risk",
     "inner_moments",
     "communication",
+    "workers",
     "digits",
+    "adversarial",
     "label_noise",
     "characters",
     "loss_surface",
+    "sensitivity",
 ]
 
 
@@ -121,6 +125,48 @@ def test_noise_and_rate_of_the_outer_step_are_the_closed_forms(quick):
         assert one["rate"] == pytest.approx(one["rate_expected"], abs=1e-12)
 
 
+def test_stationary_variances_of_cycles_are_the_closed_forms():
+    module, noisy = (importlib.import_module(name) for name in ("slow_momentum_risk", "noisy_quadratic"))
+
+    def variance(*way):
+        # The first direction has curvature 1 and noise of variance 1.
+        return module.stationary(*module.cycle(way, 0.1))[0, 0, 0] / noisy.variance_sgd(0.1)
+
+    assert variance(0.0, 30, 0.7, 0.6, True) == pytest.approx(1.310041384665, rel=1e-11)
+    assert variance(0.0, 48, 1.0, 0.5, False) == pytest.approx(1.504756880813, rel=1e-11)
+    # Of heavy ball inside, an autoregression of second order: g a (1 + b) / ((1 - b) (2 (1 + b) - g a)).
+    of_heavy_ball = 0.1 * 1.9 / (0.1 * (3.8 - 0.1))
+    assert variance(0.9, 1, 1.0, 0.0, True) * noisy.variance_sgd(0.1) == pytest.approx(of_heavy_ball, rel=1e-11)
+    found = module.expected_losses((0.0, 5, 0.5, 0.0, True), 0.3, range(0, 201, 4))
+    np.testing.assert_allclose(found, noisy.expected_losses(0.3, 5, 0.5, 200)[::4], rtol=1e-11)
+
+
+def test_losses_of_slow_momentum_follow_the_recursion(quick, monkeypatch):
+    module = importlib.import_module("slow_momentum_risk")
+    for one in results_of(quick, "slow_momentum_risk")["curves"]:
+        np.testing.assert_allclose(one["measured"], one["expected"], rtol=0.01)
+    # From the minimum there is the noise alone.
+    monkeypatch.setattr(module, "START", 0.0)
+    for way in (module.WAYS["0.7/0.9/30 (DiLoCo)"], module.WAYS["heavy ball, 0.9"], (0.0, 6, 0.7, 0.6, False)):
+        cycles = 60 // way[1]
+        start = np.zeros((2, 400, 100), "float32")
+        measured = module.measure_losses(jax.random.key(0), 0.05, start, way, cycles, 2)
+        expected = module.expected_losses(way, 0.05, range(1, cycles + 1), workers=2)
+        np.testing.assert_allclose(measured, expected, rtol=0.1)
+
+
+def test_losses_of_matched_rates_settle_when_a_search_through_all_cycles_says_so():
+    module = importlib.import_module("slow_momentum_risk")
+    wanted = module.risk(module.SGD, 0.5)
+    for way in module.WAYS.values():
+        rate = module.matched_rate(way, wanted)
+        assert module.risk(way, rate) == pytest.approx(wanted)
+        losses = module.expected_losses(way, rate, range(2000 // way[1]), workers=4)
+        above = np.flatnonzero(losses > 1.1 * wanted / 4)
+        assert module.settled(way, rate, wanted, 20_000, workers=4) == (above[-1] + 1) * way[1]
+        assert module.settled(way, rate, wanted, 20_000, workers=4) > way[1]
+
+
 def test_the_bytes_on_the_wire_are_the_closed_form_divided_by_the_period(quick):
     module = importlib.import_module("communication")
     assert module.bytes_sent(4, 100) == 150
@@ -180,6 +226,67 @@ def test_settings_are_chosen_in_validation_and_reported_in_test():
     index, test = module.chosen(found, "slow")
     assert index == (1,)
     assert test.tolist() == [5.0, 7.0]
+
+
+def test_workers_in_processes_make_the_steps_of_simulated_ones(quick):
+    results = results_of(quick, "workers")
+    processes = results["processes"]
+    assert processes["difference"] < 1e-10
+    # Headers of messages, too.
+    assert processes["bytes_expected"] < processes["bytes_of_a_sync"] < 1.05 * processes["bytes_expected"]
+    for one in results["ways"]:
+        (curve,) = one["curves"]
+        assert curve[-1] < curve[0]
+
+
+def test_the_frechet_distance_is_the_closed_form():
+    frechet = importlib.import_module("adversarial").frechet
+    samples = np.random.default_rng(0).normal(size=(1000, 2))
+    samples = (samples - samples.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(samples, rowvar=False))).T
+    assert frechet(samples, samples) == pytest.approx(0, abs=1e-12)
+    assert frechet(samples * [2, 0.5] + [3, -1], samples) == pytest.approx(9 + 1 + 1 + 0.25)
+    stretched, turned = samples * [2, 0.5], samples @ np.linalg.cholesky([[2, 1], [1, 2]]).T
+    # Covariances A = diag(4, 1/4) and B = [[2, 1], [1, 2]] do not commute. For two by two matrices the trace of the
+    # root of AB is (tr AB + 2 sqrt(det AB))^(1/2).
+    root = (4 * 2 + 0.25 * 2 + 2 * np.sqrt(1 * 3)) ** 0.5
+    assert frechet(stretched, turned) == pytest.approx(4.25 + 4 - 2 * root)
+
+
+def test_both_players_synchronise_after_an_iteration_as_in_algorithm_1():
+    module = importlib.import_module("adversarial")
+    images, rate, seed, key = module.real()["images"], 1e-3, 3, jax.random.key(0)
+    begin, train = module.compiled("bare")
+    carried = begin(rate, seed)
+    slow = carried[0]
+    for index in range(13):
+        carried = train(rate, carried, images, key, index, index + 1)
+        if index % 5 == 4:
+            slow = jax.tree.map(lambda slow, fast: slow + 0.5 * (fast - slow), slow, carried[0])
+            carried = slow, *carried[1:]
+    begin, train = module.compiled("k = 5")
+    players, _, state, _ = train(rate, begin(rate, seed), images, key, 0, 13)
+    found = players, module.slow_params(state, players)
+    for one, expected in zip(jax.tree.leaves(found), jax.tree.leaves((carried[0], slow))):
+        np.testing.assert_allclose(one, expected, atol=1e-6)
+
+
+def test_adversarial_training_is_tuned_apart_and_compared_at_its_end():
+    module = importlib.import_module("adversarial")
+    early, late = [9.0] * 15 + [1.0] * 5, [1.0] * 15 + [3.0] * 5
+    # The first rate is better with the seeds to tune, the second with the others.
+    tuning = [
+        {"way": "bare", "rate": 0.1, "curves": {"bare": [early]}},
+        {"way": "bare", "rate": 0.2, "curves": {"bare": [late]}},
+    ]
+    runs = [
+        {"way": "bare", "rate": 0.2, "curves": {"bare": [early, early]}},
+        {"way": "bare", "rate": 0.1, "curves": {"bare": [late, late]}},
+    ]
+    results = {"tuning": tuning, "runs": runs, "of_gaussian": 2.5}
+    assert module.best_rates(tuning) == [("bare", 0.1)]
+    assert module.chosen(results, "bare", "bare") == (0.1, [late, late])
+    assert module.at_end([early, [*early[:19], None]]).tolist() == [1, np.inf]
+    assert module.failed(results, "bare", "bare") == (1, 2)
 
 
 def test_the_character_model_learns(quick):
@@ -260,6 +367,41 @@ def test_each_contender_of_label_noise_is_tuned_within_its_learning_rates():
     for one in results["contenders"]:
         for noise, at in zip(results["noises"], one["clean"]):
             assert results["rates"][0] < at["rate"] < results["rates"][-1], (one["name"], noise)
+
+
+def test_the_share_of_a_ladder_is_the_area_below_its_lines():
+    share = importlib.import_module("sensitivity").share
+    rates = [0.01, 0.1, 1.0]
+    assert share(rates, np.array([[0.0, 10.0, 0.0]]), 5.0) == pytest.approx(0.5)
+    assert share(rates, np.array([[-np.inf, 10.0, 0.0]]), 5.0) == pytest.approx(0.25)
+    assert share(rates, np.array([[7.0, 7.0, 7.0], [7.0, 0.0, -np.inf]]), 7.0) == pytest.approx(0.5)
+    generator = np.random.default_rng(0)
+    rates, scores = np.sort(generator.uniform(0.001, 1, 7)), generator.normal(size=(3, 7))
+    dense = np.linspace(np.log(rates[0]), np.log(rates[-1]), 100_001)
+    expected = np.mean([np.interp(dense, np.log(rates), line) >= 0.3 for line in scores])
+    assert share(rates, scores, 0.3) == pytest.approx(expected, abs=1e-3)
+
+
+def test_sensitivities_differ_where_the_sides_do():
+    module = importlib.import_module("sensitivity")
+    bare = np.array([[[0.0, 2.0], [10.0, 10.0], [0.0, 2.0]]])
+    same = module.measured(module.task("a", "b", [0.01, 0.1, 1.0], 5, "points", bare, bare))
+    assert same["own, difference"] == same["both, difference"] == [0, 0, 0]
+    # The wrapped side is flatter and lower: more is close to its own best, less to the best of both.
+    one = module.measured(module.task("a", "b", [0.01, 0.1, 1.0], 5, "points", bare, bare / 2 + 1))
+    assert one["own, difference"][0] > 0 > one["both, difference"][0]
+    assert (one["cut, bare"], one["cut, wrapped"]) == ([False, False], [True, True])
+    mean, low, high = one["own, bare"]
+    assert (low, mean, high) == pytest.approx((0.5, 5 / 9, 0.625), abs=1e-4)
+
+
+def test_committed_sensitivities_are_of_the_committed_results(quick):
+    committed = json.loads((FOLDER / "results" / "sensitivity.json").read_text())["results"]
+    found = results_of(quick, "sensitivity")
+    assert [(one["group"], one["name"]) for one in found] == [(one["group"], one["name"]) for one in committed]
+    for one, other in zip(found, committed):
+        for key in ("own, bare", "own, wrapped", "both, bare", "both, wrapped"):
+            assert one[key][0] == pytest.approx(other[key][0], abs=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
