@@ -39,6 +39,7 @@ NAMES = [
     "adversarial",
     "label_noise",
     "characters",
+    "batch_sizes",
     "loss_surface",
     "sensitivity",
 ]
@@ -402,6 +403,31 @@ def test_committed_sensitivities_are_of_the_committed_results(quick):
     for one, other in zip(found, committed):
         for key in ("own, bare", "own, wrapped", "both, bare", "both, wrapped"):
             assert one[key][0] == pytest.approx(other[key][0], abs=1e-3)
+
+
+def test_every_batch_size_sees_the_same_text_in_the_same_order():
+    module = importlib.import_module("batch_sizes")
+    text = np.arange(1000)
+    starts = {batch: module.batches(text, 128, batch, seed=3) for batch in module.LADDERS}
+    assert [one.shape for one in starts.values()] == [(64, 2), (16, 8), (4, 32)]
+    for one in starts.values():
+        np.testing.assert_array_equal(one.ravel(), starts[2].ravel())
+    assert (module.batches(text, 128, 2, seed=4) != starts[2]).any()
+
+
+def test_losses_of_batch_sizes_are_compared_seed_by_seed():
+    module = importlib.import_module("batch_sizes")
+    found = {"AdamW": {2: {"losses": [2.0, 1.0]}}, "other": {2: {"losses": [1.75, 1.5]}}}
+    np.testing.assert_array_equal(module.against_adamw(found, "other", 2), [-0.25, 0.5])
+
+
+@pytest.mark.parametrize("name", ["batch_sizes"])
+def test_each_training_of_character_models_is_tuned_within_its_learning_rates(name):
+    results = json.loads((FOLDER / "results" / f"{name}.json").read_text())["results"]
+    for one in results["runs"]:
+        rates = results["ladders"][str(one["batch"])] if name == "batch_sizes" else results["rates"]
+        assert one["rate"] == rates[int(np.argmin(one["tuning"]))]
+        assert one["rate"] not in (rates[0], rates[-1]), one
 
 
 @pytest.mark.parametrize("name", NAMES)
