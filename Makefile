@@ -163,7 +163,7 @@ bench-report: $(VENV)/.installed  ## Make the tables and plots of the docs from 
 	$(DEV)python benchmarks/report.py docs/benchmarks $(RESULTS)
 	$(DEV)python benchmarks/report_gpu.py docs/benchmarks_gpu $(GPU_RESULTS)
 
-EXPERIMENTS := noisy_quadratic deterministic_quadratic bilinear_game outer_step slow_momentum_risk inner_moments communication workers digits adversarial label_noise characters batch_sizes loss_surface sensitivity
+EXPERIMENTS := noisy_quadratic deterministic_quadratic bilinear_game outer_step slow_momentum_risk inner_moments communication workers digits adversarial label_noise characters batch_sizes bfloat16 loss_surface sensitivity
 
 experiments: $(VENV)/.installed  ## Reproduce the paper's claims; results in experiments/results, plots in docs/experiments/drawn.
 	@for one in $(EXPERIMENTS); do echo "== $$one"; $(DEV)python experiments/$$one.py $(ARGS) || exit 1; done

@@ -40,6 +40,7 @@ NAMES = [
     "label_noise",
     "characters",
     "batch_sizes",
+    "bfloat16",
     "loss_surface",
     "sensitivity",
 ]
@@ -421,13 +422,32 @@ def test_losses_of_batch_sizes_are_compared_seed_by_seed():
     np.testing.assert_array_equal(module.against_adamw(found, "other", 2), [-0.25, 0.5])
 
 
-@pytest.mark.parametrize("name", ["batch_sizes"])
+@pytest.mark.parametrize("name", ["batch_sizes", "bfloat16"])
 def test_each_training_of_character_models_is_tuned_within_its_learning_rates(name):
     results = json.loads((FOLDER / "results" / f"{name}.json").read_text())["results"]
     for one in results["runs"]:
         rates = results["ladders"][str(one["batch"])] if name == "batch_sizes" else results["rates"]
         assert one["rate"] == rates[int(np.argmin(one["tuning"]))]
         assert one["rate"] not in (rates[0], rates[-1]), one
+
+
+def test_numbers_in_bfloat16_are_those_that_the_experiment_names():
+    module = importlib.import_module("bfloat16")
+    params = jax.eval_shape(module.initial_params, 0)
+    integers = jax.ShapeDtypeStruct((1000,), "int8"), jax.ShapeDtypeStruct((12, 2), int)
+
+    def dtypes(tree):
+        return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+    for name, which in module.ways():
+        weights, _, slow = module.DTYPES[which]
+        trained, state, evaluated = jax.eval_shape(module.compiled(name, which, 12), 1e-3, params, *integers)
+        inner = state if name == "AdamW" else state.inner_state
+        assert dtypes([trained, evaluated, inner[0].mu, inner[0].nu]) == {weights}
+        if name != "AdamW":
+            assert dtypes(state.slow_params) == {slow}
+        if name == "slow momentum 0.6":
+            assert dtypes(state.outer_state.slow_momentum) == {slow}
 
 
 @pytest.mark.parametrize("name", NAMES)
