@@ -5,16 +5,17 @@ the PyTorch front end: validation loss of the bare weights, and of fast and slow
 learning rate.
 """
 
+import functools
+import itertools
 import math
 import sys
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from common import BARE, FAST, SLOW, command, markdown
+from common import BARE, FAST, SLOW, command, in_processes, markdown
 from lookahead_optim.torch import Lookahead
 from source_text import CHARACTERS, described, load
 
@@ -60,9 +61,18 @@ def validate(model, text):
     return float(loss_of(model, *batch(text, torch.Generator().manual_seed(0), 512)))
 
 
-def train(texts, rate, wrapped, decayed, seed, steps, advance):
-    """Train a new model; return validation losses at six steps of the run, by the weights evaluated."""
-    training, validation = texts
+@functools.cache
+def texts():
+    """Return training and validation text as tensors."""
+    return [torch.from_numpy(text) for text in load()[:2]]
+
+
+def train(steps, task):
+    """Train a new model; return validation losses at six steps of the run, by the weights evaluated, and the steps."""
+    decayed, rate, seed, wrapped = task
+    # Two processes share the cores.
+    torch.set_num_threads(1)
+    training, validation = texts()
     torch.manual_seed(seed)
     model = Transformer()
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
@@ -87,45 +97,28 @@ def train(texts, rate, wrapped, decayed, seed, steps, advance):
             if wrapped:
                 with optimizer.slow_weights():
                     curves["slow"].append(validate(model, validation))
-        advance()
     return {name: [round(one, 4) for one in curve] for name, curve in curves.items()}, at
 
 
 def run(quick):
     """Return the results of the experiment."""
-    *texts, digest = load()
-    tensors = [torch.from_numpy(text) for text in texts]
+    *both, digest = load()
     rates, seeds, steps = ((3e-3,), 1, 36) if quick else (RATES, 3, 300)
     results = {
-        "text": described(*texts, digest),
+        "text": described(*both, digest),
         "rates": rates,
         "seeds": seeds,
         "constant": {"bare": [], "fast": [], "slow": []},
         "decayed": {"bare": [], "fast": [], "slow": []},
     }
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=2 * 2 * len(rates) * seeds * (steps // PERIOD * PERIOD - 2))
-        for decayed in (False, True):
-            kind = results["decayed" if decayed else "constant"]
-            for rate in rates:
-                progress.update(task, description=f"learning rate {rate:g}, {'decayed' if decayed else 'constant'}")
-                runs = {"bare": [], "fast": [], "slow": []}
-                for seed in range(seeds):
-                    for wrapped in (False, True):
-                        curves, results["steps"] = train(
-                            tensors,
-                            rate,
-                            wrapped,
-                            decayed,
-                            seed,
-                            steps,
-                            lambda: progress.advance(task),
-                        )
-                        for name, curve in curves.items():
-                            runs[name].append(curve)
-                for name, curves in runs.items():
-                    kind[name].append(curves)
+    tasks = list(itertools.product((False, True), rates, range(seeds), (False, True)))
+    found = in_processes(functools.partial(train, steps), tasks)
+    for (decayed, _, seed, _), (curves, results["steps"]) in zip(tasks, found):
+        kind = results["decayed" if decayed else "constant"]
+        for name, curve in curves.items():
+            if seed == 0:
+                kind[name].append([])
+            kind[name][-1].append(curve)
     return results
 
 
