@@ -75,7 +75,9 @@ def optimizers(case):
 def _outer_optimizers(case):
     """Return the forms of the outer step, with updates and with new parameters, and Optax' SGD by hand."""
     inner, wide = INNER[case.inner], {"slow_dtype": "float32"}
-    forms = {"": {}, ", momentum": OUTER_STEP}
+    # What workers pay for a sync apart from the reduction.
+    alone = {**OUTER_STEP, "reduce": lambda pseudo_gradients: pseudo_gradients}
+    forms = {"": {}, ", momentum": OUTER_STEP, ", momentum, reduce": alone}
     if case.dtype != "float32":
         forms |= {", float32": wide, ", momentum, float32": {**OUTER_STEP, **wide}}
 

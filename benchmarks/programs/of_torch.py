@@ -64,7 +64,9 @@ def optimizers(case):
 def _outer_optimizers(case):
     """Return the forms of the outer step."""
     momentum, wide = OUTER_STEP, {"slow_dtype": torch.float32}
-    forms = {"lookahead-optim, momentum": momentum}
+    # What workers pay for a sync apart from the reduction.
+    alone = {**momentum, "reduce": lambda pseudo_gradients: None}
+    forms = {"lookahead-optim, momentum": momentum, "lookahead-optim, momentum, reduce": alone}
     if case.dtype != "float32":
         forms |= {"lookahead-optim, float32": wide, "lookahead-optim, momentum, float32": {**momentum, **wide}}
 
