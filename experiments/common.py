@@ -30,8 +30,9 @@ def markdown(heading, rows):
 def paired(values, others):
     """Return the mean difference of two sequences, one pair for each seed, and its 95% interval by bootstrap.
 
-    The interval is that of resampled pairs (Efron's percentile method). With few seeds it is too narrow rather than too
-    wide. One pair has no interval: its ends are NaN.
+    The interval is that of resampled pairs (Efron's percentile method). With few seeds it is too narrow: with three
+    pairs it is their range, and contains the true mean in about 75 of 100 cases. One pair has no interval: its ends are
+    NaN.
     """
     differences = np.subtract(values, others)
     if len(differences) < 2:

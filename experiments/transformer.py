@@ -35,6 +35,7 @@ class Transformer(nn.Module):
         return nn.Dense(len(CHARACTERS))(nn.LayerNorm()(x))
 
 
+@jax.jit
 def initial_params(seed):
     """Return the parameters of a new model."""
     return Transformer().init(jax.random.key(seed), jnp.zeros((1, CONTEXT), int))

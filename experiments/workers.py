@@ -122,18 +122,22 @@ def tuned(steps, rates, seeds, one):
 # --- The same steps in real processes
 
 
+def start_in_float64(workers, one, steps):
+    """Return the learning rate, the state of all workers, the text and the pieces of a training in float64."""
+    training, _, _ = load()
+    rate = 4e-3
+    params = jax.tree.map(lambda leaf: leaf.astype("float64"), initial_params(0))
+    begin, _, _ = compiled(workers, one["period"], one["outer"], steps)
+    starts = shared(starts_of_pieces(training, (steps, BATCH), 0), workers)
+    return rate, begin(params, rate), jnp.asarray(training, "int8"), starts
+
+
 def train_in_process(rank, workers, port, one, steps, path):
-    """Train as one of several processes, and simulate all of them; write the difference, and the bytes of a sync."""
+    """Train as one of several processes; write its state half-way and at the end, and the bytes of a sync."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", num_processes=workers, process_id=rank)
-    training, _, _ = load()
-    text = jnp.asarray(training, "int8")
-    starts = shared(starts_of_pieces(training, (steps, BATCH), 0), workers)
-    params = jax.tree.map(lambda leaf: leaf.astype("float64"), initial_params(0))
-    begin, train, _ = compiled(workers, one["period"], one["outer"], steps)
-    rate = 4e-3
-
+    rate, carried, text, starts = start_in_float64(workers, one, steps)
     mesh = jax.make_mesh((workers,), ("workers",), axis_types=(AxisType.Auto,))
     by_worker = NamedSharding(mesh, PartitionSpec("workers"))
 
@@ -148,23 +152,14 @@ def train_in_process(rank, workers, port, one, steps, path):
         carried = train_worker(one, rate, steps, params, state, text, starts)
         return jax.tree.map(lambda leaf: leaf[None], carried)
 
-    simulated = real = begin(params, rate)
-    real = jax.tree.map(of_all, real)
-    parts = np.split(starts, 2)
-    pieces = [of_all(np.swapaxes(part, 0, 1)) for part in parts]
-    largest, sent = 0.0, []
-    for part, of_each in zip(parts, pieces):
-        simulated = train(rate, *simulated, text, part)
-        jax.block_until_ready(simulated)
+    carried, found = jax.tree.map(of_all, carried), []
+    pieces = [of_all(np.swapaxes(part, 0, 1)) for part in np.split(starts, 2)]
+    for of_each in pieces:
         before = written()
-        real = train_each(*real, of_each)
-        jax.block_until_ready(real)
-        sent.append(written() - before)
-        for leaf, expected in zip(jax.tree.leaves(real), jax.tree.leaves(simulated)):
-            mine = np.asarray(leaf.addressable_data(0)[0], "float64")
-            largest = max(largest, float(np.abs(mine - np.asarray(expected[rank])).max()))
-    syncs = len(parts[-1]) / one["period"]
-    path.write_text(f"{largest} {sent[-1] / syncs}")
+        carried = jax.block_until_ready(train_each(*carried, of_each))
+        sent = written() - before
+        found.extend(np.asarray(leaf.addressable_data(0)[0], "float64") for leaf in jax.tree.leaves(carried))
+    np.savez(path, *found, sent=sent / (steps / 2 / one["period"]))
 
 
 def compare_with_processes(workers, steps):
@@ -174,7 +169,7 @@ def compare_with_processes(workers, steps):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / str(rank) for rank in range(workers)]
+        paths = [Path(folder) / f"{rank}.npz" for rank in range(workers)]
         context = multiprocessing.get_context("spawn")
         processes = [
             context.Process(target=train_in_process, args=(rank, workers, port, one, steps, path), daemon=True)
@@ -182,15 +177,27 @@ def compare_with_processes(workers, steps):
         ]
         for process in processes:
             process.start()
+        simulated = []
+        with jax.enable_x64(True):
+            rate, carried, text, starts = start_in_float64(workers, one, steps)
+            _, train, _ = compiled(workers, one["period"], one["outer"], steps)
+            for part in np.split(starts, 2):
+                carried = train(rate, *carried, text, part)
+                simulated.extend(map(np.asarray, jax.tree.leaves(carried)))
         for process in processes:
             process.join(300)
         assert [process.exitcode for process in processes] == [0] * workers
-        largest, sent = zip(*([float(number) for number in path.read_text().split()] for path in paths))
+        largest, sent = 0.0, []
+        for rank, path in enumerate(paths):
+            with np.load(path) as file:
+                sent.append(float(file["sent"]))
+                real = [file[f"arr_{index}"] for index in range(len(simulated))]
+            largest = max(largest, *(float(np.abs(leaf - all_[rank]).max()) for leaf, all_ in zip(real, simulated)))
     size = 8 * sum(leaf.size for leaf in jax.tree.leaves(initial_params(0)))
     return {
         **one,
         "steps": steps,
-        "difference": max(largest),
+        "difference": largest,
         "bytes_of_a_sync": max(sent),
         "bytes_expected": bytes_sent(workers, size),
     }
@@ -210,7 +217,8 @@ def run(quick):
         "seeds": seeds,
         "size": 4 * sum(leaf.size for leaf in jax.tree.leaves(initial_params(0))),
         "processes": compare_with_processes(2, 20 if quick else 50),
-        "ways": in_processes(functools.partial(tuned, steps, rates, seeds), ways(**which)),
+        # New processes take longer than a few steps.
+        "ways": list((map if quick else in_processes)(functools.partial(tuned, steps, rates, seeds), ways(**which))),
     }
 
 
