@@ -474,6 +474,31 @@ def test_the_table_of_other_implementations_is_made_of_what_they_answered():
         assert (answers["loaded_later"], answers["resumed"]) == (4.75, 0)
 
 
+def test_the_readme_says_of_other_implementations_what_they_answered():
+    answers = json.loads((FOLDER / "results" / "peers.json").read_text())["answers"]
+    names = {name.replace("lookahead_optim.torch", "lookahead-optim"): found for name, found in answers.items()}
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = dict(line.strip("| ").split(" | ", 1) for line in lines if line.count(" | ") == 4)
+    say = {True: "yes", False: "no", None: "-"}
+    shown = [name for name in names if name in rows]
+    assert len(shown) == 7
+    for name in shown:
+        one = names[name]
+        exact, kept = one["path"][4] == 0.75, one["loaded_later"] in (4.75, 4.5)
+        part = None if name == "optax.lookahead" else one["without_gradient"] in (0.6, 0.4)
+        cells = [say[exact], say[kept], say[one["resumed"] == 0], say[part]]
+        assert rows[name] == " | ".join(cells), name
+
+
+def test_the_caption_of_the_first_picture_has_the_distances_of_its_results():
+    results = json.loads((FOLDER / "results" / "loss_surface.json").read_text())["results"]
+    slow, bare = (np.linalg.norm(results[name][-1]) for name in ("slow", "bare"))
+    words = f"30 steps the slow weights are {slow:.2f} from the optimum, and bare SGD is {bare:.2f} from it."
+    assert len(results["bare"]) == 31
+    for page in ("README.md", "docs/index.md"):
+        assert words in " ".join((ROOT / page).read_text().split()), page
+
+
 def write_cifar(folder, classes, per_file=40):
     """Write files as CIFAR's authors do; the first pixel of an image says its class."""
     training, test, key, _ = cifar.FILES[folder.name]
