@@ -116,7 +116,7 @@ def by_optimizer(results):
 
 
 def against_adamw(found, name, batch):
-    """Return the loss of an optimizer less that of AdamW at a batch size, one for each seed."""
+    """Return the loss of an optimizer minus the loss of AdamW at a batch size, one for each seed."""
     return np.subtract(found[name][batch]["losses"], found["AdamW"][batch]["losses"])
 
 
@@ -142,7 +142,7 @@ def tables(results):
     return {
         "losses": markdown(["loss (learning rate)", *heading], losses),
         "differences": markdown(
-            ["loss less that of AdamW", *heading, f"change from {sizes[0]} to {sizes[-1]} pieces"], differences
+            ["loss minus the loss of AdamW", *heading, f"change from {sizes[0]} to {sizes[-1]} pieces"], differences
         ),
         "text": f"{text['training']:,} characters for training, {text['validation']:,} for validation (digest "
         f"{text['sha256']}). Each run sees {results['pieces'] * CONTEXT:,} characters, in "
@@ -173,7 +173,7 @@ def plots(results):
         axes.set_xticks(sizes, [str(batch) for batch in sizes])
         axes.minorticks_off()
     left.set(ylabel="validation loss (nats a character)", title="at the best learning rate")
-    right.set(ylabel="loss less that of AdamW", title="paired over seeds: below 0 is better than AdamW")
+    right.set(ylabel="loss minus the loss of AdamW", title="paired over seeds: below 0 is better than AdamW")
     left.legend(fontsize=7)
     return {"losses": figure}
 

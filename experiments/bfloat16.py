@@ -135,7 +135,7 @@ def tables(results):
     text = results["text"]
     return {
         "losses": markdown(
-            ["", "dtypes", "learning rate", "loss", "less that in float32", "less that of AdamW with such weights"],
+            ["", "dtypes", "learning rate", "loss", "minus float32", "minus AdamW with such weights"],
             rows,
         ),
         "text": f"{text['training']:,} characters for training, {text['validation']:,} for validation (digest "

@@ -265,6 +265,18 @@ def outer_step(models, slow, momentum, eta, mu):
             one.copy_(slow[index])
 
 
+def trained_by_hand(models, inner, slow, momentum, steps):
+    """Train a model for each worker, with its inner optimizer and its data. Yield each step after it was made."""
+    for step in steps:
+        for rank, (model, optimizer) in enumerate(zip(models, inner)):
+            optimizer.zero_grad()
+            worker.loss_of(model, rank, step).backward()
+            optimizer.step()
+        if (step + 1) % PERIOD == 0:
+            outer_step(models, slow, momentum, eta=0.7, mu=0.9)
+        yield step
+
+
 @pytest.fixture
 def replicas(results):
     if results[4][0]["replicas"] is None:
@@ -277,13 +289,7 @@ def test_replicas_that_are_sharded_train_as_workers_in_one_process(replicas):
     inner = [torch.optim.Adam(model.parameters(), 0.05) for model in models]
     slow = worker.clones(models[0].parameters())
     momentum = [torch.zeros_like(one) for one in slow]
-    for step in range(STEPS):
-        for rank, (model, optimizer) in enumerate(zip(models, inner)):
-            optimizer.zero_grad()
-            worker.loss_of(model, rank, step).backward()
-            optimizer.step()
-        if (step + 1) % PERIOD == 0:
-            outer_step(models, slow, momentum, eta=0.7, mu=0.9)
+    for step in trained_by_hand(models, inner, slow, momentum, range(STEPS)):
         for result in replicas:
             found = result["history"][step]
             expected = list(models[result["replica"]].parameters())
@@ -318,13 +324,7 @@ def test_another_number_of_workers_trains_on_from_the_checkpoint_of_one(director
         models.append(model)
         inner.append(optimizer.inner_optimizer)
     slow, momentum = ([optimizer.state[one][key] for one in model.parameters()] for key in ("slow", "slow_momentum"))
-    for step in range(begin, begin + 2 * PERIOD):
-        for rank, (model, optimizer) in enumerate(zip(models, inner)):
-            optimizer.zero_grad()
-            worker.loss_of(model, rank, step).backward()
-            optimizer.step()
-        if (step + 1) % PERIOD == 0:
-            outer_step(models, slow, momentum, eta=0.7, mu=0.9)
+    for step in trained_by_hand(models, inner, slow, momentum, range(begin, begin + 2 * PERIOD)):
         for model, histories in zip(models, another_number):
             found = histories[begin][step + 1]
             torch.testing.assert_close(found["fast"], worker.clones(model.parameters()), rtol=1e-9, atol=1e-11)
