@@ -1,8 +1,12 @@
+import contextlib
+import doctest
+import io
 import os
 import tempfile
 
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser
 
 
 def _enter_folder(namespace):
@@ -15,7 +19,27 @@ def _leave_folder(namespace):
     namespace["_folder"].cleanup()
 
 
-# The Python blocks of a page run in order, in one namespace and an empty folder.
+def _run(example):
+    """Run a Python block, and keep what it prints for the block of output after it."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        PythonEvaluator()(example)
+    example.namespace["_printed"] = printed.getvalue()
+
+
+def _compare(example):
+    """Return what is wrong with a block of output; `...` stands for anything, and white space does not matter."""
+    printed = example.namespace.pop("_printed")
+    rules = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    if doctest.OutputChecker().check_output(str(example.parsed), printed, rules):
+        return None
+    return f"The page has:\n{example.parsed}\nThe block before it printed:\n{printed}"
+
+
+# The Python blocks of a page run in order, in one namespace and an empty folder. A block of output holds what the block
+# before it prints.
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()], patterns=["*.md"], setup=_enter_folder, teardown=_leave_folder
+    parsers=[CodeBlockParser("python", _run), CodeBlockParser("output", _compare)],
+    patterns=["*.md"],
+    setup=_enter_folder,
+    teardown=_leave_folder,
 ).pytest()
