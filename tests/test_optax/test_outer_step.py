@@ -279,6 +279,9 @@ def test_a_compiled_step_copies_no_weight_between_syncs_and_updates_all_in_place
     memory, text = compiled.memory_analysis(), compiled.as_text()
     # A transformation gets all pseudo-gradients at once, at a sync.
     temporary = size(params) if kind == "outer" else 2 * 512 * 512 * 4 if kind.startswith("wide") else 0
+    if kind == "half precision" and jax.__version_info__ >= (0, 12):
+        # This XLA holds fast and slow weights in float32, of one weight at a time.
+        temporary = 2 * 512 * 512 * 4
     assert memory.temp_size_in_bytes < temporary + 2**16
     assert size((params, state)) - memory.alias_size_in_bytes < 32
     assert " conditional(" in text
