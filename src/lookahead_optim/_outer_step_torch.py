@@ -1,4 +1,4 @@
-"""The outer step on lists of PyTorch tensors: where the slow weights go, and where the fast ones restart."""
+"""The outer step on lists of PyTorch tensors: the new slow weights, and the restart of the fast weights."""
 
 import functools
 import warnings
@@ -31,9 +31,9 @@ class OuterStep(NamedTuple):
 
 
 def outer_step(pieces: list[Piece], steps: list[OuterStep], is_careful: bool) -> bool:
-    """Make the outer step of all pieces: move the slow weights, then restart all fast weights from there.
+    """Make the outer step of all pieces: move the slow weights, then restart all fast weights from the slow weights.
 
-    With slow momentum b, of factor mu, and the slow step size eta, this is for each weight
+    With slow momentum b, its factor mu and the slow step size eta, each weight makes this step:
 
         s = slow - fast
         b = mu * b + s
@@ -41,7 +41,7 @@ def outer_step(pieces: list[Piece], steps: list[OuterStep], is_careful: bool) ->
         slow = slow - eta * d
         fast = slow
 
-    All fast weights are read before the first of them is written, as some may share memory. If none do, call
+    All fast weights are read before any is written, as some may share memory. If none share memory, call
     `outer_step_unshared` piece by piece: the restart then finds the slow weights in the CPU's cache. The caller has
     switched gradients off.
 
@@ -66,17 +66,17 @@ def outer_step(pieces: list[Piece], steps: list[OuterStep], is_careful: bool) ->
 
 
 def _needs_moves(piece: Piece, step: OuterStep) -> bool:
-    """Return whether an outer step is more than an interpolation, which needs no memory for the pseudo-gradient."""
+    """Return whether an outer step is more than an interpolation. An interpolation needs no memory for moves."""
     return bool(piece.momentum) or (is_wide(piece) and step.slow_step_size != 1)
 
 
 def _moves(piece: Piece, is_careful: bool, in_place_of_fast: bool = False) -> list[Tensor]:
-    """Return how far the weights moved since the last restart: the pseudo-gradients, with their signs turned.
+    """Return how far the weights moved since the last restart: the negative pseudo-gradients.
 
-    A fast weight started from the slow weight rounded to its dtype. Measured from there, a fast weight that did not
-    move leaves a slow weight of a wider dtype alone, bit for bit.
+    A fast weight started from the slow weight rounded to its dtype, so its move is measured from there. Then a slow
+    weight of a wider dtype does not change by a bit if its fast weight did not move.
 
-    A careful step makes 0 of the difference of equal infinities, those of a mask, which is NaN.
+    A careful step makes the difference of equal infinities 0 instead of NaN. A mask has such infinities.
     """
     slow, fast, *_ = piece
     if slow[0].dtype == fast[0].dtype:
@@ -102,7 +102,7 @@ def _moves_with_care(started: list[Tensor], ended: list[Tensor]) -> list[Tensor]
 
 
 def _descend(piece: Piece, step: OuterStep, moves: list[Tensor]) -> None:
-    """Move slow weights by momentum on their pseudo-gradients, which are `moves` with their signs turned."""
+    """Move slow weights by momentum on their pseudo-gradients. `moves` are the negative pseudo-gradients."""
     slow, _, momentum, fits_kernels = piece
     slow_step_size, slow_momentum, slow_nesterov = step
     if _overflows(slow_step_size, slow):
@@ -114,7 +114,7 @@ def _descend(piece: Piece, step: OuterStep, moves: list[Tensor]) -> None:
         torch._foreach_add_(slow, moves, alpha=slow_step_size)
         return
     if fits_kernels:
-        # PyTorch's fused SGD makes the same moves in one pass over memory.
+        # PyTorch's fused SGD makes the same moves in one pass through memory.
         torch._fused_sgd_(
             slow,
             moves,
@@ -138,17 +138,18 @@ def _descend(piece: Piece, step: OuterStep, moves: list[Tensor]) -> None:
 
 
 def _interpolate(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
-    """Move slow weights towards their fast ones; return whether that has shown that the next step must be careful.
+    """Move slow weights towards their fast weights; return whether the next step must be careful.
 
     Without momentum the outer step is a linear interpolation, which is a single operation.
 
     The difference of two large weights of opposite sign overflows, and the difference of equal infinities is NaN. A
-    careful step replaces what such a difference makes. It takes several times as long. So it is made if `is_large` has
-    found something at capture, and after the first step that left a weight which is not finite. That step itself can
-    only be mended where the fast weight is infinite. (A finite weight that has grown beyond a quarter of the largest
-    number since its capture may become infinite there.)
+    careful step replaces the results of such differences, but takes several times as long. It is made in two cases: if
+    `is_large` has found such weights at capture, and after the first step that left a weight that is not finite. The
+    result of that first step is corrected only where the fast weight is infinite. (A finite weight that has grown above
+    a quarter of the largest number since its capture may become infinite in that step.)
 
-    Other devices than the CPU would have to be waited for. There only `is_large` finds infinities.
+    On other devices than the CPU, looking at the result would mean to wait for the device. There only `is_large` finds
+    infinities.
     """
     slow, fast, *_ = piece
     if slow_step_size == 1:
@@ -169,17 +170,25 @@ def _interpolate(piece: Piece, slow_step_size: float, is_careful: bool) -> bool:
 
 
 def outer_step_unshared(piece: Piece, step: OuterStep, is_careful: bool) -> bool:
-    """Do `outer_step` for one piece, whose fast weights share no memory with others.
+    """Make the outer step of one piece, whose fast weights share no memory with others.
 
-    A large weight on a GPU, which is a piece by itself, takes one kernel. The operations of PyTorch take two, which
-    move five arrays where four do.
+    A large weight on a GPU is a piece by itself and takes one kernel, which moves four arrays. PyTorch's operations
+    take two kernels, which move five arrays.
+
+    Args:
+        piece: A piece that `cut` returned.
+        step: The settings.
+        is_careful: As for `outer_step`.
+
+    Returns:
+        Whether the next outer step must be careful.
     """
     if _needs_moves(piece, step):
         try:
-            # The fast weights are read once. Then their memory is free for the moves, until the restart.
+            # The fast weights are read once. Then their memory holds the moves until the restart.
             _descend(piece, step, _moves(piece, is_careful, in_place_of_fast=bool(piece.momentum)))
         finally:
-            # After an error, too: weights must not be left with their moves.
+            # Also after an error: the fast weights must not be left with the moves in their memory.
             torch._foreach_copy_(piece.fast, piece.slow)
         return is_careful
     if len(piece.slow) == 1 and not is_careful and 0 < step.slow_step_size < 1:
@@ -191,16 +200,16 @@ def outer_step_unshared(piece: Piece, step: OuterStep, is_careful: bool) -> bool
 
 
 def form_pseudo_gradients(slow: list[Tensor], fast: list[Tensor], out: list[Tensor]) -> None:
-    """Write the pseudo-gradients into `out`, in the dtypes of the fast weights. It may be `fast` itself."""
+    """Write the pseudo-gradients into `out`, in the dtypes of the fast weights. `out` may be `fast` itself."""
     for slow_weight, fast_weight, pseudo_gradient in zip(slow, fast, out):
         # A fast weight started from the slow weight rounded to its dtype.
         torch.sub(slow_weight.to(fast_weight.dtype), fast_weight, out=pseudo_gradient)
 
 
 def outer_step_reduced(piece: Piece, step: OuterStep) -> None:
-    """Make the slow step of a piece that has pseudo-gradients in the place of its fast weights.
+    """Make the slow step of a piece that has pseudo-gradients in place of its fast weights.
 
-    They are used up. The fast weights restart afterwards.
+    The pseudo-gradients are overwritten. The caller restarts the fast weights afterwards.
     """
     slow, moves, *_ = piece
     torch._foreach_neg_(moves)
@@ -209,7 +218,10 @@ def outer_step_reduced(piece: Piece, step: OuterStep) -> None:
 
 @functools.cache
 def _kernel() -> Callable[[Tensor, Tensor, float], bool] | None:
-    """Return a function that runs the kernel and returns whether it could, or `None` if there is none."""
+    """Return a function that runs the kernel, or `None` if there is no kernel.
+
+    The function returns whether the kernel ran.
+    """
     try:
         from lookahead_optim._outer_step_triton import outer_step as run
     except ImportError:
@@ -223,7 +235,7 @@ def _kernel() -> Callable[[Tensor, Tensor, float], bool] | None:
             try:
                 run(slow, fast, slow_step_size)
             except Exception as error:
-                # Triton needs a C compiler, which not every machine has. What fails, fails before anything is moved.
+                # Triton needs a C compiler, which some machines lack. A failure comes before any weight has moved.
                 is_broken = True
                 warnings.warn(
                     "Lookahead synchronises large weights by operations of PyTorch, which are slower than its kernel, "
@@ -231,7 +243,8 @@ def _kernel() -> Callable[[Tensor, Tensor, float], bool] | None:
                     stacklevel=2,
                 )
             else:
-                # As every operation of PyTorch does. Otherwise a backward pass would not see that its weights changed.
+                # Every operation of PyTorch does this. Otherwise a backward pass would not notice that its weights
+                # changed.
                 torch.autograd.graph.increment_version((slow, fast))
         return not is_broken
 
@@ -239,7 +252,7 @@ def _kernel() -> Callable[[Tensor, Tensor, float], bool] | None:
 
 
 def _slow_step_with_care(slow: Tensor, fast: Tensor, slow_step_size: float) -> None:
-    """Move a slow weight: as usual where that is finite, and by a weighted mean elsewhere."""
+    """Move a slow weight: by the usual formula where its result is finite, and by a weighted mean elsewhere."""
     start, end = _widened(slow), _widened(fast)
     mean = torch.where(start == end, start, (1 - slow_step_size) * start + slow_step_size * end).to(slow.dtype)
     if not _overflows(slow_step_size, [slow]):
@@ -253,8 +266,8 @@ def _widened(weight: Tensor) -> Tensor:
 
 
 def _overflows(slow_step_size: float, weights: list[Tensor]) -> bool:
-    """Return whether a step size is too large for the dtype of any weight: PyTorch's operations refuse it then."""
-    # Each dtype that PyTorch can interpolate in has 1e4.
+    """Return whether a step size is too large for the dtype of any weight. PyTorch's operations refuse it then."""
+    # Every dtype in which PyTorch can interpolate holds 1e4.
     return slow_step_size > 1e4 and any(slow_step_size > torch.finfo(weight.dtype).max for weight in weights)
 
 
@@ -262,15 +275,15 @@ _DTYPES_WITH_A_NORM = torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 
 def is_large(weights: Iterable[Tensor]) -> bool:
-    """Return whether the difference of two such weights could overflow, or be NaN."""
+    """Return whether a difference of two such weights could overflow or be NaN."""
     return ask_is_large(weights)()
 
 
 def ask_is_large(weights: Iterable[Tensor]) -> Callable[[], bool]:
-    """Ask what `is_large` returns, of the weights as they are now, without waiting for a GPU.
+    """Ask what `is_large` would return for the present weights, without waiting for a GPU.
 
     Returns:
-        Function that returns the answer. It waits for what was asked, not for what the GPU was given to do since.
+        Function that returns the answer. It waits for the question, but not for later work of the GPU.
     """
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for weight in weights:
@@ -281,13 +294,13 @@ def ask_is_large(weights: Iterable[Tensor]) -> Callable[[], bool]:
 
 
 def _ask_about(weights: list[Tensor]) -> Callable[[], bool]:
-    """Do `ask_is_large` for weights of one device and dtype."""
+    """Do the work of `ask_is_large` for weights of one device and dtype."""
     limit = torch.finfo(weights[0].dtype).max / 4
     if not weights[0].is_cuda:
         found = any(not float(torch.linalg.vector_norm(weight, torch.inf)) <= limit for weight in weights)
         return lambda: found
     are_small = (torch.stack(torch._foreach_norm(weights, torch.inf)) <= limit).all()
-    # PyTorch makes this a copy into pinned memory, for which nobody waits.
+    # PyTorch makes this copy into pinned memory, so nothing waits for it.
     on_host = are_small.to("cpu", non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(are_small.device))
@@ -305,13 +318,13 @@ _ONE = torch.ones((), device="cpu", dtype=torch.float32)
 def _are_finite(weights: list[Tensor]) -> bool:
     """Return whether all elements are finite.
 
-    This is the operation of `torch.amp.GradScaler`. No public operation of PyTorch answers for a whole list, and asking
-    for each small weight takes longer than the slow step itself.
+    This uses an operation of `torch.amp.GradScaler`. No public operation of PyTorch answers for a whole list, and
+    asking for each small weight takes longer than the slow step itself.
     """
     found = torch.zeros((), device="cpu", dtype=torch.float32)
     try:
         torch._amp_foreach_non_finite_check_and_unscale_(weights, found, _ONE)
     except (NotImplementedError, RuntimeError):
-        # Complex weights, and some kinds of tensors.
+        # Complex weights and some kinds of tensors come here.
         return all(bool(weight.isfinite().all()) for weight in weights)
     return not found

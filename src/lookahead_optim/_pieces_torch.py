@@ -1,4 +1,4 @@
-"""Lists of weights of PyTorch, cut so that the CPU finds in its cache what an outer step needs more than once."""
+"""Lists of PyTorch weights, cut into pieces that fit into a CPU's cache."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -9,11 +9,10 @@ from torch import Tensor
 
 __all__ = ["Piece", "cut", "is_large_on_gpu", "is_wide"]
 
-# An outer step goes over the slow weights twice, and more often with momentum. On the CPU a `foreach` operation is a
-# loop over its weights. So all operations are made on as many weights as one core's cache holds, before the next
-# weights.
+# An outer step reads the slow weights twice, and more often with momentum. On the CPU a `foreach` operation is a loop
+# over its weights. So all operations are made on as many weights as one core's cache holds, before the next weights.
 _BYTES_PER_THREAD = 2**18
-# From here on a GPU needs longer for a weight than the host to launch a kernel for it alone.
+# The size from which a GPU needs longer for a weight than the host needs to launch a kernel.
 _BYTES_OF_LARGE = 2**24
 # Some operations take memory for all weights of a piece.
 _BYTES_OF_PIECE = 2**27
@@ -22,10 +21,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Piece(NamedTuple):
-    """Slow weights, their fast ones and their slow momentum, in one order.
+    """Slow weights, their fast weights and their slow momentum, in the same order.
 
-    All are on the CPU, or all on one other device. Without slow momentum its list is empty. `fits_kernels` says whether
-    kernels that go through memory can take all of them together.
+    All are on the CPU, or all are on one other device. Without slow momentum its list is empty. `fits_kernels` says
+    whether a kernel that goes through memory can take all of them together.
     """
 
     slow: list[Tensor]
@@ -35,13 +34,18 @@ class Piece(NamedTuple):
 
 
 def cut(slow: list[Tensor], fast: list[Tensor], momentum: Sequence[Tensor] = ()) -> list[Piece]:
-    """Cut lists of slow weights, fast weights and, if there is any, slow momentum into pieces for `outer_step`.
+    """Cut lists of slow weights, fast weights and slow momentum into pieces for `outer_step`.
 
-    On the CPU several small weights make one piece, and a large weight makes several, which are views of it, if it lies
-    in memory without gaps. On other devices a large weight makes a piece, and all others of one device and dtype make
-    pieces of 128 MiB, as their `foreach` operations ask for.
+    On the CPU several small weights make one piece. A large weight without gaps in memory makes several pieces, which
+    are views of it. On other devices a large weight makes one piece. All other weights of one device and dtype make
+    pieces of 128 MiB, as a `foreach` operation takes them together.
+
+    Args:
+        slow: List of slow weights.
+        fast: List of their fast weights, in the same order.
+        momentum: Their slow momentum, or nothing. Defaults to nothing.
     """
-    # Each row is a slow weight, its fast one, and its momentum if there is any.
+    # Each row is a slow weight, its fast weight, and its momentum if there is any.
     rows = list(zip(slow, fast, momentum) if momentum else zip(slow, fast))
     if not all(fast_weight.is_cpu for fast_weight in fast):
         by_kind: dict[object, Piece] = defaultdict(_empty)
@@ -66,7 +70,7 @@ def cut(slow: list[Tensor], fast: list[Tensor], momentum: Sequence[Tensor] = ())
 
 
 def is_large_on_gpu(slow: Tensor, fast: Tensor) -> bool:
-    """Return whether a weight lies on a GPU, is large there, and can be taken by a kernel that goes through memory."""
+    """Return whether a weight is on a GPU, is large, and fits a kernel that goes through memory."""
     return (
         fast.is_cuda
         and fast.nbytes >= _BYTES_OF_LARGE
@@ -78,7 +82,7 @@ def is_large_on_gpu(slow: Tensor, fast: Tensor) -> bool:
 
 
 def _has_no_gaps(weight: Tensor) -> bool:
-    """Return whether a weight fills its memory: it is contiguous, or would be with its dimensions in another order."""
+    """Return whether a weight fills its memory: it is contiguous, perhaps in another order of its dimensions."""
     if weight.is_contiguous():
         return True
     elements = 1
@@ -90,9 +94,9 @@ def _has_no_gaps(weight: Tensor) -> bool:
 
 
 def _fits_kernels(piece: Piece) -> bool:
-    """Return whether weights lie in memory as their slow weights and momentum do, without gaps.
+    """Return whether slow weights, fast weights and momentum have the same memory layout, without gaps.
 
-    PyTorch's fused SGD on the CPU leaves out elements of narrower dtypes than these (2.13).
+    PyTorch's fused SGD on the CPU leaves out elements of narrower dtypes than float32 (PyTorch 2.13).
     """
     return all(
         type(fast) in _PLAIN
@@ -114,22 +118,22 @@ def _append(piece: Piece, row: Sequence[Tensor]) -> None:
 
 
 def is_wide(piece: Piece) -> bool:
-    """Return whether slow weights have another dtype than their fast ones: in a piece, all have or none has."""
+    """Return whether the slow weights of a piece have another dtype than the fast weights. It is the same for all."""
     return bool(piece.slow) and piece.slow[0].dtype != piece.fast[0].dtype
 
 
 def _parts(row: Sequence[Tensor], limit: int) -> Iterable[Sequence[Tensor]]:
-    """Return a slow weight, its fast one and its momentum, all in parts if they are larger than a piece."""
+    """Return a slow weight, its fast weight and its momentum, cut into parts if they are larger than a piece."""
     slow, fast = row[:2]
     if slow.nbytes <= limit or type(fast) not in _PLAIN or not _lie_alike(row):
         return [row]
     elements = limit // slow.element_size()
-    # In the order of the memory.
+    # The parts follow the order of the memory.
     return zip(*(weight.as_strided((weight.numel(),), (1,)).split(elements) for weight in row))
 
 
 def _lie_alike(row: Sequence[Tensor]) -> bool:
-    """Return whether weights of one shape lie in memory in one order, without gaps."""
+    """Return whether weights of one shape have the same order in memory, without gaps."""
     return all(weight.is_contiguous() for weight in row) or (
         len({weight.stride() for weight in row}) == 1 and _has_no_gaps(row[0])
     )

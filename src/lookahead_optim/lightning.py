@@ -18,7 +18,7 @@ from lookahead_optim.torch._fsdp import local
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
-    # Lightning is two packages with classes of their own. The trainer of one refuses a callback of the other.
+    # Lightning is two packages, each with its own classes. The trainer of one package refuses a callback of the other.
     _callbacks = []
     for _package in ("lightning.pytorch", "pytorch_lightning"):
         with contextlib.suppress(ModuleNotFoundError):
@@ -37,27 +37,29 @@ __all__ = ["SlowWeights"]
 class SlowWeights(Callback):
     """Validates and saves a model on the slow weights of its `lookahead_optim.torch.Lookahead` optimizers.
 
-    The slow weights are in the model
+    The slow weights are in the model at these times:
 
-    - in each validation of `Trainer.fit`. Afterwards the fast weights are back bit for bit;
-    - in each checkpoint, whoever saves it: `ModelCheckpoint`, also with `save_weights_only=True`, or
-      `trainer.save_checkpoint`. Its `state_dict` has the slow weights, so that `load_from_checkpoint` gives the model
-      that was scored. The fast weights are beside, in the optimizers' state: `fit(ckpt_path=...)` resumes bit for bit,
-      with this callback or without it;
-    - after `fit`, however it ended. A test, a prediction or an export then has the slow weights of the last step. A
-      checkpoint that is saved then resumes bit for bit, too.
+    - In each validation of `Trainer.fit`. Afterwards the fast weights are back bit for bit.
+    - In each checkpoint, whether `ModelCheckpoint` saves it, also with `save_weights_only=True`, or
+      `trainer.save_checkpoint`. The checkpoint's `state_dict` has the slow weights, so that `load_from_checkpoint`
+      gives the model that was scored. The optimizers' state in the checkpoint has the fast weights too.
+      `fit(ckpt_path=...)` resumes bit for bit, with or without this callback.
+    - After `fit`, however it ended. A test, a prediction or an export then uses the slow weights of the last step.
+      Training also resumes bit for bit from a checkpoint that is saved then.
 
-    Outside of `fit` the callback leaves the model alone: `trainer.validate`, `test` and `predict` score the weights
-    that are in it, the slow ones after `fit` or those of a checkpoint. Of several optimizers some may be others than
-    `Lookahead`, whose parameters stay as they are. Give each trainer a callback of its own. Buffers, such as the
-    statistics of BatchNorm, are not exchanged.
+    Outside of `fit` the callback leaves the model alone. `trainer.validate`, `test` and `predict` score the weights in
+    the model: the slow weights after `fit`, or the weights of a checkpoint.
 
-    A strategy that restores optimizers itself, such as `ModelParallelStrategy`, could not load fast weights from beside
-    the model. There the slow weights are only in checkpoints with `save_weights_only=True`, and a warning says so.
+    Some of the optimizers may be other than `Lookahead`. Their parameters stay as they are. Give each trainer its own
+    callback. Buffers, such as the statistics of BatchNorm, are not exchanged.
+
+    A strategy that restores optimizers itself, such as `ModelParallelStrategy`, cannot load fast weights from the
+    optimizers' state. With it the slow weights are only in checkpoints with `save_weights_only=True`, and a warning
+    says so.
 
     Raises:
-        ValueError: when `fit` begins and none of the optimizers is a `Lookahead`, or one has an `eval` method, as in
-            `schedulefree`, which puts weights of its own into the model.
+        ValueError: when `fit` begins, if no optimizer is a `Lookahead`, or if a `Lookahead` has an `eval` method. Inner
+            optimizers such as `schedulefree` have `eval`, which puts other weights into the model.
 
     Example:
 
@@ -65,7 +67,7 @@ class SlowWeights(Callback):
     >>> best = lightning.pytorch.callbacks.ModelCheckpoint(monitor="score")
     >>> trainer = lightning.Trainer(callbacks=[SlowWeights(), best], accelerator="cpu", logger=False)
 
-    After `trainer.fit(module)` the file `best.best_model_path` has the slow weights that were scored best.
+    After `trainer.fit(module)` the file `best.best_model_path` has the slow weights with the best score.
 
     Reference:
         `lightning.pytorch.callbacks.WeightAveraging`, which does the same for an average of the weights.
@@ -74,11 +76,11 @@ class SlowWeights(Callback):
     def __init__(self) -> None:
         self._optimizers: list[Any] = []
         self._validation = contextlib.ExitStack()
-        # After training, when the model has the slow weights.
+        # The fast weights after training, when the model has the slow weights.
         self._fast: list[Tensor] = []
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        # A wrapper that has the attributes of the optimizer inside it has `slow_weights` too.
+        # A wrapper that passes on the attributes of the optimizer inside it has `slow_weights` too.
         self._optimizers = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "slow_weights")]
         self._fast = []
         if not self._optimizers:
@@ -92,14 +94,15 @@ class SlowWeights(Callback):
                 f"validation. Received: {self._optimizers!r}"
             )
         if not trainer.strategy.lightning_restore_optimizer:
-            # `torch.distributed.checkpoint` loads what a new optimizer has, which is no fast weights.
+            # `torch.distributed.checkpoint` loads only what a new optimizer has, and a new optimizer has no fast
+            # weights.
             warnings.warn(
                 "`SlowWeights` leaves the fast weights in checkpoints from which training resumes, as "
                 f"{type(trainer.strategy).__name__} could not load them from elsewhere. Those that are saved with "
                 "`save_weights_only=True` have the slow weights.",
                 stacklevel=2,
             )
-        # There is no hook for the end of a save, and none at all for callbacks if only weights are saved.
+        # Lightning has no hook for the end of a save. If only weights are saved, callbacks have no hook at all.
         trainer.save_checkpoint = functools.partial(self._save, trainer)  # type: ignore[method-assign]
 
     def on_validation_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
@@ -113,7 +116,7 @@ class SlowWeights(Callback):
         self._end()
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        # There was no training if the checkpoint was one of its end.
+        # There was no training if `fit` resumed from a checkpoint of its end.
         self._end()
 
     def on_exception(self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException) -> None:
@@ -123,7 +126,7 @@ class SlowWeights(Callback):
         return bool(self._optimizers) and not self._fast
 
     def _slow_weights(self) -> contextlib.ExitStack:
-        """Open a block of each optimizer."""
+        """Open a `slow_weights()` block of each optimizer."""
         with contextlib.ExitStack() as stack:
             for optimizer in self._optimizers:
                 stack.enter_context(optimizer.slow_weights())
@@ -154,7 +157,7 @@ class SlowWeights(Callback):
         if self._is_training():
             with shown():
                 return save()
-        # As in training, if the model still has the slow weights. A program may have put others there.
+        # Save as in training if the model still has the slow weights. A program may have put other weights there.
         parameters = self._parameters()
         present = [parameter.clone() for parameter in parameters]
         torch._foreach_copy_(parameters, self._fast)

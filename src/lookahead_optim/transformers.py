@@ -1,4 +1,4 @@
-"""The Hugging Face `Trainer` with `Lookahead`: the model that it keeps is the model that it scored."""
+"""The Hugging Face `Trainer` with `Lookahead`: it keeps the model that it scored."""
 
 import contextlib
 from typing import TYPE_CHECKING, Any
@@ -20,30 +20,30 @@ else:
 
 
 class SlowWeightsMixin(_AnyTrainer):
-    """Makes a `transformers.Trainer` that trains with `Lookahead`, and scores and keeps the slow weights.
+    """Makes a `transformers.Trainer` train with `Lookahead`, and score and keep the slow weights.
 
-    The optimizer that the `Trainer` makes, with its two groups with and without weight decay, is wrapped in
-    `Lookahead`, and so is an optimizer that is passed by `optimizers`, unless it is a `Lookahead` already.
+    The mixin wraps the optimizer that the `Trainer` makes in `Lookahead`, with its two groups, with and without weight
+    decay. It also wraps an optimizer that is passed as `optimizers`, unless it is a `Lookahead` already.
 
-    - `evaluate` and `predict` score the slow weights. Callbacks find the slow weights in the model in `on_evaluate`.
+    - `evaluate` and `predict` score the slow weights. In `on_evaluate`, callbacks find the slow weights in the model.
     - `save_model`, `push_to_hub` and every checkpoint save the slow weights as the model. A checkpoint's optimizer file
       has the fast weights too, and training resumes from the checkpoint bit for bit. With `save_only_model=True` it
       resumes from the slow weights.
-    - After `train`, the model has the slow weights, or the best scored ones with `load_best_model_at_end`. The
-      optimizer's slow weights are then equal to the model's. Another `train` starts from there.
+    - After `train` the model has the slow weights, or with `load_best_model_at_end` the slow weights with the best
+      score. The optimizer's slow weights are then equal to the model's. Another `train` starts from them.
 
     Before the first training step, and without an optimizer, the model is scored and saved as it is.
 
     Args:
         *args: Positional arguments of the `Trainer`.
         lookahead_kwargs: Dictionary of arguments for `Lookahead`, such as `sync_period` and `slow_step_size`. Defaults
-            to None: the defaults of `Lookahead`.
+            to `None`: the defaults of `Lookahead`.
         **kwargs: Keyword arguments of the `Trainer`.
 
     Raises:
         TypeError: if the mixin comes after the `Trainer` in the bases of a class.
-        ValueError: if `lookahead_kwargs` and a `Lookahead` are both given, with DeepSpeed, which trains copies of the
-            weights, or if the inner optimizer has weights of its own for evaluations, as in `schedulefree`.
+        ValueError: if `lookahead_kwargs` and a `Lookahead` are both given; with DeepSpeed, which trains copies of the
+            weights; if the inner optimizer has weights of its own for evaluations, as `schedulefree` has.
 
     Example:
 
@@ -86,11 +86,15 @@ class SlowWeightsMixin(_AnyTrainer):
                 "`lookahead_kwargs` must not be given with a `Lookahead` in `optimizers`, which has its own settings. "
                 f"Received: lookahead_kwargs={lookahead_kwargs!r}"
             )
-        # First, as other callbacks upload the model at the end of training.
+        # First in the list, as other callbacks upload the model at the end of training.
         self.callback_handler.callbacks.insert(0, _SlowWeightsAtTheEnd())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Make the optimizer as the `Trainer` does, and wrap it in `Lookahead` unless it is wrapped."""
+        """Make the optimizer as the `Trainer` does, and wrap it in `Lookahead` unless it is wrapped.
+
+        Returns:
+            The `Lookahead`, or a wrapper of Accelerate around it.
+        """
         optimizer = super().create_optimizer(*args, **kwargs)
         lookahead = _find_lookahead(optimizer)
         if lookahead is None:
@@ -103,12 +107,15 @@ class SlowWeightsMixin(_AnyTrainer):
         return optimizer
 
     def slow_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context manager that runs a block on the slow weights, for an evaluation or export of your own."""
+        """Return a context manager for a block with the slow weights in the model, such as an evaluation of your own.
+
+        Before the optimizer exists, the block has the model's own weights.
+        """
         lookahead = _find_lookahead(self.optimizer)
         return contextlib.nullcontext() if lookahead is None else lookahead.slow_weights()
 
-    # A block inside a block changes nothing. In `evaluate` it is also open for the callbacks after the loop. The loop
-    # is run by `predict` too, and perhaps by an `evaluate` of a subclass.
+    # A block inside a block changes nothing. The block in `evaluate` is also open for the callbacks after the loop.
+    # `predict` runs the loop too, and a subclass' `evaluate` may run it.
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.slow_weights():
@@ -122,7 +129,7 @@ class SlowWeightsMixin(_AnyTrainer):
         with self.slow_weights():
             super().save_model(*args, **kwargs)
 
-    # One block for both files, as the optimizer's has the fast weights only if it is made in a block.
+    # Both files are saved in one block: the optimizer's file has the fast weights only if it is made in a block.
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.slow_weights():
@@ -134,7 +141,7 @@ class SlowWeightsMixin(_AnyTrainer):
 
 
 class _SlowWeightsAtTheEnd(TrainerCallback):
-    """Leaves the slow weights in the model, unless the best ones are there, and captures them from the model."""
+    """Leaves the slow weights in the model, unless the best weights are there, and captures them from the model."""
 
     def on_train_end(
         self,
@@ -158,7 +165,7 @@ class _SlowWeightsAtTheEnd(TrainerCallback):
 
 
 def _find_lookahead(optimizer: Any) -> Lookahead | None:
-    """Return the `Lookahead` that an optimizer is, or that Accelerate has wrapped, if there is one."""
+    """Return the `Lookahead` that an optimizer is, or that Accelerate has wrapped, or `None`."""
     while optimizer is not None and not isinstance(optimizer, Lookahead):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer

@@ -1,11 +1,11 @@
-"""`slow_weights()` blocks: the slow weights in the parameters, and the fast ones back at the end.
+"""`slow_weights()` blocks: they put the slow weights into the parameters, and the fast weights back at the end.
 
-A block keeps a copy of the fast weights. There are two ways without a copy, and both break what a block promises.
+A block keeps a copy of the fast weights. Two other ways need no copy, but both break what a block promises:
 
-- Exchange the values of slow and fast weights. A program that writes to a parameter in a block then writes to its slow
-  weight: what a block shows would be lost. And a parameter cannot hold a slow weight of a wider dtype.
-- Exchange the memory (`parameter.data = slow`). CUDA graphs, FSDP2 and other processes that share the memory go on with
-  the memory that they know.
+- Exchange the values of slow and fast weights. If a program then writes to a parameter in a block, it writes to the
+  slow weight, and the slow weight is lost. Also, a parameter cannot hold a slow weight of a wider dtype.
+- Exchange the memory (`parameter.data = slow`). CUDA graphs, FSDP2 and processes that share the memory would continue
+  to use the old memory.
 """
 
 import contextlib
@@ -26,14 +26,15 @@ __all__ = ["Blocks"]
 
 
 class Blocks:
-    """The open blocks of an optimizer, shared by all wrappers of it.
+    """The open blocks of an optimizer. All wrappers of the optimizer share this object.
 
-    Blocks of several threads may overlap in any order. The first one keeps the fast weights. If it ends first, it
-    leaves them to a block that is still open.
+    Blocks of several threads may overlap in any order. The first block keeps the fast weights. If the first block ends
+    first, it hands the fast weights to a block that is still open.
 
     Attributes:
         loaded: The fast weights of a checkpoint that was made in a block, until the parameters have them.
-        lock: Held while slow weights are read or written: by a step, a sync, a state dict, the ends of a block.
+        lock: Held while slow weights are read or written: by a step, a sync, a state dict, and the start and end of a
+            block.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,10 @@ class Blocks:
 
     @contextlib.contextmanager
     def block(self, slow_weights: SlowWeights, groups: list[Group]) -> Iterator[None]:
-        """Run a block on slow weights. A block directly inside another block of the same wrapper changes nothing."""
+        """Return a context manager for a block on slow weights.
+
+        A block directly inside another block of the same wrapper changes nothing.
+        """
         block = _Block(slow_weights.name)
         with self.lock:
             self.loaded.settle()
@@ -87,8 +91,8 @@ class _Block:
     """A block, and the fast weights that it puts back.
 
     Attributes:
-        name: What the wrapper calls its slow weights, which tells wrappers of one optimizer apart.
-        kept: The values before the block of all parameters. Empty if the block puts nothing back.
+        name: The wrapper's name for its slow weights. It distinguishes the wrappers of one optimizer.
+        kept: The values of all parameters before the block. Empty if the block puts nothing back.
     """
 
     def __init__(self, name: str) -> None:
@@ -103,7 +107,7 @@ class _Block:
         self.kept = {parameter: parameter.detach().clone() for parameter in parameters if not is_lazy(parameter)}
         members = [parameter for parameter in parameters if parameter in slow_weights.by_parameter]
         if members:
-            # Rounded, if the parameters have another dtype now; the slow weights themselves keep their own.
+            # The values are rounded if the parameters have another dtype. The slow weights themselves keep their dtype.
             shown = [slow_weights.by_parameter[parameter] for parameter in members]
             torch._foreach_copy_(local(members), local(shown))
 

@@ -1,4 +1,4 @@
-"""State dicts: the inner optimizer's, with slow weights in each parameter's entries, and in a block fast weights."""
+"""State dicts: the inner optimizer's, with slow weights and, in a block, fast weights in each parameter's entries."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -18,11 +18,11 @@ StateDict: TypeAlias = dict[str, Any]
 
 
 class Loaded(NamedTuple):
-    """What a state dict has beside the inner optimizer's part, by parameter."""
+    """The entries that a state dict has beside the inner optimizer's part, by parameter."""
 
     slow: dict[Tensor, Tensor]
     momentum: dict[Tensor, Tensor]
-    # Only in a state dict that was made in a `slow_weights()` block.
+    # Not empty only for a state dict that was made in a `slow_weights()` block.
     fast: dict[Tensor, Tensor]
 
 
@@ -31,11 +31,15 @@ def with_slow_weights(
 ) -> StateDict:
     """Return the inner optimizer's state dict with the slow weights in it.
 
-    `fast_weights` are those that are not in the parameters, as these hold slow weights. They go into it too.
+    A parameter that never had a gradient has no entry of the inner optimizer. Most optimizers refuse a state dict with
+    an entry for such a parameter that lacks their own values. So the parameter's slow weight is left out if it equals
+    the parameter and its slow momentum is 0 or missing. It can be captured from the parameter again.
 
-    A parameter that never had a gradient has no entry of the inner optimizer, and most optimizers refuse a state dict
-    that has an entry for it with nothing of theirs. Such a slow weight is left out if it equals the parameter, from
-    which it can be captured again, and has no slow momentum but 0.
+    Args:
+        state_dict: The inner optimizer's state dict.
+        groups: The parameter groups.
+        slow_weights: The slow weights of the wrapper.
+        fast_weights: The fast weights of parameters that hold slow weights now. They are added to the state dict too.
     """
     state, saved_groups = dict(state_dict["state"]), [dict(saved) for saved in state_dict["param_groups"]]
     for group, saved in zip(groups, saved_groups):
@@ -54,7 +58,7 @@ def with_slow_weights(
 
 
 def split(state_dict: StateDict, groups: list[Group], names: Names, is_innermost: bool) -> tuple[StateDict, Loaded]:
-    """Check a state dict; return what is the inner optimizer's in it, and copies of the rest.
+    """Split a checked state dict into the inner optimizer's part and copies of the rest.
 
     Raises:
         TypeError, ValueError: if the state dict does not fit the groups.
@@ -75,7 +79,7 @@ def split(state_dict: StateDict, groups: list[Group], names: Names, is_innermost
             entries = state.get(index, {})
             if not isinstance(entries, Mapping):
                 continue
-            # In the dtype in which they were saved: the parameters may get it back before they are trained.
+            # Keep the saved dtype: the parameters may get it back before they are trained.
             if entries.get(names.slow) is not None:
                 for by_parameter, name, kind in (
                     (loaded.slow, names.slow, "slow weight"),
@@ -84,8 +88,8 @@ def split(state_dict: StateDict, groups: list[Group], names: Names, is_innermost
                 ):
                     if entries.get(name) is not None:
                         by_parameter[parameter] = _like(parameter, entries[name], kind, index)
-            # The innermost wrapper removes those of any wrapper: an optimizer may take an entry with something in it
-            # for one in which its own is complete.
+            # The innermost wrapper removes the entries of all wrappers. An optimizer may take a parameter's entry that
+            # is not empty for a complete one of its own.
             own = (names.slow, names.slow_momentum)
             not_of_inner = {name for name in entries if (is_slow_weight(name) if is_innermost else name in own)}
             not_of_inner |= {FAST} if not_of_inner else set()
@@ -100,16 +104,16 @@ def split(state_dict: StateDict, groups: list[Group], names: Names, is_innermost
 def load_inner(
     inner_state_dict: StateDict, inner_optimizer: Optimizer, inner_slow_weights: list[SlowWeights], names: Names
 ) -> None:
-    """Have the inner optimizer load its part. If it cannot, all inside it is as before.
+    """Let the inner optimizer load its part. If it fails, the inner optimizer and all inside it are unchanged.
 
     Args:
         inner_state_dict: The first part that `split` returned.
         inner_optimizer: The optimizer, or a `Lookahead` around it.
-        inner_slow_weights: Those of each wrapper in `inner_optimizer`, from the outside to the inside.
-        names: The names of the loading wrapper. Its settings stay where the state dict has none.
+        inner_slow_weights: The slow weights of each wrapper in `inner_optimizer`, from the outside to the inside.
+        names: The names of the wrapper that loads. Its settings are kept where the state dict has none.
 
     Raises:
-        TypeError, ValueError: if the inner optimizer cannot load it.
+        TypeError, ValueError: if the inner optimizer cannot load its part.
     """
     settings = [{name: group[name] for name in names.settings} for group in inner_optimizer.param_groups]
     needed = [set(group) & set(inner_optimizer.defaults) for group in inner_optimizer.param_groups]
@@ -117,7 +121,7 @@ def load_inner(
         with _restored_on_failure(inner_optimizer, inner_slow_weights):
             inner_optimizer.load_state_dict(inner_state_dict)
             for group, keys in zip(inner_optimizer.param_groups, needed):
-                # Its next step would fail: the groups are those of another class.
+                # The next step would fail, as the groups belong to another class of optimizer.
                 if missing := sorted(key for key in keys - set(group) if not is_setting(key)):
                     raise ValueError(f"its groups have no {missing}")
     except Exception as error:
@@ -135,9 +139,9 @@ def load_inner(
 
 @contextlib.contextmanager
 def _restored_on_failure(inner_optimizer: Optimizer, inner_slow_weights: list[SlowWeights]) -> Iterator[None]:
-    """Give an optimizer, all that it wraps and the slow weights back what they had if the block raises an exception.
+    """Return a context manager that restores an optimizer, all that it wraps, and the slow weights after an exception.
 
-    A PyTorch optimizer replaces its state and groups when it loads others, so that keeping the old ones is enough.
+    A PyTorch optimizer replaces its state and groups when it loads others, so it is enough to keep the old objects.
     """
     optimizers = [inner_optimizer]
     for _ in inner_slow_weights:
@@ -182,7 +186,7 @@ def _like(parameter: Tensor, weight: object, kind: str, index: object) -> Tensor
 
 
 def _is_at_start(slow: Tensor, parameter: Tensor, momentum: Tensor | None) -> bool:
-    """Return whether a capture would make this slow weight from the parameter, and this momentum."""
+    """Return whether a capture from the parameter would make this slow weight and this momentum."""
     (slow,), (fast,) = local([slow]), local([parameter])
     is_as_wide = torch.promote_types(slow.dtype, fast.dtype) == slow.dtype
     is_same = is_as_wide and slow.device == fast.device and torch.equal(slow, fast.to(slow.dtype))

@@ -1,12 +1,15 @@
-"""Fast weights from a checkpoint that was made in a `slow_weights()` block, on their way back into the parameters.
+"""Fast weights from a checkpoint that was made in a `slow_weights()` block, until the parameters have them again.
 
-In such a checkpoint the model has the slow weights, for whoever loads the model alone, and the optimizer has both.
-Training goes on bit for bit if the parameters have the fast weights before the next forward pass. If the model was
-loaded before the optimizer, they get them at once. If the model is loaded after the optimizer, nobody tells that to the
-optimizer: so a hook looks before each forward pass of a module that has such a parameter. It goes with the first step,
-and is not there if the parameters have their fast weights already, as compilers do not like hooks for all modules.
+In such a checkpoint the model has the slow weights, for a program that loads the model alone. The optimizer has both.
+Training resumes bit for bit if the parameters have the fast weights before the next forward pass.
 
-Only a parameter that holds a slow weight gets its fast weight. Another value comes from another file, and stays.
+If the model was loaded before the optimizer, the parameters get the fast weights at once. If the model is loaded after
+the optimizer, nothing tells the optimizer. So a hook looks before each forward pass of a module that has such a
+parameter. The first step removes the hook. There is no hook if the parameters have their fast weights already, as
+compilers do not like hooks for all modules.
+
+Only a parameter that holds a slow weight gets its fast weight. Any other value comes from another file and is left
+alone.
 """
 
 import weakref
@@ -40,8 +43,9 @@ class LoadedFastWeights:
         """Take the fast weights of a checkpoint, and put them into the parameters if the model was loaded before.
 
         Args:
-            by_parameter: The fast weights. Those of an earlier checkpoint are forgotten.
-            slow_weights: Those of all wrappers. The parameters had the slow weights of any of them in the block.
+            by_parameter: The fast weights. They replace the fast weights of an earlier checkpoint.
+            slow_weights: The slow weights of all wrappers. In the block the parameters had the slow weights of any
+                wrapper.
         """
         self.forget()
         if by_parameter:
@@ -50,19 +54,19 @@ class LoadedFastWeights:
                 self._watch()
 
     def forget(self) -> None:
-        """Drop the fast weights: the parameters have those with which training goes on."""
+        """Drop the fast weights. The parameters have the weights with which training continues."""
         self.by_parameter, self._slow_weights = {}, ()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
     def settle(self) -> None:
-        """Put the fast weights into the parameters, for the last time."""
+        """Put the fast weights into the parameters for the last time."""
         self.put_back()
         self.forget()
 
     def settle_before_step(self) -> None:
-        """Put the fast weights into the parameters before a step that takes the gradients that are there.
+        """Put the fast weights into the parameters, before a step that uses the present gradients.
 
         Raises:
             RuntimeError: if a parameter still holds the slow weight, and has a gradient that was computed with it.
@@ -77,7 +81,7 @@ class LoadedFastWeights:
     @torch.inference_mode(False)
     @torch.no_grad()
     def put_back(self) -> bool:
-        """Put the fast weights into those parameters that hold slow weights; return whether all have fast weights."""
+        """Put the fast weights into parameters that hold slow weights; return whether all have fast weights."""
         waiting = self._waiting()
         if waiting:
             torch._foreach_copy_(local(waiting), local([self.by_parameter[parameter] for parameter in waiting]))
@@ -92,7 +96,7 @@ class LoadedFastWeights:
         ]
 
     def _watch(self) -> None:
-        # The hook must not keep an optimizer alive that nobody has any more.
+        # The hook must not keep alive an optimizer that the program has dropped.
         reference = weakref.ref(self)
 
         @torch.compiler.disable
@@ -103,12 +107,12 @@ class LoadedFastWeights:
             elif any(parameter in loaded.by_parameter for parameter in module.parameters()) and loaded.put_back():
                 loaded.forget()
 
-        # It runs before the hooks of FSDP2, which gather the weights. There is no hook of a tensor for that.
+        # This hook runs before the hooks of FSDP2, which gather the weights. A hook of a tensor would not.
         hook = self._hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
 
 
 def _holds(parameter: Tensor, weight: Tensor | None) -> bool:
-    """Return whether a parameter has the values of a weight, rounded to its dtype."""
+    """Return whether a parameter has the values of a weight, rounded to the parameter's dtype."""
     if weight is None or weight.shape != parameter.shape:
         return False
     (value,), (expected,) = local([parameter]), local([weight])

@@ -1,4 +1,4 @@
-"""Weights that FSDP2 has distributed: this process' shards, and a new gathering of all when they have changed."""
+"""Weights that FSDP2 has distributed: this process' shards, and gathering the weights again after a change."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -9,15 +9,15 @@ __all__ = ["gathered_anew", "local"]
 
 
 def local(weights: list[Tensor]) -> list[Tensor]:
-    """Return this process' shards of weights, as not all `foreach` operations take a `DTensor`."""
+    """Return this process' shards of weights, as some `foreach` operations do not take a `DTensor`."""
     return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights]
 
 
 @contextlib.contextmanager
 def gathered_anew(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Have the modules of a block gather their weights anew, in the block and after it.
+    """Return a context manager in which modules gather their weights again, at their first use and after the block.
 
-    FSDP2 may keep what a forward pass has gathered until a backward pass, which an evaluation does not have.
+    FSDP2 may keep gathered weights from a forward pass until the backward pass. An evaluation has no backward pass.
     """
     if not any(hasattr(parameter, "to_local") for parameter in parameters):
         yield
@@ -31,7 +31,7 @@ def gathered_anew(parameters: Iterable[Tensor]) -> Iterator[None]:
             module.reshard()
             modules.append(module)
 
-    # Runs before FSDP's own.
+    # This hook runs before FSDP's own.
     hook = nn.modules.module.register_module_forward_pre_hook(reshard)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A check that the processes of a data-parallel run have the same settings. Otherwise they drift apart in silence."""
+"""A check that the processes of a data-parallel run have the same settings. Otherwise their weights silently differ."""
 
 import collections
 import hashlib
@@ -10,17 +10,17 @@ from lookahead_optim.torch._settings import Group, Names
 
 __all__ = ["check_equal_on_all_ranks"]
 
-# How many optimizers of this process were compared, by the shapes of their parameters.
+# The number of optimizers of this process that were compared, by the shapes of their parameters.
 _compared: collections.Counter[str] = collections.Counter()
 
 
 def check_equal_on_all_ranks(groups: list[Group], names: Names) -> None:
     """Raise `RuntimeError` if another process has an optimizer like this one, with other settings or counts.
 
-    Nothing is known of the processes but that they belong to one run: each may have another part of a model, or make
-    its first step much later. So there is no collective operation, which would wait for all. Each process asks the
-    run's key-value store once, under a key made of its parameters' shapes: the first one leaves its settings there, the
-    others compare theirs.
+    All that is known of the processes is that they belong to one run. Each may have another part of a model, or make
+    its first step much later. So there is no collective operation, which would wait for all processes. Instead each
+    process asks the run's key-value store once, under a key made of its parameters' shapes. The first process stores
+    its settings there. The others compare their settings with the stored ones.
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
@@ -29,13 +29,13 @@ def check_equal_on_all_ranks(groups: list[Group], names: Names) -> None:
     key = f"lookahead_optim/{signature}/{_compared[signature]}"
     _compared[signature] += 1
     own = json.dumps([{name: group[name] for name in (*names.settings, names.lookahead_step)} for group in groups])
-    # No public function gives the store. A new one would need an address of its own.
+    # No public function returns the store. A new store would need an address of its own.
     rank = distributed.get_rank()
     try:
         store = distributed.distributed_c10d._get_default_store()
         first = json.loads(store.compare_set(key, "", json.dumps([rank, own])))
     except (AttributeError, NotImplementedError, RuntimeError, ValueError):
-        # Not every store can do that. It is only a check.
+        # Not every store can do this. The check is then left out.
         return
     if first[1] != own:
         raise RuntimeError(

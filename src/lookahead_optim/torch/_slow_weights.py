@@ -1,4 +1,4 @@
-"""The slow weights of one wrapper: which parameters have one, their capture, where they lie, and their sync."""
+"""The slow weights of one wrapper: which parameters have a slow weight, capture, memory layout, and sync."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -26,19 +26,20 @@ __all__ = ["SlowWeights"]
 
 
 class SlowWeights:
-    """The slow weights and the slow momentum by parameter, and what is derived from them.
+    """The slow weights and the slow momentum by parameter, and the cached lists for a sync.
 
-    Groups are given with their index in `param_groups`.
+    Groups are given together with their index in `param_groups`.
 
     Attributes:
         name: The name of a slow weight in the entries of `Lookahead.state` and of state dicts.
-        momentum_name: The name of a slow momentum there.
-        dtype: The dtype of slow weights and momentum, if it is wider than the parameter's. `None` for the parameter's.
+        momentum_name: The name of a slow momentum in the same entries.
+        dtype: The dtype of slow weights and momentum, if it is wider than the parameter's dtype. `None` for the
+            parameter's dtype.
         by_parameter: The slow weights. Each has its parameter's shape.
-        momentum: The slow momentum of parameters with a slow weight, in groups that have momentum.
-        captured: The parameters whose slow weight was captured or loaded, as far as they are still in the groups.
-            Another parameter is captured from its own value, even if a slow weight was put into its state: a program
-            has moved the entry from one parameter to another, and padded or cut it like a moment.
+        momentum: The slow momentum of the parameters with a slow weight, in groups that have momentum.
+        captured: The parameters in the groups whose slow weight was captured or loaded. Any other parameter is captured
+            from its own value, even if its state has a slow weight. In that case a program has moved the entry from
+            another parameter, and padded or cut it like a moment.
     """
 
     def __init__(self, name: str, momentum_name: str, dtype: torch.dtype | None) -> None:
@@ -47,7 +48,8 @@ class SlowWeights:
         self.momentum: dict[Tensor, Tensor] = {}
         self.captured: dict[Tensor, None] = {}
         self._is_careful = False
-        # About captured weights, until the next sync: a capture does not wait for a GPU.
+        # Answers of `ask_is_large` about captured weights. They wait until the next sync, so that a capture does not
+        # wait for a GPU.
         self._are_large: list[Callable[[], bool]] = []
         self._lists: dict[int, _Lists] = {}
 
@@ -61,7 +63,7 @@ class SlowWeights:
         self.replace(state["by_parameter"], state["momentum"])
 
     def forget(self, parameter: Tensor) -> None:
-        """Drop the slow weight of a parameter, if there is one, and its momentum."""
+        """Drop the slow weight and the slow momentum of a parameter, if it has them."""
         self.by_parameter.pop(parameter, None)
         self.momentum.pop(parameter, None)
         self._lists.clear()
@@ -69,7 +71,8 @@ class SlowWeights:
     def assign(self, parameter: Tensor, slow: object, by_parameter: dict[Tensor, Tensor]) -> None:
         """Take a slow weight that was put into a parameter's state.
 
-        Not that of a new parameter, which will be captured: all parameters are new only before the first capture.
+        The slow weight of a new parameter is ignored, as the parameter will be captured. Before the first capture all
+        parameters are new, and slow weights are taken.
         """
         if not isinstance(slow, Tensor):
             raise TypeError(
@@ -94,26 +97,26 @@ class SlowWeights:
         self.changed()
 
     def changed(self) -> None:
-        """Note that slow weights came, went or were assigned."""
+        """Note that slow weights were added, removed or assigned."""
         self._lists.clear()
 
     def replace(self, by_parameter: dict[Tensor, Tensor], momentum: dict[Tensor, Tensor]) -> None:
-        """Take other slow weights and momentum, all at once."""
+        """Replace all slow weights and all slow momentum at once."""
         self.by_parameter, self.momentum = by_parameter, momentum
         self._is_careful = is_large(local(list(by_parameter.values())))
         self._are_large.clear()
         self._lists.clear()
 
     def load(self, by_parameter: dict[Tensor, Tensor], momentum: dict[Tensor, Tensor]) -> None:
-        """Take the slow weights and the momentum of a checkpoint."""
+        """Take the slow weights and the slow momentum of a checkpoint."""
         self.captured.update(dict.fromkeys(by_parameter))
         self.replace(by_parameter, momentum)
 
     def capture_new(self, groups: Sequence[tuple[int, Group]], names: Names) -> None:
         """Capture the slow weights of parameters that have none and take part, immediately before a step.
 
-        A parameter has none if it or its group is new, if it was frozen at a sync, if the period was 0, after a reset,
-        and if a checkpoint had none.
+        A parameter has no slow weight in these cases: the parameter or its group is new, it was frozen at a sync, the
+        period was 0, after a reset, or a checkpoint had none.
 
         Args:
             groups: The groups that have a sync period. The slow weights of all other parameters are dropped.
@@ -127,7 +130,7 @@ class SlowWeights:
             self._lists = {index: self._new_lists(group) for index, group in groups}
 
     def _is_up_to_date(self, groups: Sequence[tuple[int, Group]]) -> bool:
-        """Return whether no parameter may need a capture. This only spares the search."""
+        """Return whether no parameter can need a capture. This check is faster than looking at every parameter."""
         if not groups:
             return not self.by_parameter
         lists = [self._lists.get(index) for index, _ in groups]
@@ -138,12 +141,12 @@ class SlowWeights:
     @torch.inference_mode(False)
     @torch.no_grad()
     def capture(self, parameters: list[Tensor], stepped: set[Tensor]) -> None:
-        """Capture the slow weights of those `parameters` that take part and have none.
+        """Capture the slow weights of all `parameters` that take part and have none.
 
-        Drop those of parameters that are not in `parameters`.
+        Slow weights of parameters that are not in `parameters` are dropped.
 
-        A slow weight that was put into the state of an optimizer before it captured any is kept for parameters in
-        `stepped`, the groups that have made steps: tools restore an optimizer so.
+        Before an optimizer has captured anything, a tool that restores it may put slow weights into its state. Such a
+        slow weight is kept if its parameter is in `stepped`, the parameters of groups that have made steps.
         """
         known = set(parameters)
         for mapping in (self.by_parameter, self.momentum, self.captured):
@@ -164,7 +167,7 @@ class SlowWeights:
     @torch.inference_mode(False)
     @torch.no_grad()
     def complete_momentum(self, groups: Sequence[Group], names: Names) -> None:
-        """Begin with a slow momentum of 0 for slow weights that have none, in groups with momentum."""
+        """Add a slow momentum of 0 for slow weights that have none, in groups with momentum."""
         for group in groups:
             for parameter in group["params"] if group[names.slow_momentum] else ():
                 if parameter in self.by_parameter and parameter not in self.momentum:
@@ -172,14 +175,14 @@ class SlowWeights:
                     self._lists.clear()
 
     def _drop_momentum(self, groups: Sequence[Group], names: Names) -> None:
-        """Drop the slow momentum in groups without any."""
+        """Drop the slow momentum in groups without momentum."""
         for group in groups:
             for parameter in group["params"] if self.momentum and not group[names.slow_momentum] else ():
                 if self.momentum.pop(parameter, None) is not None:
                     self._lists.clear()
 
     def drop_frozen(self, group: Group) -> None:
-        """Drop the slow weights of parameters that are frozen when a sync is due in training: it must not move them."""
+        """Drop the slow weights of parameters that are frozen when a sync is due: the sync must not move them."""
         if all(parameter.requires_grad for parameter in group["params"]):
             return
         for parameter in group["params"]:
@@ -187,7 +190,7 @@ class SlowWeights:
                 self.forget(parameter)
 
     def check_shapes(self, index: int, group: Group) -> None:
-        """Raise `RuntimeError` if a parameter of a group has another shape than its slow weight."""
+        """Raise `RuntimeError` if a parameter of a group and its slow weight have different shapes."""
         lists = self._lists.get(index)
         if lists is not None and lists.has_known_shapes() and not lists.is_stale(group["params"]):
             return
@@ -213,14 +216,14 @@ class SlowWeights:
         Args:
             groups: The groups that are due, with their indices.
             names: The names of the wrapper's entries in groups.
-            followers: Slow weights and names of the wrappers inside this one. They restart with the fast weights:
-                otherwise they would draw these back at their own next sync.
-            reduce: What averages the pseudo-gradients over workers.
+            followers: The slow weights and the names of each wrapper inside this wrapper. Their slow weights restart
+                together with the fast weights. Otherwise they would pull the fast weights back at their own next sync.
+            reduce: Callable that averages the pseudo-gradients over workers.
 
         Raises:
-            RuntimeError: if a parameter has changed its shape. Nothing is changed then. If `reduce` fails, or returns
-                something else than `None`, `True` or `False`: the fast weights have restarted from the slow ones then,
-                and all else is as before.
+            RuntimeError: if a parameter has changed its shape. Nothing is changed then. Also if `reduce` fails, or
+                returns anything but `None`, `True` or `False`. The fast weights have restarted from the slow weights
+                then, and nothing else is changed.
         """
         owners = [(self, names), *followers]
         for owner, own_names in owners:
@@ -249,7 +252,7 @@ class SlowWeights:
                 _restart_followers(of_followers)
                 raise
         elif is_shared:
-            # Some fast weights share memory.
+            # Some fast weights share memory, so all are read before any is written.
             self._is_careful = outer_step(pieces, steps, self._is_careful)
         else:
             for piece, step in zip(pieces, steps):
@@ -259,7 +262,10 @@ class SlowWeights:
             lists.let_go()
 
     def _lists_of(self, index: int, group: Group) -> "_Lists":
-        """Return the lists of a group, new ones if need be. Only `capture_new` keeps them, for all groups at once."""
+        """Return the lists of a group, and make new lists if needed.
+
+        Only `capture_new` keeps lists, for all groups at once.
+        """
         lists = self._lists.get(index)
         return self._new_lists(group) if lists is None or lists.is_stale(group["params"]) else lists
 
@@ -267,13 +273,19 @@ class SlowWeights:
         return _Lists(group["params"], self.by_parameter)
 
     def dtype_of(self, parameter: Tensor) -> torch.dtype:
-        """Return the dtype of a parameter's slow weight. What is no real number has its own."""
+        """Return the dtype of a parameter's slow weight.
+
+        For a parameter that is not floating point it is the parameter's own.
+        """
         if self.dtype is None or not parameter.is_floating_point():
             return parameter.dtype
         return torch.promote_types(self.dtype, parameter.dtype)
 
     def _at(self, parameter: Tensor) -> Tensor:
-        """Return the slow weight of a parameter. From now on it has its dtype and is on the parameter's device."""
+        """Return the slow weight of a parameter, moved to the parameter's device and cast to its slow dtype.
+
+        The momentum of the parameter is moved and cast too.
+        """
         slow, dtype = self.by_parameter[parameter], self.dtype_of(parameter)
         if (dtype, parameter.device) != (slow.dtype, slow.device):
             slow = self.by_parameter[parameter] = slow.to(parameter.device, dtype)
@@ -284,18 +296,19 @@ class SlowWeights:
 
 
 class _Lists:
-    """A group's weights, as `foreach` operations take them.
+    """Cached lists of a group's weights, for `foreach` operations.
 
-    Making these lists takes longer than checking old ones, so that they are kept. They are stale if the group has other
-    parameters than before, or if a parameter that had no slow weight may have one now: this is looked at before each
-    step, and capture makes new lists. At a sync they are also stale if a weight lies elsewhere in memory, and the same
-    parameters and slow weights are laid out anew. A slow weight that comes, goes or is assigned from outside makes all
-    lists stale.
+    Making the lists costs more than checking that they are still valid.
+
+    Before each step, lists are stale in two cases: the group has other parameters than before, or a parameter without a
+    slow weight may get one now. A capture then makes new lists. At a sync, lists are also stale if a weight lies
+    elsewhere in memory. The same parameters and slow weights are then laid out again. All lists are stale after a slow
+    weight is added, removed or assigned from outside.
 
     Attributes:
         members: The parameters that have a slow weight, each once.
-        pieces: Their slow and fast weights and momentum. Of a `DTensor` these are this process' shards.
-        whole: The same, not cut.
+        pieces: Their slow weights, fast weights and momentum. For a `DTensor` these are this process' shards.
+        whole: The same weights, not cut.
         storages: The memory in which the fast weights lie.
     """
 
@@ -311,7 +324,7 @@ class _Lists:
         self._places: _Places | None = None
 
     def is_stale(self, parameters: list[Tensor]) -> bool:
-        """Return whether the group has other parameters now, or one without a slow weight that may get one."""
+        """Return whether the group has other parameters now, or a parameter without a slow weight may get one."""
         return (
             len(parameters) != len(self._parameters)
             or not all(map(operator.is_, parameters, self._parameters))
@@ -319,31 +332,31 @@ class _Lists:
         )
 
     def has_moved(self) -> bool:
-        """Return whether a weight is not where and what it was when the lists were made, or there are none yet."""
+        """Return whether a weight has another address, shape or dtype than in the lists, or there are no lists yet."""
         return self._places is None or self._places != _places(self.members, self._state)
 
     def has_known_shapes(self) -> bool:
-        """Return whether all parameters have the shapes that they had at the last sync, those of the slow weights."""
+        """Return whether all parameters have the shapes of the last sync, which are the shapes of the slow weights."""
         return self._places is not None and self._places.shapes == [member.shape for member in self.members]
 
     def lay_out(self, slow: list[Tensor], momentum: list[Tensor]) -> None:
-        """Make the lists, with the slow weights of the members and, if there is any, their momentum."""
+        """Make the lists from the slow weights of the members and, if there is any, their momentum."""
         fast, self._state = local(self.members), [*slow, *momentum]
         self.whole = Piece(local(slow), fast, local(momentum))
         self.pieces = cut(*self.whole[:3])
         # Some kinds of tensors have no memory of their own.
         self.storages = [weight.untyped_storage().data_ptr() if weight.data_ptr() else id(weight) for weight in fast]
-        # A `DTensor` does not tell where its shard is, so that such lists are made at each sync.
+        # A `DTensor` does not tell where its shard is, so its lists are made at each sync.
         self._places = _places(fast, self._state) if all(map(operator.is_, fast, self.members)) else None
 
     def let_go(self) -> None:
-        """Drop lists that are of no use later, and would keep memory that the weights have left."""
+        """Drop lists that cannot be reused. They would keep memory alive that the weights have left."""
         if self._places is None:
             self.pieces, self.whole, self.storages, self._state = [], Piece([], [], []), [], []
 
 
 class _Places(NamedTuple):
-    """Where weights lie, and what the fast ones are there: `p.data = ...` can change any of that."""
+    """The addresses of weights, and the layout of the fast weights. `p.data = ...` can change any of these."""
 
     state_pointers: list[int]
     pointers: list[int]
@@ -353,22 +366,23 @@ class _Places(NamedTuple):
 
 
 def _restart_followers(all_lists: list[_Lists]) -> None:
-    """Restart the slow weights of wrappers inside from the fast weights."""
+    """Restart the slow weights of the wrappers inside from the fast weights."""
     for lists in all_lists:
         for piece in lists.pieces:
             torch._foreach_copy_(piece.slow, piece.fast)
 
 
 def _reduced_outer_step(all_lists: list[_Lists], steps: list[OuterStep], reduce: Reduce, is_shared: bool) -> None:
-    """Make the outer step with the pseudo-gradients that `reduce` makes of this process' ones.
+    """Make the outer step with pseudo-gradients that `reduce` has averaged.
 
-    They are formed in place of the fast weights, which the restart overwrites, as a model may leave no memory for
-    another copy of its weights. So after a `reduce` that failed only the slow weights are left to restart from.
+    The pseudo-gradients are written into the memory of the fast weights, as a model may leave no memory for another
+    copy of its weights. The restart overwrites the fast weights anyway. If `reduce` fails, only the slow weights are
+    left to restart from.
     """
-    # Not the parameters themselves: `reduce` may work in another thread, where gradients are switched on.
+    # Detached, as `reduce` may work in another thread, where gradients are switched on.
     pseudo_gradients = [[weight.detach() for weight in lists.whole.fast] for lists in all_lists]
     if is_shared:
-        # Where some fast weights share memory there is room for one pseudo-gradient.
+        # Fast weights that share memory have room for only one pseudo-gradient.
         pseudo_gradients = [[torch.empty_like(weight) for weight in weights] for weights in pseudo_gradients]
     try:
         for lists, out in zip(all_lists, pseudo_gradients):
@@ -389,7 +403,7 @@ def _reduced_outer_step(all_lists: list[_Lists], steps: list[OuterStep], reduce:
 
 
 def _call(reduce: Reduce, pseudo_gradients: list[Tensor]) -> bool:
-    """Let `reduce` change pseudo-gradients, and return whether the cycle goes on."""
+    """Let `reduce` change the pseudo-gradients, and return whether the cycle continues."""
     given = list(pseudo_gradients)
     try:
         goes_on = reduce(pseudo_gradients)
@@ -427,11 +441,11 @@ def _places(fast: list[Tensor], state: list[Tensor]) -> _Places:
 
 
 def _with_own_memory(weight: Tensor) -> Tensor:
-    """Return a tensor that can be changed in place: a copy of one that `expand` has made."""
+    """Return a tensor that can be changed in place. A tensor that `expand` has made is copied."""
     is_expanded = any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride()))
     return weight.detach().clone(memory_format=torch.contiguous_format) if is_expanded else weight
 
 
 def _takes_part(parameter: Tensor) -> bool:
-    """Return whether a parameter may move: it is not frozen and is there."""
+    """Return whether a parameter may move: it is not frozen, and it is materialized."""
     return (parameter.requires_grad or parameter.grad is not None) and not is_lazy(parameter)

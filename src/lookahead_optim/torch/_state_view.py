@@ -1,8 +1,9 @@
-"""`Lookahead.state`: the inner optimizer's state, the slow weights and the slow momentum, as one.
+"""`Lookahead.state`: the inner optimizer's state, the slow weights and the slow momentum in one mapping.
 
 The inner optimizer must not find the slow weight in its own state: most optimizers take a parameter with an empty entry
-for a new one. So the slow weights are kept apart, and these two classes show both together. They are dictionaries for
-tools that ask with `isinstance`, but all that they hold is elsewhere, and every access goes there.
+for a new parameter. So the slow weights are stored apart, and these two classes show both together. The classes are
+dictionaries for tools that ask with `isinstance`. They store nothing themselves: every access goes to the objects that
+hold the state.
 """
 
 from collections import defaultdict
@@ -26,7 +27,7 @@ else:
 
 
 class _View(_MappingAndDict):
-    """A mapping that is also a `dict`, as which it is empty: all that would read that one is overridden."""
+    """A mapping that is also a `dict`. The `dict` itself stays empty: every method that would read it is overridden."""
 
     def __or__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
         return dict(self) | dict(other)
@@ -51,9 +52,9 @@ class _View(_MappingAndDict):
 
 
 class State(_View):
-    """The inner optimizer's state, with one more entry for each parameter that has a slow weight, or two with momentum.
+    """The inner optimizer's state, with an entry for each slow weight and each slow momentum.
 
-    One that was kept, and that is not the optimizer's any more, has mappings of its own.
+    A view that a program keeps after the optimizer got another state has mappings of its own.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class State(_View):
 
     @classmethod
     def of(cls, given: Mapping[Any, Any], slow_weights: "SlowWeights") -> "State":
-        """Return a view of a state that a program has put in the place of an optimizer's."""
+        """Return a view of a state that a program assigns to an optimizer."""
         has_slow = any(isinstance(entries, Mapping) and slow_weights.name in entries for entries in given.values())
         if isinstance(given, defaultdict) and not has_slow:
             return cls(given, slow_weights, {}, {})
@@ -78,10 +79,10 @@ class State(_View):
         return state
 
     def __getitem__(self, key: Any) -> Any:
-        # A new entry is made for a key without any, as PyTorch's own state does. But a look at a slow weight must not
-        # make one for the inner optimizer, which may take it for its own.
+        # A key without an entry gets a new one, as in PyTorch's own state. But reading a slow weight must not make an
+        # entry for the inner optimizer, which may take it for its own.
         entries = {} if key in self.slow_by_parameter and key not in self.inner else self.inner[key]
-        # Some optimizers keep what belongs to no parameter beside the entries of these.
+        # Some optimizers keep values that belong to no parameter beside the entries of the parameters.
         if not isinstance(key, Tensor) or not isinstance(entries, MutableMapping):
             return entries
         view = Entries()
@@ -96,7 +97,7 @@ class State(_View):
             own = {name: entries[name] for name in self.own if entries.get(name) is not None}
             self.forget(key)
             if isinstance(entries, Entries) and entries.owner is not None:
-                # The entries themselves, as a program may change them after it has put them here.
+                # Keep the entries themselves, as a program may change them after it has assigned them.
                 entries = entries.entries
             elif own or isinstance(entries, Entries):
                 entries = {name: value for name, value in entries.items() if name not in self.own}
@@ -151,7 +152,7 @@ class State(_View):
         return key in self.inner or key in self.slow_by_parameter
 
     def __reduce__(self) -> Any:
-        # A copy is no view, and goes without the optimizer.
+        # A copy is a plain dictionary, without the optimizer.
         copied = {key: dict(entries) if isinstance(entries, Entries) else entries for key, entries in self.items()}
         return defaultdict, (dict, copied)
 
@@ -159,11 +160,12 @@ class State(_View):
 class Entries(_View):
     """A parameter's state: the inner optimizer's entries, the slow weight and the slow momentum.
 
-    What is written here goes to where it belongs.
+    A write goes to the object that holds the entry.
 
-    The slow weight that is read here is a copy. Programs reset an optimizer by zeroing each tensor of its state in
-    place, or move it to a device so. The slow weight is no moment: its value must outlive such a reset, and it follows
-    its parameter to a device by itself. To change it, assign the entry. The slow momentum is a moment like others.
+    The slow weight that is read here is a copy. Some programs reset an optimizer by zeroing each tensor of its state in
+    place, or move the state to a device tensor by tensor. The slow weight is not a moment. Its value must survive such
+    a reset, and it follows its parameter to a device by itself. To change it, assign the entry. The slow momentum is a
+    moment like others.
     """
 
     entries: MutableMapping[str, Any]

@@ -1,4 +1,4 @@
-"""Several workers: what averages their pseudo-gradients, and the check that they start alike."""
+"""Several workers: averaging their pseudo-gradients, and checking that they start alike."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -16,36 +16,39 @@ if TYPE_CHECKING:
 
 __all__ = ["Average", "Reduce", "average", "description"]
 
-# Changes pseudo-gradients in place. `False` abandons the cycle.
+# A callable that changes pseudo-gradients in place. If it returns `False`, the cycle is abandoned.
 Reduce: TypeAlias = Callable[[list[Tensor]], bool | None]
 
-# So many bytes are reduced at once.
+# The number of bytes that are reduced at once.
 _BYTES_PER_BUCKET = 2**25
 
 
 def average(process_group: Any = None) -> "Average":
     """Return a `reduce` for `Lookahead` that averages the pseudo-gradients over processes.
 
-    Each process then trains on its own data and sends one sum for each cycle: `sync_period` times fewer bytes than
-    data-parallel training. That is DiLoCo.
+    Each process then trains on its own data, and sends one sum per cycle. It sends `sync_period` times fewer bytes than
+    in data-parallel training. This is DiLoCo.
 
-    float16 and bfloat16 are averaged in float32. The memory is that of 32 MiB of pseudo-gradients, besides what the
-    backend takes. Before the first step the processes compare counts, settings, shapes and, by checksums, the weights
-    and the momentum with which they start. They do so again after `load_state_dict`, `reset_slow_weights` and
-    `add_param_group`, and when a group's `sync_period` became 0 or another number than 0. So all must do such a thing,
-    or none.
+    float16 and bfloat16 are averaged in float32. Averaging needs memory for 32 MiB of pseudo-gradients, besides the
+    memory that the communication backend takes.
+
+    Before the first step the processes compare their counts, settings and shapes, and the checksums of the weights and
+    of the momentum with which they start. They compare again after `load_state_dict`, `reset_slow_weights` and
+    `add_param_group`, and after a group's `sync_period` changed to 0 or from 0. So either all processes must do such a
+    thing, or none.
 
     Args:
-        process_group: A `torch.distributed.ProcessGroup`, such as `mesh["replicate"].get_group()`, in which all
-            processes have the same weights, or the same shards of them, and to which this process belongs. Defaults to
-            `None`, the group of all.
+        process_group: A `torch.distributed.ProcessGroup` that contains this process, such as
+            `mesh["replicate"].get_group()`. All its processes must have the same weights, or the same shards of the
+            weights. Defaults to `None`, the group of all processes.
 
     Returns:
-        A callable for `reduce`.
+        A callable for the argument `reduce`.
 
     Raises:
-        RuntimeError: from the first step, in all processes of the group, if they do not start alike, before anything
-            has changed; if this process is not in the group; and from any sync in which the communication fails.
+        RuntimeError: from the first step, in all processes of the group and before anything is changed, if the
+            processes do not start alike; if this process is not in the group; from any sync in which the communication
+            fails.
 
     Example:
 
@@ -74,7 +77,11 @@ class Average:
         return self
 
     def __call__(self, pseudo_gradients: list[Tensor]) -> None:
-        """Replace pseudo-gradients, a list of tensors, by their means, in place."""
+        """Replace pseudo-gradients by their means, in place.
+
+        Args:
+            pseudo_gradients: List of tensors.
+        """
         size = self._size()
         for bucket in _buckets(pseudo_gradients):
             sent = [part.to(_dtype_to_send(part)).contiguous() for part in bucket]
@@ -86,11 +93,11 @@ class Average:
             for part, mean in zip(bucket, sent):
                 if mean is not part:
                     part.copy_(mean)
-            # The next bucket has the memory of this one.
+            # Free the memory of this bucket for the next.
             del sent, mean
 
     def _size(self) -> int:
-        """Return how many workers there are."""
+        """Return the number of workers."""
         if distributed.get_rank(self.process_group) < 0:
             raise RuntimeError(
                 "`average(process_group)` must be given a group that has this process in it, in each process the group "
@@ -99,7 +106,7 @@ class Average:
         return distributed.get_world_size(self.process_group)
 
     def compare(self, described: dict[str, Any]) -> None:
-        """Raise `RuntimeError`, in all processes, if one of them describes another start."""
+        """Raise `RuntimeError`, in all processes, if a process describes another start."""
         found: list[Any] = [None] * self._size()
         distributed.all_gather_object(found, described, group=self.process_group)
         for rank, other in enumerate(found):
@@ -116,7 +123,7 @@ class Average:
 
 
 def description(groups: list[Group], names: Names, slow_weights: "SlowWeights") -> dict[str, Any]:
-    """Return what must be equal in all workers before their first step, by the names that an error has for it."""
+    """Return the values that must be equal in all workers before their first step, by their names in the error."""
     described: dict[str, Any] = {"the number of groups": len(groups), "`slow_dtype`": str(slow_weights.dtype)}
     for index, group in enumerate(groups):
         for name in (*names.settings, names.lookahead_step, names.lookahead_unsynced):
@@ -132,7 +139,8 @@ def description(groups: list[Group], names: Names, slow_weights: "SlowWeights") 
             momentum = slow_weights.momentum.get(parameter)
             if momentum is not None:
                 described[f"the checksum of the slow momentum of {label}"] = _checksum(*local([momentum]))
-            # A slow weight starts from its parameter. Without a sync period parameters are each worker's own.
+            # A slow weight starts from its parameter. In a group without a sync period workers may have different
+            # parameters.
             if parameter in slow_weights.by_parameter or group[names.sync_period]:
                 start = slow_weights.by_parameter.get(parameter, parameter)
                 described[f"the checksum of the slow weight of {label}"] = _checksum(*local([start]))
@@ -140,9 +148,10 @@ def description(groups: list[Group], names: Names, slow_weights: "SlowWeights") 
 
 
 def _checksum(weight: Tensor) -> int:
-    """Return the sum of the bits of each element, as an integer, times an odd number that depends on its position.
+    """Return a checksum of a weight: an integer below 2 ** 64.
 
-    The sum is that modulo 2 ** 64. The memory is that of a bucket at most, or of a row.
+    The bits of each element, as an integer, are multiplied by an odd number that depends on the element's position. The
+    checksum is the sum of the products modulo 2 ** 64. It needs at most the memory of a bucket, or of a row.
     """
     weight = torch.view_as_real(weight.detach().resolve_conj()) if weight.is_complex() else weight.detach()
     if not weight.numel():
@@ -158,9 +167,9 @@ def _checksum(weight: Tensor) -> int:
 
 
 def _rows(tensor: Tensor, elements: int) -> Sequence[Tensor]:
-    """Cut a tensor into parts of so many elements at most, in the order of its elements.
+    """Cut a tensor into parts of at most `elements` elements, in the order of its elements.
 
-    A tensor that is not contiguous is cut along its first dimension alone, and has at least a row in a part.
+    A tensor that is not contiguous is cut only along its first dimension, so a part has at least a row.
     """
     if tensor.is_contiguous() or not tensor.ndim:
         return tensor.view(-1).split(elements)
@@ -172,7 +181,7 @@ def _dtype_to_send(tensor: Tensor) -> torch.dtype:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors of one device and dtype, of which no more bytes than a bucket has are sent. Large ones are cut."""
+    """Yield lists of tensors of one device and dtype, of at most a bucket's bytes when sent. Large tensors are cut."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         parts = _rows(tensor, _BYTES_PER_BUCKET // _dtype_to_send(tensor).itemsize) if tensor.numel() else ()

@@ -2,14 +2,14 @@
 
 Where things happen:
 
-- a sync: `step`, `_end_step`, `SlowWeights.synchronize` in `_slow_weights.py`, and the arithmetic in `_interpolate` and
-  `_descend` of `_outer_step_torch.py`, or for a large weight on a GPU in the kernel of `_outer_step_triton.py`;
-- capture: `_begin_step`, `SlowWeights.capture_new`, for each parameter that has no slow weight and is trained. Slow
-  weights are dropped by `SlowWeights.drop_frozen`, `_complete_groups` (of a new group) and `SlowWeights.capture` (of a
-  parameter without a sync period);
-- what is saved: `state_dict`, `with_slow_weights` in `_checkpoint.py`;
-- a skipped step: no call of `step`, so that nothing happens;
-- a frozen weight: `_end_step`, `SlowWeights.drop_frozen`. `_takes_part` says which is frozen.
+- a sync: `step`, `_end_step`, and `SlowWeights.synchronize` in `_slow_weights.py`. The arithmetic is in `_interpolate`
+  and `_descend` of `_outer_step_torch.py`. For a large weight on a GPU it is in the kernel of `_outer_step_triton.py`;
+- capture: `_begin_step` and `SlowWeights.capture_new`, for each trained parameter that has no slow weight;
+- slow weights are dropped: by `SlowWeights.drop_frozen`, by `_complete_groups` if the group is new, and by
+  `SlowWeights.capture` if the group has no sync period;
+- what is saved: `state_dict`, and `with_slow_weights` in `_checkpoint.py`;
+- a skipped step: `step` is not called, so nothing happens;
+- a frozen weight: `_end_step` and `SlowWeights.drop_frozen`. `_takes_part` says which weights are frozen.
 """
 
 import contextlib
@@ -44,67 +44,75 @@ __all__ = ["Lookahead"]
 
 _OF_THE_INNER_OPTIMIZER = ("defaults", "param_groups", "state")
 _GROUP_ENTRIES = ("sync_period", "slow_step_size", "slow_momentum", "slow_nesterov", "lookahead_step")
-# The last wrapper of each inner optimizer, as long as both live.
+# The newest wrapper of each inner optimizer, as long as both exist.
 _wrapper_of: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Optimizer]] = weakref.WeakKeyDictionary()
 
 
 class Lookahead(Optimizer):
     r"""Lookahead: `k` steps forward, one step back.
 
-    Wraps an optimizer, which moves the parameters, the *fast* weights $\theta$. After every `sync_period` ($k$) of
-    its steps a second copy of them, the *slow* weights $\phi$, takes a step towards the fast ones, and these restart
-    from there:
+    The inner optimizer moves the parameters. These are the *fast* weights $\theta$. A second copy of them is kept, the
+    *slow* weights $\phi$. After every `sync_period` ($k$) steps of the inner optimizer a *sync* moves the slow weights
+    towards the fast weights. The fast weights then restart from the slow weights:
 
     .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
-    That is gradient descent of the slow weights on the *pseudo-gradient* $s = \phi - \theta$. With `slow_momentum`
-    ($\mu$) it is gradient descent with momentum $b$, as in SNOO and, on one worker, DiLoCo:
+    The difference $s = \phi - \theta$ at a sync is the *pseudo-gradient*. Without momentum, a sync is a step of
+    gradient descent with $s$. With `slow_momentum` ($\mu$) it is gradient descent with momentum $b$, as in SNOO and,
+    with one worker, DiLoCo:
 
-    .. math:: b \leftarrow \mu b + s, \qquad \phi \leftarrow \phi - \alpha (s + \mu b), \qquad \theta \leftarrow \phi,
+    .. math:: b \leftarrow \mu b + s, \qquad \phi \leftarrow \phi - \alpha (s + \mu b), \qquad \theta \leftarrow \phi.
 
-    with $b$ in the place of $s + \mu b$ if not `slow_nesterov`.
+    The momentum $b$ starts from 0. If `slow_nesterov` is `False`, the slow step is $\alpha b$ instead of
+    $\alpha (s + \mu b)$.
 
-    The slow weights are captured from the parameters immediately before their first step. Steps that a
-    `torch.amp.GradScaler` skips do not count. When a step synchronises, every parameter takes part, with or without a
-    gradient, but one that is frozen then (without a gradient, and `requires_grad` is `False`) loses its slow weight:
-    it is captured again before its first step after it is unfrozen. The slow weights need the memory of one more copy
-    of the parameters that are not frozen, and slow momentum of another one.
+    The slow weights are captured from the parameters immediately before the first step. A step that a
+    `torch.amp.GradScaler` skips does not count. At a sync every parameter takes part, with or without a gradient. A
+    parameter that is frozen at a sync is the exception: it has no gradient, and its `requires_grad` is `False`. It
+    loses its slow weight. After it is unfrozen, its slow weight is captured again before its next step. The slow
+    weights take the memory of one more copy of the parameters that are not frozen. Slow momentum takes the memory of
+    another copy.
 
-    `param_groups` is the inner optimizer's own list. `sync_period`, `slow_step_size`, `slow_momentum` and
-    `slow_nesterov` are in the groups, so that they can differ between them, and a group's step counts, `lookahead_step`
-    and `lookahead_unsynced`, too. `state[parameter]` has the inner optimizer's entries, `"slow"`, a copy of the slow
-    weight, and with momentum `"slow_momentum"`: tensors of the parameter's shape, device and sharding, and of its dtype
-    or `slow_dtype`. Checkpoints are those of any `torch.optim.Optimizer`. A checkpoint of the bare inner optimizer can
-    be loaded too: the slow weights are then captured again.
+    `param_groups` is the inner optimizer's own list. Each group holds the settings `sync_period`, `slow_step_size`,
+    `slow_momentum` and `slow_nesterov`, so that groups can differ. Each group also holds two step counts,
+    `lookahead_step` and `lookahead_unsynced`. `state[parameter]` holds the inner optimizer's entries and two more:
+    `"slow"`, a copy of the slow weight, and with momentum `"slow_momentum"`. Both have the parameter's shape, device
+    and sharding. Their dtype is the parameter's or `slow_dtype`. Checkpoints are made and loaded as for any
+    `torch.optim.Optimizer`. A checkpoint of the bare inner optimizer can be loaded too. The slow weights are then
+    captured again.
 
-    A `Lookahead` may be inside another. Both count the steps of the innermost optimizer, and all weights restart from
-    those that the outer one has synchronised, the inner one's slow weights too. The outer one's names in groups and
-    state end in `_2`. An optimizer that was wrapped before can be wrapped again, and takes the new settings.
+    A `Lookahead` may be inside another `Lookahead`. Both count the steps of the innermost optimizer. At a sync of the
+    outer wrapper all weights restart from the outer wrapper's slow weights, and so do the slow weights of the inner
+    wrapper. The outer wrapper's names in groups and state end in `_2`. An optimizer that already had a wrapper can be
+    wrapped again. It takes the new settings.
 
     Args:
         optimizer: The inner optimizer, any `torch.optim.Optimizer` that is not `differentiable`. Its groups may have
-            a `sync_period`, `slow_step_size`, `slow_momentum` and `slow_nesterov` of their own.
-        sync_period: Integer >= 0, inner steps per slow step ($k$). 0 switches Lookahead off: the wrapper then
+            their own `sync_period`, `slow_step_size`, `slow_momentum` and `slow_nesterov`.
+        sync_period: Integer >= 0, the number of inner steps per sync ($k$). 0 switches Lookahead off: the wrapper then
             behaves as the inner optimizer and holds no slow weights. Defaults to 6.
-        slow_step_size: Finite float >= 0, the slow step size ($\alpha$). 1 without momentum recovers the inner
-            optimizer. Defaults to 0.5.
-        slow_momentum: Float in [0, 1), the factor of the slow momentum ($\mu$), by which steps become $1 / (1 - \mu)$
-            times as long in the long run. Defaults to 0, no momentum.
-        slow_nesterov: Boolean, whether the momentum is Nesterov's. Otherwise it is heavy ball. Defaults to `True`.
-        slow_dtype: Floating point `torch.dtype` of slow weights and slow momentum, at least as wide as the dtype of
-            each parameter: `torch.float32` for a model in bfloat16, whose slow weights would lose small moves. Then
-            the pseudo-gradient is measured from where the fast weight restarted, the rounded slow weight. Defaults to
-            `None`, the dtype of each parameter.
-        reduce: Callable that is given the pseudo-gradients of all parameters in a sync, a list of tensors (of a
-            `DTensor` the shards of this process), and changes them in place: `average()` for the mean over processes.
-            It is called once for each sync, in all processes at the same step. If it returns `False`, the cycle is
-            abandoned: the parameters restart from the slow weights, and these and the momentum stay. `None` and `True`
-            go on. Defaults to `None`, one worker.
+        slow_step_size: Finite float >= 0, the slow step size ($\alpha$): the part of the way to the fast weights that
+            the slow weights move at a sync. 1, without slow momentum, gives the inner optimizer. Above 1, without slow
+            momentum, there is a `UserWarning`. Defaults to 0.5.
+        slow_momentum: Float in [0, 1), the factor of the slow momentum ($\mu$). In the long run it makes slow steps
+            $1 / (1 - \mu)$ times as long. Defaults to 0, no momentum.
+        slow_nesterov: Boolean, whether the slow momentum is Nesterov's. `False` gives heavy ball. Without slow momentum
+            it has no effect. Defaults to `True`.
+        slow_dtype: Floating point `torch.dtype` of the slow weights and the slow momentum. It must be at least as wide
+            as the dtype of each parameter. Use `torch.float32` for a model in bfloat16: slow weights in bfloat16 would
+            lose small moves. The fast weights restart from the slow weights rounded to their own dtype, and the
+            pseudo-gradient is measured from there. Defaults to `None`, the dtype of each parameter.
+        reduce: Callable for training with several workers. It is given a list of tensors, the pseudo-gradients of all
+            parameters in a sync, and changes them in place. For a `DTensor` it is given this process' shard.
+            `average()` returns a callable that takes the mean over processes. It is called once for each sync, in all
+            processes at the same step. If it returns `None` or `True`, the sync continues. If it returns `False`, the
+            cycle is abandoned: the parameters restart from the slow weights, and slow weights and momentum do not
+            change. Defaults to `None`, one worker.
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if a value is out of range, or the inner optimizer is `differentiable` or has a `Lookahead` inside a
-            wrapper of another kind.
+        ValueError: if a value is out of range, if the inner optimizer is `differentiable`, or if the inner optimizer
+            has a `Lookahead` inside a wrapper of another kind.
 
     Example:
 
@@ -122,20 +130,22 @@ class Lookahead(Optimizer):
 
     References:
         Zhang, Lucas, Hinton and Ba, `Lookahead Optimizer: k steps forward, 1 step back
-        <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1. Slow momentum: `SNOO
-        <https://arxiv.org/abs/2510.15830>`__, 2025, and Douillard et al., `DiLoCo
+        <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1.
+
+        Slow momentum: Kallusky, Rao, Nandavanam and Shi, `SNOO: Step-K Nesterov Outer Optimizer
+        <https://arxiv.org/abs/2510.15830>`__, 2025; Douillard et al., `DiLoCo
         <https://arxiv.org/abs/2311.08105>`__, 2023, Algorithm 1.
     """
 
     inner_optimizer: Optimizer
     _names: Names
-    # These two objects are never replaced, as tools copy an optimizer's attributes into an object of theirs.
+    # These two objects are never replaced: tools copy an optimizer's attributes into an object of their own.
     _slow_weights: SlowWeights
     _blocks: Blocks
     _reduce: Reduce | None
-    # Whether settings and counts were compared with other processes.
+    # Whether settings and counts were compared with the other processes.
     _is_compared: bool
-    # The indices of the groups that had a sync period when all was compared with other workers.
+    # The indices of the groups that had a sync period when this worker was last compared with the others.
     _groups_of_workers: list[int] | None
 
     @explain_other_names("optimizer")
@@ -176,7 +186,7 @@ class Lookahead(Optimizer):
                 f"Received: optimizer={type(optimizer).__name__}(...), which has a wrapper",
                 stacklevel=3,
             )
-        # What another wrapper of the same optimizer has left.
+        # Remove the entries that an earlier wrapper of the same optimizer left.
         for group in optimizer.param_groups:
             if names.lookahead_step in group:
                 for name in names:
@@ -186,9 +196,9 @@ class Lookahead(Optimizer):
                 entries.pop(names.slow, None)
                 entries.pop(names.slow_momentum, None)
         optimizer.defaults = {**optimizer.defaults, **settings}
-        # The base class' constructor is not called. It would make parameter groups and a state of its own, while those
-        # of a wrapper are the inner optimizer's. What is left of it, the dictionaries of hooks, is what `__setstate__`
-        # makes for an optimizer that was read from a file.
+        # The base class' constructor is not called. It would make new parameter groups and a new state, but a wrapper
+        # uses the inner optimizer's. The constructor also makes the dictionaries of hooks. `__setstate__` makes these,
+        # as for an unpickled optimizer.
         slow_weights = SlowWeights(names.slow, names.slow_momentum, slow_dtype)
         own = {"_names": names, "_slow_weights": slow_weights, "_reduce": reduce}
         self.__setstate__({"inner_optimizer": optimizer, **own})
@@ -198,7 +208,7 @@ class Lookahead(Optimizer):
         _wrapper_of[optimizer] = weakref.ref(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # These belong to the inner optimizer, where their properties put them.
+        # These belong to the inner optimizer. The properties set them there.
         others = {name: value for name, value in state.items() if name not in _OF_THE_INNER_OPTIMIZER}
         super().__setstate__(others)
         if "inner_optimizer" in others:
@@ -213,14 +223,15 @@ class Lookahead(Optimizer):
         return {name: self.__dict__[name] for name in ("inner_optimizer", "_names", "_slow_weights", "_reduce")}
 
     def __getattr__(self, name: str) -> Any:
-        """Return what only the inner optimizer has: `train` and `eval` of `schedulefree`, for example."""
+        """Return an attribute that only the inner optimizer has, such as `train` and `eval` of `schedulefree`."""
         if name in _GROUP_ENTRIES:
             raise AttributeError(
                 f"`Lookahead` has no attribute `{name}`: it is a setting of each group, in `optimizer.param_groups`."
             )
-        # Not what begins with an underscore, where tools ask what an optimizer does by itself. For example, a
+        # Private names are not passed on, as tools use them to ask what an optimizer does by itself. For example, a
         # `GradScaler` leaves scaled gradients and found infinities to an optimizer with `_step_supports_amp_scaling`.
-        # Without it, the scaler calls no `step` at all when it finds infinities, so that a skipped step counts nowhere.
+        # Without that attribute the scaler does not call `step` when it finds infinities, so that a skipped step counts
+        # nowhere.
         if name.startswith("_") or "inner_optimizer" not in self.__dict__:
             object.__getattribute__(self, name)  # raises Python's own error
         return getattr(self.inner_optimizer, name)
@@ -232,7 +243,7 @@ class Lookahead(Optimizer):
             )
         inner = self.__dict__.get("inner_optimizer")
         is_own = inner is None or name.startswith("_") or name in self.__dict__ or hasattr(type(self), name)
-        # What is read from the inner optimizer is set there, too.
+        # An attribute that is read from the inner optimizer is also set there.
         super().__setattr__(name, value) if is_own or not hasattr(inner, name) else setattr(inner, name, value)
 
     def __repr__(self) -> str:
@@ -240,7 +251,7 @@ class Lookahead(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The inner optimizer's own defaults for parameter groups, with the settings of this wrapper."""
+        """The inner optimizer's defaults for parameter groups, with the settings of this wrapper."""
         return self.inner_optimizer.defaults
 
     @defaults.setter
@@ -259,9 +270,10 @@ class Lookahead(Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> State:
-        """A live view, for each parameter the inner optimizer's entries and a copy of the slow weight, `"slow"`."""
+        """A live view: for each parameter the inner optimizer's entries and a copy of the slow weight, `"slow"`."""
         inner, slow, view = self.inner_optimizer.state, self._slow_weights, self.__dict__.get("_state")
-        # The same object as long as it shows the optimizer's state. One that was kept shows the state of its time.
+        # Return the same object while it shows the optimizer's current state. A view that a program kept still shows
+        # the state for which it was made.
         if view is None or view.inner is not inner or view.slow_by_parameter is not slow.by_parameter:
             view = self.__dict__["_state"] = State(inner, slow, slow.by_parameter, slow.momentum)
         return view
@@ -274,9 +286,10 @@ class Lookahead(Optimizer):
         self._slow_weights.replace(state.slow_by_parameter, state.momentum_by_parameter)
 
     def _complete_groups(self) -> None:
-        """Check groups and complete those that the inner optimizer has got by itself, or from a checkpoint.
+        """Check the groups, and complete groups that lack settings: new groups, and groups from a checkpoint.
 
-        The parameters of such a group lose their slow weights, if they have any.
+        The inner optimizer may have received such a group by itself. The parameters of a completed group lose their
+        slow weights.
         """
         for group in self.param_groups:
             if complete_group(group, self._names, self.defaults):
@@ -298,7 +311,7 @@ class Lookahead(Optimizer):
         own_groups = [group for _, group in groups]
 
         def reduce(pseudo_gradients: list[Tensor]) -> bool | None:
-            # Whatever comes of it, the fast weights restart.
+            # The fast weights restart, even if `reduce` fails.
             self._note_synced(own_groups)
             return self._reduce(pseudo_gradients)  # type: ignore[misc]
 
@@ -306,9 +319,9 @@ class Lookahead(Optimizer):
         self._note_synced(own_groups)
 
     def _compare_workers(self) -> None:
-        """Compare all with other workers: before the first step, and after what may have made them differ."""
+        """Compare settings and weights with the other workers, before the first step and after changes that need it."""
         active = [index for index, _ in self._active_groups()]
-        # A program that has switched Lookahead off need not have made a group of processes.
+        # A program that has switched Lookahead off may have no process group.
         is_off = not active and not (distributed.is_available() and distributed.is_initialized())
         if isinstance(self._reduce, Average) and self._groups_of_workers != active and not is_off:
             self._reduce.compare(description(self.param_groups, self._names, self._slow_weights))
@@ -332,9 +345,9 @@ class Lookahead(Optimizer):
         for index, group in self._due_groups(steps_ahead=1):
             for wrapper in _wrappers(self):
                 wrapper._slow_weights.check_shapes(index, group)
-        # With the workers first: of the other comparison only some processes learn.
+        # Workers are compared first: in the other comparison only some processes learn of a difference.
         self._compare_workers()
-        # Groups of workers may have settings of their own.
+        # Two groups of workers may have different settings.
         has_own_group = isinstance(self._reduce, Average) and self._reduce.process_group is not None
         if not self._is_compared and not has_own_group:
             check_equal_on_all_ranks(self.param_groups, self._names)
@@ -345,12 +358,12 @@ class Lookahead(Optimizer):
     def _end_step(self) -> None:
         count = self._names.lookahead_step
         if not all(count in group for group in self.param_groups):
-            # The inner optimizer got a group in its step.
+            # The inner optimizer got a group during its step.
             self._complete_groups()
-        # Every call of `step` counts. Who accumulates gradients does not call it. Nor does a `GradScaler` that has
-        # found infinities; `__getattr__` says why.
+        # Every call of `step` counts. A program that accumulates gradients does not call it. A `GradScaler` that has
+        # found infinities does not call it either; `__getattr__` says why.
         for group in self.param_groups:
-            # Not in place: `ZeroRedundancyOptimizer` and users copy groups.
+            # Assign the counts, as `ZeroRedundancyOptimizer` and users copy groups.
             group[count] += 1
             group[self._names.lookahead_unsynced] += 1
         due = self._due_groups()
@@ -360,32 +373,32 @@ class Lookahead(Optimizer):
             self._synchronize(due)
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """Let the inner optimizer make one step and, after every `sync_period` of them, synchronise.
+        """Let the inner optimizer make one step. After every `sync_period` steps, make a sync.
 
         Args:
-            closure: Function that evaluates the model again and returns the loss, for inner optimizers that take one.
-                A step counts once, however often they call it.
-            **kwargs: What the inner optimizer's `step` takes besides.
+            closure: Function that evaluates the model again and returns the loss, for inner optimizers that take a
+                closure. A step counts once, however often the inner optimizer calls the closure.
+            **kwargs: Other arguments of the inner optimizer's `step`.
 
         Returns:
-            What the inner optimizer returns: the loss if there is a `closure`.
+            The result of the inner optimizer's `step`: the loss if there is a `closure`.
 
         Raises:
             TypeError, ValueError: if a group has an invalid setting or count.
-            RuntimeError: inside a `slow_weights()` block, in the capture of a CUDA graph, at a sync if a parameter has
-                changed its shape, or after loading a state dict that was saved in a block, if the gradients were
-                computed with the slow weights. At the first step if `average()` finds that workers do not start alike,
-                and at a sync if `reduce` fails.
+            RuntimeError: inside a `slow_weights()` block; in the capture of a CUDA graph; at a sync, if a parameter has
+                changed its shape; after loading a state dict that was saved in a block, if the gradients were computed
+                with the slow weights; at the first step, if `average()` finds that workers do not start alike; at a
+                sync, if `reduce` fails.
         """
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         for pre_hook in self._optimizer_step_pre_hooks.values():
             result = pre_hook(self, args, kwargs)
             if result is not None:
                 args, kwargs = result
-        # A block in another thread waits for the end of the step.
+        # A block in another thread waits until this step ends.
         with self._blocks.lock:
             if len(args) > 1:
-                # The closure computes the gradients anew.
+                # The closure computes new gradients, so gradients of the slow weights do no harm.
                 self._blocks.loaded.settle()
             self._begin_step()
             loss = self.inner_optimizer.step(*args[1:], **kwargs)
@@ -395,34 +408,41 @@ class Lookahead(Optimizer):
         return loss
 
     def _patch_step_function(self) -> None:
-        """Leave `step` as it is, which runs this optimizer's own hooks.
+        """Do not wrap `step`, which runs this optimizer's own hooks.
 
-        The base class would wrap it, that of subclasses too, in a function that runs the hooks again, together with
-        those for all optimizers, which the inner optimizer's `step` runs. No public method switches that off.
+        The base class would wrap `step` in a function that runs the hooks again, for subclasses too. That function
+        would also run the hooks for all optimizers, which the inner optimizer's `step` runs. No public method switches
+        this off.
         """
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as the inner optimizer does."""
-        # Some optimizers take no argument.
+        """Reset the gradients, as the inner optimizer does.
+
+        Args:
+            set_to_none: Boolean, whether gradients become `None` instead of 0. Defaults to `True`.
+        """
+        # The `zero_grad` of some optimizers takes no argument.
         self.inner_optimizer.zero_grad() if set_to_none else self.inner_optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group. Its count starts at 0.
+        """Add a parameter group. Its step count starts at 0.
 
-        It may have a `sync_period`, `slow_step_size`, `slow_momentum` and `slow_nesterov` of its own.
+        Args:
+            param_group: Dictionary with `"params"` and settings. It may have its own `sync_period`, `slow_step_size`,
+                `slow_momentum` and `slow_nesterov`.
 
         Raises:
-            TypeError, ValueError: if these are invalid, the group has a `slow_dtype`, which no group has of its own, or
-                the inner optimizer does not accept the group.
+            TypeError, ValueError: if a setting is invalid, if the group has a `slow_dtype` (a setting of the whole
+                wrapper), or if the inner optimizer does not accept the group.
         """
         if isinstance(param_group, dict):
             for name in (self._names.lookahead_step, self._names.lookahead_unsynced):
                 param_group.pop(name, None)
             check_group(param_group, self._names)
             params = param_group.get("params")
-            # The inner optimizer refuses a set.
+            # The inner optimizer raises the error for a set.
             if params is not None and not isinstance(params, set):
-                # As a generator gives its parameters once.
+                # A generator gives its parameters only once.
                 param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
                 _check_slow_dtype(self._slow_weights.dtype, [param_group])
         self.inner_optimizer.add_param_group(param_group)
@@ -432,13 +452,16 @@ class Lookahead(Optimizer):
         warn_if_over_relaxed(added[self._names.slow_step_size], added[self._names.slow_momentum], stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner optimizer's state dict, with `"slow"` for each parameter that has a slow weight.
+        """Return the inner optimizer's state dict, with the slow weights in it.
 
-        Its groups have the settings and the step counts, and with slow momentum a parameter has `"slow_momentum"`. In a
-        `slow_weights()` block, in which the parameters are the slow weights, it also has the fast weight of each,
-        `"lookahead_fast"`, with which training goes on.
+        Each parameter that has a slow weight has an entry `"slow"`, and with slow momentum an entry `"slow_momentum"`.
+        The groups have the settings and the step counts. Inside a `slow_weights()` block the parameters are the slow
+        weights. There each parameter also has its fast weight, `"lookahead_fast"`, from which training resumes.
 
-        As always in PyTorch, the tensors are the optimizer's own: copy them to keep them.
+        As always in PyTorch, the tensors are the optimizer's own. Copy them to keep them.
+
+        Returns:
+            Dictionary with `"state"` and `"param_groups"`.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -455,17 +478,20 @@ class Lookahead(Optimizer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this optimizer, or of the bare inner one: slow weights it lacks are captured again.
+        """Load a state dict of this optimizer, or of the bare inner optimizer.
 
-        If it was saved in a `slow_weights()` block, parameters that hold their slow weights, as the model was saved in
-        the block too, get the fast weights: now, or before the next forward pass if the model is loaded later.
+        Slow weights that the state dict lacks are captured again.
+
+        A state dict may have been saved in a `slow_weights()` block, together with the model. The model then holds the
+        slow weights. Parameters that hold their slow weights get the fast weights back: now, or before the next forward
+        pass if the model is loaded later.
 
         Args:
             state_dict: Dictionary, as from `state_dict`. Its slow weights are copied.
 
         Raises:
-            TypeError, ValueError: if it does not fit: in the number of groups, of their parameters, the shape of a slow
-                weight, with an invalid setting, or as it is that of another inner optimizer. The optimizer is as before
+            TypeError, ValueError: if the state dict has another number of groups or parameters, a slow weight of
+                another shape, an invalid setting, or the state of another inner optimizer. The optimizer is unchanged
                 then.
             RuntimeError: inside a `slow_weights()` block.
         """
@@ -490,9 +516,9 @@ class Lookahead(Optimizer):
             post_hook(self)
 
     def share_memory(self) -> None:
-        """Move the state to shared memory, that of the inner optimizer if it can do that (`torch.optim.Adagrad`).
+        """Move the state to shared memory, and the inner optimizer's state if it can do that (`torch.optim.Adagrad`).
 
-        The slow weights are captured now, so weights must be loaded before. Each process counts its own steps.
+        The slow weights are captured now, so load weights before. Each process counts its own steps.
         """
         self._complete_groups()
         self._slow_weights.capture_new(self._active_groups(), self._names)
@@ -503,12 +529,13 @@ class Lookahead(Optimizer):
             self.inner_optimizer.share_memory()
 
     def sync(self) -> None:
-        """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
+        """Make a sync now, for the end of a run that does not end on a sync. A second call changes nothing.
 
-        A warning tells of a group in its first cycle: its slow weights are still where training began. A group with
-        slow momentum, or of workers, that has made no step since its last sync is left alone.
+        Parameters that became frozen after the last sync take part. A group with slow momentum, or with `reduce`, is
+        left alone if it has made no step since its last sync.
 
-        Parameters that became frozen after the last sync take part.
+        There is a `UserWarning` for a group in its first cycle without slow momentum: its slow weights are still the
+        weights with which training began, so the sync takes back a part of the training.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block, or if a parameter has changed its shape.
@@ -518,7 +545,8 @@ class Lookahead(Optimizer):
             self._complete_groups()
             self._blocks.loaded.settle()
             names, groups = self._names, self._active_groups()
-            # Without a step since the last sync, momentum would move the weights on, and workers have nothing to say.
+            # Without a step since the last sync, momentum would still move the weights, and workers have nothing to
+            # average.
             groups = [
                 (index, group)
                 for index, group in groups
@@ -533,9 +561,9 @@ class Lookahead(Optimizer):
                 self._synchronize(groups)
 
     def reset_slow_weights(self) -> None:
-        """Capture the slow weights from the parameters again, after restoring the best weights, say.
+        """Capture the slow weights from the parameters again, for example after you restored the best weights.
 
-        Slow momentum starts from 0 again.
+        Slow momentum starts from 0 again. The next sync comes when it was due before.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block.
@@ -554,20 +582,21 @@ class Lookahead(Optimizer):
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
-        """Context manager that runs a block, an evaluation or an export, with the slow weights in the parameters.
+        """Return a context manager that puts the slow weights into the parameters, for an evaluation or an export.
 
-        The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
-        memory of one more set of parameters. A block inside a block changes nothing; training in one is refused.
+        At the end of the block the fast weights are back, bit for bit, also after an exception. Until then a copy of
+        the fast weights takes the memory of one more set of parameters. A block inside a block changes nothing.
+        Training inside a block raises an error.
 
-        What is saved in a block has the slow weights in the model and both in the optimizer, so that it resumes bit for
-        bit; see `load_state_dict`. Tensors that are taken in a block without a copy, as `model.state_dict()` and
-        `torch.export.export` take them, hold the fast weights after it. A `copy.deepcopy` or a pickle of
-        the optimizer itself made in a block has the slow weights alone.
+        A checkpoint that is saved inside a block has the slow weights in the model and both in the optimizer. Training
+        resumes from it bit for bit; see `load_state_dict`. `model.state_dict()` and `torch.export.export` do not copy
+        the tensors that they take. If you take them inside a block, they hold the fast weights after the block. A
+        `copy.deepcopy` or a pickle of the optimizer itself, made inside a block, has only the slow weights.
 
-        A block that one thread opens while another one makes a step begins when the step has ended.
+        If one thread opens a block while another thread makes a step, the block begins when the step has ended.
 
         Raises:
-            RuntimeError: if a parameter has changed its shape, before the block or in it.
+            RuntimeError: if a parameter has changed its shape, before the block or inside it.
         """
         self._complete_groups()
         with self._blocks.block(self._slow_weights, self.param_groups), gathered_anew(self._slow_weights.by_parameter):
@@ -575,7 +604,7 @@ class Lookahead(Optimizer):
 
 
 def _wrappers(optimizer: Optimizer) -> Iterator[Lookahead]:
-    """Yield the `Lookahead` that `optimizer` is, the one inside it, and so on."""
+    """Yield the `Lookahead` that `optimizer` is, then the `Lookahead` inside it, and so on."""
     while isinstance(optimizer, Lookahead):
         yield optimizer
         optimizer = optimizer.inner_optimizer
@@ -591,7 +620,7 @@ def _check_slow_dtype(slow_dtype: object, groups: list[Group]) -> None:
             )
     if slow_dtype is None:
         return
-    # PyTorch stores numbers of 8 bits, and does not compute with them.
+    # PyTorch can store numbers of 8 bits, but cannot compute with them.
     if not isinstance(slow_dtype, torch.dtype) or not slow_dtype.is_floating_point or slow_dtype.itemsize < 2:
         raise TypeError(
             "`slow_dtype` must be a floating point `torch.dtype` of at least 16 bits, or None for the dtype of each "
@@ -612,7 +641,7 @@ def _check_slow_dtype(slow_dtype: object, groups: list[Group]) -> None:
 
 
 def _check_inner_optimizer(optimizer: object) -> None:
-    """Raise an error if `optimizer` is none that Lookahead can wrap."""
+    """Raise an error if Lookahead cannot wrap `optimizer`."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             "`optimizer` must be an instance of `torch.optim.Optimizer`, made with the parameters to optimize. "
