@@ -1,7 +1,6 @@
-"""The choice of the module for the backend that Keras runs on: `_on_tensorflow.py`, `_on_jax.py` or `_on_torch.py`.
+"""The module for the backend on which Keras runs: `_on_tensorflow.py`, `_on_jax.py` or `_on_torch.py`.
 
-The arithmetic of their `synchronize` is in `_outer_step_tensorflow.py`, `_outer_step_jax.py` and
-`_outer_step_torch.py`.
+The arithmetic of `synchronize` is in `_outer_step_tensorflow.py`, `_outer_step_jax.py` and `_outer_step_torch.py`.
 """
 
 import importlib

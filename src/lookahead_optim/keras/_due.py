@@ -12,18 +12,18 @@ class Due:
     """What is due in one step.
 
     Args:
-        period: The sync period, an integer > 0. In a step that is compiled it is a scalar tensor, and may be 0.
+        period: The sync period, an integer > 0. In a compiled step it is a scalar tensor, and may be 0.
         before: The count before the update, a number or a scalar tensor.
-        calls_per_update: By how much the count rises with an update.
+        calls_per_update: How much the count rises with an update.
     """
 
     def __init__(self, period: Any, before: Any, calls_per_update: int) -> None:
         self._period, self._before, self._calls = period, before, calls_per_update
-        # Eagerly a comparison with 0 would be an operation more.
+        # In eager execution a comparison with 0 would cost an operation.
         self._is_on = True if isinstance(period, int) else period > 0
 
     def capture(self, captured: Any) -> Any:
-        """Return whether slow weights are to be captured before the update, as none are."""
+        """Return whether slow weights must be captured before the update, because none are captured."""
         return self._if_on(captured == 0)
 
     def mark(self, count: Any) -> Any:
@@ -35,14 +35,14 @@ class Due:
         return self._if_on(self._cycles(count) > self._cycles(self._before))
 
     def syncs(self) -> Any:
-        """Return how many syncs there were before the update, if the period has always been this one."""
+        """Return the number of syncs before the update, assuming that the period never changed."""
         return self._cycles(self._before)
 
     def _cycles(self, count: Any) -> Any:
         """Return how many multiples of the period a count has crossed."""
         period = self._period
         if isinstance(period, int):
-            # The count never comes there, and JAX cannot divide by such a number.
+            # The count never gets that large, and JAX cannot divide by such a number.
             if not isinstance(count, int) and period > np.iinfo(keras.backend.standardize_dtype(count.dtype)).max:
                 return 0
         else:

@@ -1,4 +1,4 @@
-"""The inner optimizer: taken from what the user gives, and configured by the wrapper's keywords."""
+"""The inner optimizer: made from the user's argument, and configured by the wrapper's keywords."""
 
 import copy
 import math
@@ -19,7 +19,8 @@ _KEYWORDS = ("learning_rate", "lr", "decay", *_CLIPPING)
 def make_inner_optimizer(optimizer: Any, settings: dict[str, Any]) -> Any:
     """Return the Keras optimizer that `optimizer` stands for, with the keywords `settings` applied to it.
 
-    Raises `TypeError` or `ValueError`, with the optimizer left as it was.
+    Raises:
+        TypeError, ValueError: if an argument is wrong. The optimizer is unchanged then.
     """
     unknown = sorted(set(settings) - set(_KEYWORDS))
     if unknown:
@@ -75,14 +76,14 @@ def _is_of_keras_2(optimizer: Any) -> bool:
 
 
 def deserialize(config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
-    """Return the optimizer of a config, which is left as it is."""
+    """Return the optimizer of a config. The config is not changed."""
     config = copy.deepcopy(config)
     if str(config.get("module")).startswith("keras.src.backend.torch.optimizers"):
         # On PyTorch Keras names a class that no other backend has.
         config |= {"module": "keras.optimizers", "registered_name": None}
     if "module" in config:
-        # As Keras loads a model. `keras.optimizers.deserialize` does not know all of Keras' optimizers, and takes a
-        # registered class for one of them if the names are equal.
+        # Keras loads a model in the same way. `keras.optimizers.deserialize` does not know all of Keras' optimizers. If
+        # names are equal, it also takes a registered class for an optimizer of Keras.
         return keras.saving.deserialize_keras_object(config, custom_objects)
     return keras.optimizers.deserialize(config, custom_objects)
 
@@ -106,7 +107,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _new_learning_rate(optimizer: Any, settings: dict[str, Any], replace: bool) -> Any:
-    """Return what the optimizer's learning rate must be set to, or None if it can stay."""
+    """Return the new learning rate of the optimizer, or `None` if it can stay."""
     if "lr" in settings and "learning_rate" in settings:
         raise ValueError(
             "`lr` is another name of `learning_rate`: give one of them. "

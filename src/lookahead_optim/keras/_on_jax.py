@@ -1,4 +1,4 @@
-"""What Keras 3's `Lookahead` needs of its backend, on JAX: eager, and stateless under `jax.jit`."""
+"""The functions that Keras 3's `Lookahead` needs from its backend, on JAX: eager, and stateless under `jax.jit`."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,24 +29,27 @@ __all__ = [
     "traced",
 ]
 
-# What decides: a count, or whether the slow weights were captured. A count is no variable where an inner optimizer has
-# an `iterations` of its own.
+# The value that decides: a count, or whether the slow weights were captured. A count is no variable if an inner
+# optimizer has its own `iterations`.
 Scalar: TypeAlias = keras.Variable | jax.Array | int
 IsDue: TypeAlias = Callable[[jax.Array], jax.Array]
-# A slow weight, its fast one, and its slow momentum if there is any.
+# A slow weight, its fast weight, and its slow momentum or `None`.
 Pairs: TypeAlias = Callable[[], Sequence[tuple[keras.Variable, keras.Variable, keras.Variable | None]]]
 
 
 def _update_if_due(
     scalar: Scalar, is_due: IsDue, pairs: Pairs, update: Callable[[list[tuple[Values, keras.Variable]]], list[Values]]
 ) -> None:
-    """Assign what `update` makes of the values of all `pairs()`, each with its fast variable, if `is_due(scalar)`.
+    """If `is_due(scalar)`, assign the result of `update` to all `pairs()`.
 
-    Eagerly this is Python's `if`. In a traced step it is `lax.cond`, which all other steps should not pay for. Two
-    barriers see to that. Without them `lax.cond` takes every output that both branches hand on unchanged, such as the
-    fast weights of a capture, out of the conditional. Such a weight goes into the conditional and past it to the inner
-    optimizer, which updates it: XLA then copies it before, at every step. Behind `optimization_barrier` no output is an
-    input, so that all weights pass through both branches, and donated buffers are updated in place.
+    `update` gets the values of each pair, together with its fast variable.
+
+    In eager execution this is Python's `if`. In a traced step it is `lax.cond`, which should cost nothing in all other
+    steps. Two barriers make sure of that. Without the barriers, `lax.cond` takes an output that both branches return
+    unchanged, such as the fast weights of a capture, out of the conditional. Such a weight is an input of the
+    conditional, and past the conditional it is an input of the inner optimizer, which updates it. XLA then copies the
+    weight before the conditional, at every step. Behind `optimization_barrier` no output is an input, so all weights
+    pass through both branches, and donated buffers are updated in place.
     """
     pending = is_due(read(scalar))
     is_traced = isinstance(pending, jax.core.Tracer)
@@ -73,14 +76,14 @@ def _update_if_due(
 
 
 def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
-    """Set every slow weight of `pairs()` to its fast one, and its momentum to 0, if `is_due(scalar)`."""
+    """If `is_due(scalar)`, set every slow weight of `pairs()` to its fast weight, and its momentum to 0."""
     _update_if_due(scalar, is_due, pairs, lambda found: [_outer_step_jax.capture(values) for values, _ in found])
 
 
 def synchronize(
     scalar: Scalar, is_due: IsDue, pairs: Pairs, step: Callable[[], OuterStep], counts_by_one: bool = False
 ) -> None:
-    """Make the outer step of all `pairs()` if `is_due(scalar)`. `step()` is asked for then."""
+    """If `is_due(scalar)`, make the outer step of all `pairs()`. `step()` is called only then."""
 
     def update(found: list[tuple[Values, keras.Variable]]) -> list[Values]:
         settings = step()
@@ -90,12 +93,12 @@ def synchronize(
 
 
 def mark_captured(captured: keras.Variable, counter: Scalar, is_applied: IsDue, counts_by_one: bool) -> None:
-    """Set `captured` to one if `is_applied(counter)`."""
+    """Set `captured` to 1 if `is_applied(counter)`."""
     captured.assign(jnp.where(is_applied(read(counter)), 1, captured.value))
 
 
 def mark_synchronized(captured: keras.Variable, counter: Scalar, is_due: IsDue, counts_by_one: bool) -> None:
-    """Set `captured` to two if it is not zero and `is_due(counter)`."""
+    """Set `captured` to 2 if it is not 0 and `is_due(counter)`."""
     captured.assign(jnp.where(is_due(read(counter)) & (captured.value != 0), 2, captured.value))
 
 
@@ -105,7 +108,7 @@ def read(scalar: Scalar) -> jax.Array:
 
 
 def number_of(variable: keras.Variable) -> float | None:
-    """Return the value of a scalar variable, or None if it has none: in a traced step, in `fit`, after a donation."""
+    """Return the value of a scalar variable, or `None` if it has none: in a traced step, in `fit`, after a donation."""
     # Private: in `fit` Keras takes the values out of the variables, and no public attribute says so.
     if variable._value is None or traced(variable) is not None or variable.value.is_deleted():
         return None
@@ -113,7 +116,7 @@ def number_of(variable: keras.Variable) -> float | None:
 
 
 def traced(variable: keras.Variable) -> jax.Array | None:
-    """Return the array of a scalar variable in a traced step, or None elsewhere."""
+    """Return the array of a scalar variable in a traced step, or `None` elsewhere."""
     return variable.value if isinstance(variable.value, jax.core.Tracer) else None
 
 
@@ -123,22 +126,22 @@ def float_of(value: Any) -> float | jax.Array:
 
 
 def beside(weight: keras.Variable) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager for variables that shall be where a weight is. Their layout says it in JAX."""
+    """Return a context manager that does nothing. In JAX the layout of a variable says where it is."""
     return contextlib.nullcontext()
 
 
 def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager for a step that follows the gradients, as every step does in JAX."""
+    """Return a context manager that does nothing. In JAX every step follows the gradients."""
     return contextlib.nullcontext()
 
 
 def copy_of(variable: keras.Variable) -> jax.Array:
-    """Return the variable's value as an array of its own."""
+    """Return a copy of the variable's value, as an array."""
     return jnp.copy(variable.value)
 
 
 class _RecordingScope(keras.StatelessScope):
-    """A stateless scope that knows which variables were assigned to, batch statistics for example."""
+    """A stateless scope that records which variables were assigned, for example batch statistics."""
 
     def __init__(self, state_mapping: Sequence[tuple[keras.Variable, jax.Array]]) -> None:
         super().__init__(state_mapping)
@@ -168,11 +171,11 @@ def gradients(loss: Callable[[], Any], variables: Sequence[keras.Variable], grad
 
 
 def check_scope(optimizers: Iterable[Any], variables: Iterable[Any]) -> None:
-    """JAX has no scope to check: a Keras distribution gives its layout to every variable."""
+    """Do nothing. JAX has no scope to check: a Keras distribution gives its layout to every variable."""
 
 
 class Tracked:
-    """JAX has no checkpoints that match objects by their attributes."""
+    """Does nothing. JAX has no checkpoints that match objects by their attributes."""
 
     def _track_own(self, objects: Mapping[str, Any]) -> None:
         pass

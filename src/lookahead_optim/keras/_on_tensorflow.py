@@ -1,4 +1,4 @@
-"""What Keras 3's `Lookahead` needs of its backend, on TensorFlow."""
+"""The functions that Keras 3's `Lookahead` needs from its backend, on TensorFlow."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,11 +31,11 @@ __all__ = [
 ]
 
 Variable: TypeAlias = keras.Variable | tf.Variable
-# What decides: a count, or whether the slow weights were captured. A count is no variable where an inner optimizer has
-# an `iterations` of its own.
+# The value that decides: a count, or whether the slow weights were captured. A count is no variable if an inner
+# optimizer has its own `iterations`.
 Scalar: TypeAlias = Variable | tf.Tensor | int
 IsDue: TypeAlias = Callable[[tf.Tensor], tf.Tensor | bool]
-# A slow weight, its fast one, and its slow momentum if there is any.
+# A slow weight, its fast weight, and its slow momentum or `None`.
 Pairs: TypeAlias = Callable[[], Sequence[tuple[Variable, Variable, Variable | None]]]
 
 
@@ -48,19 +48,19 @@ def _native_pairs(pairs: Pairs) -> Callable[[], list[Pair]]:
 
 
 def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
-    """Set every slow weight of `pairs()` to its fast one, and its momentum to 0, if `is_due(scalar)`."""
+    """If `is_due(scalar)`, set every slow weight of `pairs()` to its fast weight, and its momentum to 0."""
     _outer_step_tensorflow.capture(_native(scalar), is_due, _native_pairs(pairs))
 
 
 def synchronize(
     scalar: Scalar, is_due: IsDue, pairs: Pairs, step: Callable[[], OuterStep], counts_by_one: bool = False
 ) -> None:
-    """Make the outer step of all `pairs()` if `is_due(scalar)`. In eager execution `step()` is asked for only then."""
+    """If `is_due(scalar)`, make the outer step of all `pairs()`. In eager execution `step()` is called only then."""
     _outer_step_tensorflow.synchronize(_native(scalar), is_due, _native_pairs(pairs), step)
 
 
 def mark_captured(captured: Variable, counter: Scalar, is_applied: IsDue, counts_by_one: bool) -> None:
-    """Set `captured` to one if `is_applied(counter)`."""
+    """Set `captured` to 1 if `is_applied(counter)`."""
     if tf.executing_eagerly():
         if read(captured) != 1 and is_applied(read(counter)):
             captured.assign(1)
@@ -69,7 +69,7 @@ def mark_captured(captured: Variable, counter: Scalar, is_applied: IsDue, counts
 
 
 def mark_synchronized(captured: Variable, counter: Scalar, is_due: IsDue, counts_by_one: bool) -> None:
-    """Set `captured` to two if it is not zero and `is_due(counter)`."""
+    """Set `captured` to 2 if it is not 0 and `is_due(counter)`."""
     if tf.executing_eagerly():
         if is_due(read(counter)) and read(captured):
             captured.assign(2)
@@ -85,12 +85,12 @@ def read(scalar: Scalar) -> Any:
 
 
 def number_of(variable: Variable) -> float | None:
-    """Return the value of a scalar variable, or None in a graph."""
+    """Return the value of a scalar variable, or `None` in a graph."""
     return tf.convert_to_tensor(_native(variable)).numpy().item() if tf.executing_eagerly() else None
 
 
 def traced(variable: Variable) -> tf.Tensor | None:
-    """Return the tensor of a scalar variable in a graph, or None in eager execution."""
+    """Return the tensor of a scalar variable in a graph, or `None` in eager execution."""
     return None if tf.executing_eagerly() else tf.convert_to_tensor(_native(variable))
 
 
@@ -100,7 +100,7 @@ def float_of(value: Any) -> Any:
 
 
 def beside(weight: Variable) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager for variables that shall be on the devices of a weight."""
+    """Return a context manager in which variables are made on the devices of a weight."""
     return tf.distribute.get_strategy().extended.colocate_vars_with(_native(weight))
 
 
@@ -108,8 +108,8 @@ def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
     """Return a context manager for a step that waits for the gradients.
 
     In a graph, `fit` asks for a batch and makes a step of it in one function. At the end of a dataset of unknown size
-    there is no batch, and what does not depend on it would run all the same: the step count, weight decay, a sync. XLA
-    needs no such care: a compiled step runs when it has its batch.
+    there is no batch. Operations that do not depend on the batch would still run: the step count, weight decay, a sync.
+    Under XLA no wait is needed: a compiled step runs only when it has its batch.
     """
     if tf.executing_eagerly() or is_compiled_by_xla():
         return contextlib.nullcontext()
@@ -119,7 +119,7 @@ def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
 
 
 def copy_of(variable: Variable) -> tf.Tensor:
-    """Return the variable's value as a tensor of its own."""
+    """Return a copy of the variable's value, as a tensor."""
     return tf.identity(_native(variable))
 
 
@@ -131,7 +131,7 @@ def gradients(loss: Callable[[], Any], variables: Iterable[Variable], grad_loss:
 
 
 def _strategy(variable: Variable) -> tf.distribute.Strategy | None:
-    # In a strategy of one device variables are plain ones, which have no public attribute for it.
+    # In a strategy of one device, variables are plain variables without this attribute. No public attribute exists.
     return getattr(_native(variable), "_distribute_strategy", None)
 
 
@@ -139,7 +139,7 @@ def check_scope(optimizers: Iterable[Any], variables: Iterable[Variable]) -> Non
     """Raise `ValueError` if optimizers and their variables belong to different distribution strategies."""
     for variable in variables:
         for optimizer in optimizers:
-            # The strategy in whose scope a variable was created, None outside of any.
+            # The strategy in whose scope a variable was created, `None` outside of any scope.
             own_variable = getattr(optimizer, "_captured", None)
             theirs = _strategy(variable)
             # With gradient accumulation Keras' public `iterations` is a tensor.
@@ -156,11 +156,11 @@ def check_scope(optimizers: Iterable[Any], variables: Iterable[Variable]) -> Non
 class Tracked:
     """What `tf.train.Checkpoint` sees of a wrapper: its own variables and the inner optimizer.
 
-    Checkpoints match objects by the names of attributes, and lists by position. Keras tracks a list of all variables,
-    where a bare optimizer's step count and momentum would be restored as slow weights.
+    Checkpoints match objects by the names of attributes, and match lists by position. Keras tracks a list of all
+    variables. In such a list, a bare optimizer's step count and momentum would be restored as slow weights.
 
-    The two methods of TensorFlow's `Trackable` that are used here are private. Its public way, assignment to an
-    attribute, is Keras' here, and there is none to take part in a restoration.
+    The two methods of TensorFlow's `Trackable` that are used here are private. The public way is assignment to an
+    attribute, which Keras uses for itself here. There is no public way to take part in a restoration.
     """
 
     _captured: Any
@@ -173,10 +173,11 @@ class Tracked:
 
     def _lookup_dependency(self, name: str, cached_dependencies: Any = None) -> Any:
         if cached_dependencies:
-            # A checkpoint is being restored. It may be without slow weights, and those here are not of its weights.
+            # A checkpoint is being restored. It may have no slow weights, and the present slow weights do not belong to
+            # its weights.
             for optimizer in optimizers_in(self):
                 if isinstance(optimizer, Tracked) and optimizer._captured is not None:
                     optimizer._captured.assign(0)
-                    # Nor may it have slow momentum.
+                    # It may have no slow momentum either.
                     optimizer._slow_weights.clear_momentum()
         return super()._lookup_dependency(name, cached_dependencies)  # type: ignore[misc]

@@ -1,6 +1,7 @@
-"""What Keras 3's `Lookahead` needs of its backend, on PyTorch: the host must not wait for the device to learn a count.
+"""The functions that Keras 3's `Lookahead` needs from its backend, on PyTorch.
 
-Nothing here belongs into a graph that `torch.compile` makes: its guards on the step count would recompile every step.
+The host must not wait for the device to learn a count. Nothing here belongs into a graph of `torch.compile`: its guards
+on the step count would recompile at every step.
 """
 
 import contextlib
@@ -10,8 +11,8 @@ from typing import Any, TypeAlias
 import keras
 import torch
 
-# Private: no public function says whether there is a scope. `Variable.value` asks for it, and for a device, each time.
-# For many small weights that takes longer than a sync.
+# Private: no public function says whether there is a scope. `Variable.value` asks for the scope and for a device each
+# time. For many small weights that takes longer than a sync.
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from lookahead_optim._outer_step_torch import OuterStep, is_large, outer_step_unshared
@@ -35,11 +36,11 @@ __all__ = [
     "traced",
 ]
 
-# What decides: a count, or whether the slow weights were captured. A count is no variable where an inner optimizer has
-# an `iterations` of its own.
+# The value that decides: a count, or whether the slow weights were captured. A count is no variable if an inner
+# optimizer has its own `iterations`.
 Scalar: TypeAlias = keras.Variable | torch.Tensor | int
 IsDue: TypeAlias = Callable[[int], bool]
-# A slow weight, its fast one, and its slow momentum if there is any.
+# A slow weight, its fast weight, and its slow momentum or `None`.
 Pairs: TypeAlias = Callable[[], Sequence[tuple[keras.Variable, keras.Variable, keras.Variable | None]]]
 
 
@@ -51,10 +52,10 @@ def _native(variables: Iterable[keras.Variable]) -> list[torch.Tensor]:
 
 
 def _read(scalar: Scalar, counts_by_one: bool = False) -> Any:
-    """Return the value of a scalar, from the device only if the host cannot know it.
+    """Return the value of a scalar. Read it from the device only if the host cannot know it.
 
-    The host notes the value on the tensor. What was noted holds until the tensor's version changes. If that has changed
-    once, by a step of an optimizer that `counts_by_one`, the step has added one.
+    The host notes the value on the tensor. The note holds as long as the tensor's version does not change. If a step of
+    an optimizer that `counts_by_one` has changed the version once, the step has added 1.
     """
     tensor: Any = scalar.value if isinstance(scalar, keras.Variable) else torch.as_tensor(scalar)
     # Private: nothing public says whether a tensor was written to.
@@ -85,12 +86,12 @@ def number_of(variable: keras.Variable) -> float:
 
 
 def traced(variable: keras.Variable) -> None:
-    """Return None: no step is traced as far as here."""
+    """Return `None`: steps are not traced here."""
 
 
 @torch.compiler.disable
 def mark_captured(captured: keras.Variable, counter: Scalar, is_applied: IsDue, counts_by_one: bool) -> None:
-    """Set `captured` to one if `is_applied(counter)`."""
+    """Set `captured` to 1 if `is_applied(counter)`."""
     if _read(captured) != 1 and is_applied(_read(counter, counts_by_one)):
         captured.assign(1)
         _note(captured.value, 1)
@@ -98,7 +99,7 @@ def mark_captured(captured: keras.Variable, counter: Scalar, is_applied: IsDue, 
 
 @torch.compiler.disable
 def mark_synchronized(captured: keras.Variable, counter: Scalar, is_due: IsDue, counts_by_one: bool) -> None:
-    """Set `captured` to two if it is not zero and `is_due(counter)`."""
+    """Set `captured` to 2 if it is not 0 and `is_due(counter)`."""
     if is_due(_read(counter, counts_by_one)) and _read(captured):
         captured.assign(2)
         _note(captured.value, 2)
@@ -107,7 +108,7 @@ def mark_synchronized(captured: keras.Variable, counter: Scalar, is_due: IsDue, 
 @torch.compiler.disable
 @torch.no_grad()
 def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = False) -> None:
-    """Set every slow weight of `pairs()` to its fast one, and its momentum to 0, if `is_due(scalar)`."""
+    """If `is_due(scalar)`, set every slow weight of `pairs()` to its fast weight, and its momentum to 0."""
     if is_due(_read(scalar, counts_by_one)) and (found := pairs()):
         slow, fast, momentum = _columns(found)
         torch._foreach_copy_(slow, fast)
@@ -120,7 +121,7 @@ def capture(scalar: Scalar, is_due: IsDue, pairs: Pairs, counts_by_one: bool = F
 def synchronize(
     scalar: Scalar, is_due: IsDue, pairs: Pairs, step: Callable[[], OuterStep], counts_by_one: bool = False
 ) -> None:
-    """Make the outer step of all `pairs()` if `is_due(scalar)`. `step()` is asked for then."""
+    """If `is_due(scalar)`, make the outer step of all `pairs()`. `step()` is called only then."""
     if not is_due(_read(scalar, counts_by_one)):
         return
     found, settings = pairs(), step()
@@ -137,14 +138,17 @@ def synchronize(
 
 
 def _columns(pairs: Sequence[tuple[Any, Any, Any]]) -> list[list[torch.Tensor]]:
-    """Return the slow weights, the fast ones, and the slow momentum, a list that is empty if there is none."""
+    """Return three lists: the slow weights, the fast weights, and the slow momentum.
+
+    The last is empty without momentum.
+    """
     return [_native(one for one in column if one is not None) for column in zip(*pairs)]
 
 
 def _outer_step(
     step: OuterStep, slow: list[torch.Tensor], fast: list[torch.Tensor], momentum: list[torch.Tensor]
 ) -> None:
-    """Make the outer step. On the CPU it is noted on slow weights that they need no care, to ask them once."""
+    """Make the outer step. On the CPU, note on slow weights that they need no care, so as to check them only once."""
     is_careful = slow[0].is_cpu and any(_version_noted(weight) != weight._version for weight in slow) and is_large(slow)
     for piece in cut(slow, fast, momentum):
         is_careful = outer_step_unshared(piece, step, is_careful)
@@ -162,17 +166,17 @@ def float_of(value: Any) -> float:
 
 
 def beside(weight: keras.Variable) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager for variables that shall be where a weight is. Keras has one device on PyTorch."""
+    """Return a context manager that does nothing. Keras has one device on PyTorch."""
     return contextlib.nullcontext()
 
 
 def after(gradients: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager for a step that follows the gradients, as all of PyTorch's operations do."""
+    """Return a context manager that does nothing. In PyTorch all operations follow the gradients."""
     return contextlib.nullcontext()
 
 
 def copy_of(variable: keras.Variable) -> torch.Tensor:
-    """Return the variable's value as a tensor of its own."""
+    """Return a copy of the variable's value, as a tensor."""
     return variable.value.detach().clone()
 
 
@@ -186,11 +190,11 @@ def gradients(
 
 
 def check_scope(optimizers: Iterable[Any], variables: Iterable[Any]) -> None:
-    """PyTorch has no scope to check."""
+    """Do nothing. PyTorch has no scope to check."""
 
 
 class Tracked:
-    """PyTorch has no checkpoints that match objects by their attributes."""
+    """Does nothing. PyTorch has no checkpoints that match objects by their attributes."""
 
     def _track_own(self, objects: Mapping[str, Any]) -> None:
         pass

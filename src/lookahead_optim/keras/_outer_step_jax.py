@@ -12,7 +12,7 @@ __all__ = ["OuterStep", "Values", "capture", "outer_step"]
 
 
 class Values(NamedTuple):
-    """A slow weight, its fast one, and its slow momentum if it has any: arrays."""
+    """Arrays: a slow weight, its fast weight, and its slow momentum or `None`."""
 
     slow: jax.Array
     fast: jax.Array
@@ -28,16 +28,16 @@ class OuterStep(NamedTuple):
 
 
 def capture(values: Values) -> Values:
-    """Return the weights after a capture. Slow momentum begins with 0."""
+    """Return the weights after a capture. Slow momentum starts from 0."""
     slow, fast, momentum = values
     # Without the copy two variables would share a buffer, which cannot be donated twice.
     return Values(jnp.copy(fast.astype(slow.dtype)), fast, None if momentum is None else jnp.zeros_like(momentum))
 
 
 def outer_step(values: Values, step: OuterStep, constraint: Callable[[jax.Array], Any] | None) -> Values:
-    """Return the weights after an outer step. A constraint holds in both.
+    """Return the weights after an outer step. A constraint is applied to the slow and to the fast weight.
 
-    With slow momentum b, of factor mu, and the slow step size eta, this is
+    With slow momentum b, its factor mu and the slow step size eta, the step is
 
         s = slow - fast
         b = mu * b + s
@@ -52,15 +52,15 @@ def outer_step(values: Values, step: OuterStep, constraint: Callable[[jax.Array]
         slow, momentum = _descend(values, step)
     if constraint is not None:
         slow = jnp.asarray(constraint(slow))
-    # A copy for the restart, as at a capture.
+    # A copy for the restart, for the same reason as at a capture.
     return Values(slow, jnp.copy(slow.astype(fast.dtype)), momentum)
 
 
 def _descend(values: Values, step: OuterStep) -> tuple[jax.Array, jax.Array | None]:
-    """Return the new slow weight and the new slow momentum, both rounded once to their dtypes.
+    """Return the new slow weight and the new slow momentum, each rounded once to its dtype.
 
-    The fast weight started from the slow weight rounded to its dtype. Measured from there, a fast weight that did not
-    move leaves a slow weight of a wider dtype alone, bit for bit.
+    The fast weight started from the slow weight rounded to its dtype, so the pseudo-gradient is measured from there.
+    Then a slow weight of a wider dtype does not change by a bit if its fast weight did not move.
     """
     slow, fast, momentum = values
     dtype = jnp.promote_types(slow.dtype, jnp.float32)
@@ -72,8 +72,9 @@ def _descend(values: Values, step: OuterStep) -> tuple[jax.Array, jax.Array | No
         return moved.astype(slow.dtype), None
     new_momentum = step.slow_momentum * momentum.astype(dtype) + pseudo_gradient
     if momentum.dtype == dtype:
-        # XLA would keep the pseudo-gradient, which has two users, in an array of its own. Behind a barrier it does not
-        # see that it computes the same twice. It then reads two arrays once more, and saves to write and read two.
+        # The pseudo-gradient has two users, so XLA would keep it in an array of its own. Behind the barrier XLA does
+        # not notice that it computes the same values twice. It then reads two arrays once more, and neither writes nor
+        # reads the extra array.
         new_momentum, slow, fast = jax.lax.optimization_barrier((new_momentum, slow, fast))
         start, end = slow.astype(dtype), fast.astype(dtype)
         pseudo_gradient = _pseudo_gradient(rounded(start, fast.dtype), end)
@@ -83,7 +84,7 @@ def _descend(values: Values, step: OuterStep) -> tuple[jax.Array, jax.Array | No
 
 
 def _pseudo_gradient(start: jax.Array, end: jax.Array) -> jax.Array:
-    """Return the way back to the restart point. Equal infinities, such as those of a mask, have none between them."""
+    """Return the way back to the restart point. Between equal infinities, such as in a mask, it is 0."""
     way = start - end
     return jnp.where(jnp.isnan(way) & (start == end), 0, way)
 
@@ -95,12 +96,12 @@ def _as_dtype(slow_step_size: float | jax.Array, dtype: jnp.dtype) -> float | ja
 def _interpolate(slow: jax.Array, fast: jax.Array, slow_step_size: float | jax.Array) -> jax.Array:
     """Return the new slow weight, rounded once to its dtype. Without momentum the outer step is an interpolation.
 
-    The pseudo-gradient is taken with its sign turned, as `fast - slow`. That is TensorFlow Addons' formula to the last
-    bit: only at -0 the two differ, where a weight that stays becomes 0.
+    The formula uses the negative pseudo-gradient, `fast - slow`. So it gives the same bits as TensorFlow Addons'
+    formula, except for -0: there a weight that does not move becomes 0.
 
-    Where the pseudo-gradient is infinite or NaN, the formula is NaN for equal infinities, and infinite for large finite
-    weights of opposite sign. There the slow step is a weighted mean. A step size of 0 gives `slow` and one of 1 gives
-    `fast`, also if the other one is NaN.
+    The formula is NaN for equal infinities, and infinite for large finite weights of opposite sign. Where the
+    pseudo-gradient is infinite or NaN, the slow step is therefore a weighted mean. A step size of 0 gives `slow` and a
+    step size of 1 gives `fast`, even if the other weight is NaN.
     """
     if isinstance(slow_step_size, float) and slow_step_size in (0, 1):
         return fast if slow_step_size else slow

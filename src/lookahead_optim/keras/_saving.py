@@ -1,13 +1,13 @@
-"""What is saved of a wrapper and how it comes back: arrays by position, and files of Keras by name.
+"""What is saved of a wrapper and how it is loaded: arrays by position, and files of Keras by name.
 
 | saved as | what |
 |---|---|
 | `captured` | whether slow weights were captured, and with momentum whether no update followed the last sync |
 | `slow_0`, `slow_1`, ... | the slow weights |
 | `slow_momentum_0`, ... | the slow momentum, if there is any |
-| `fast_0`, ..., `fast_count` | while the slow weights are in the model: the fast ones, and at which count they hold |
+| `fast_0`, ..., `fast_count` | while the slow weights are in the model: the fast weights, and their number of updates |
 
-Settings are in the config, and in arrays.
+Settings are saved in the config, and in arrays.
 """
 
 import warnings
@@ -46,13 +46,16 @@ class Saving:
 
     @property
     def variables(self) -> list[Any]:
-        """All state: whether the slow weights were captured, these, the slow momentum if there is any, `sync_period`,
-        `slow_step_size` unless it is a schedule, then the inner optimizer's variables."""
+        """All state, a list of `keras.Variable`.
+
+        The order is: whether the slow weights were captured, the slow weights, the slow momentum if there is any,
+        `sync_period`, `slow_step_size` unless it is a schedule, and the inner optimizer's variables.
+        """
         return self._variables + self.inner_optimizer.variables
 
     @property
     def weights(self) -> list[Any]:
-        """The same as `variables`, the name that Keras 2 used."""
+        """The same as `variables`. Keras 2 used this name."""
         return self.variables
 
     def _settings(self) -> list[Setting]:
@@ -70,8 +73,9 @@ class Saving:
             weights: List of arrays, as from `get_weights`.
 
         Raises:
-            ValueError: if the optimizer is not built, the number or a shape of the arrays is wrong, one is not of
-                numbers, or a step count or setting is out of range. Nothing is changed then.
+            ValueError: if the optimizer is not built, if the number of arrays or a shape is wrong, if an array has no
+                numbers, or if a step count or setting is out of range. Nothing is changed then.
+            RuntimeError: inside a `slow_weights()` block.
         """
         self._check_built("set_weights(weights)")
         self._end_block_of_callback("set_weights(weights)")
@@ -87,15 +91,19 @@ class Saving:
             setting.take_what_was_loaded()
 
     def _own_variables(self) -> dict[str, Any]:
-        # Numbers for names would let a bare optimizer's momentum, of the same count and shapes, load as slow weights.
-        # A wrapper that is switched off saves none, so that its file loads into a wrapper made with a period of 0.
+        # Variables are saved by name. By number, a bare optimizer's momentum of the same count and shapes would load as
+        # slow weights. A wrapper that is switched off saves no variables, so its file loads into a wrapper that was
+        # made with a period of 0.
         return {"captured": self._captured, **self._slow_weights.named()} if self.sync_period and self.built else {}
 
     def save_own_variables(self, store: Any) -> None:
         """Save the slow weights, the slow momentum and whether they were captured.
 
-        Keras has the inner optimizer save its own state beside them. While the slow weights are in the model, the fast
-        ones are saved, too, and the number of updates after which they are right.
+        Keras lets the inner optimizer save its own state beside them. While the slow weights are in the model, the fast
+        weights are saved too, together with the number of updates to which they belong.
+
+        Args:
+            store: Mapping from names to arrays, which Keras provides.
         """
         for name, variable in self._own_variables().items():
             store[name] = to_numpy(variable)
@@ -106,10 +114,13 @@ class Saving:
                 store[f"fast_{index}"] = keras.ops.convert_to_numpy(fast[id(pair.fast)])
 
     def load_own_variables(self, store: Any) -> None:
-        """Load what `save_own_variables` saved. Settings are those of the constructor, or as they were set since.
+        """Load what `save_own_variables` saved.
 
-        Where no slow momentum was saved, it starts from 0. One that this optimizer has no use for is left out, with a
-        warning.
+        Settings stay as the constructor or the user has set them. If no slow momentum was saved, it starts from 0. A
+        saved slow momentum that this optimizer cannot use is left out, with a warning.
+
+        Args:
+            store: Mapping from names to arrays, which Keras provides.
         """
         for setting in self._settings():
             setting.keep_what_was_set()
@@ -125,7 +136,7 @@ class Saving:
         momentum = {f"slow_momentum_{index}" for index in range(len(self._slow_weights.slow))}
         found, wanted = saved & momentum, variables.keys() & momentum
         if {frozenset(found), frozenset(wanted)} == {frozenset(), frozenset(momentum)}:
-            # Only one of the two has momentum.
+            # Either the file or this optimizer has momentum, but not both.
             saved -= momentum
             variables = {name: variable for name, variable in variables.items() if name not in momentum}
         if saved != set(variables) and not self.built:
@@ -161,7 +172,7 @@ class Saving:
         }
 
     def _loaded_fast_weights(self) -> dict[int, Any]:
-        """Return the fast weights of the file that was loaded last, unless an update was applied since."""
+        """Return the fast weights of the last loaded file, unless an update was applied since."""
         loaded = {key: value for key, (_, value) in self._block.loaded.items()}
         return loaded if loaded and self._count() == self._block.loaded_at else {}
 

@@ -1,4 +1,4 @@
-"""The settings of a wrapper, which take effect in steps that are compiled, too."""
+"""The settings of a wrapper, which also take effect in compiled steps."""
 
 import warnings
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from lookahead_optim.keras._backend import backend
 __all__ = ["Schedule", "Setting", "check_slow_dtype", "check_slow_dtype_of", "make_step_size"]
 
 
-# Which dtypes hold all values of a dtype. Keras' `result_type` takes float64 for float32 on PyTorch.
+# The dtypes that hold all values of a dtype. Keras' `result_type` cannot be used: on PyTorch it gives float64 for
+# float32.
 _HELD_BY = {
     "float16": ("float16", "float32", "float64"),
     "bfloat16": ("bfloat16", "float32", "float64"),
@@ -23,12 +24,13 @@ _HELD_BY = {
 
 
 class Setting:
-    """A number that may be changed between two steps.
+    """A number that may change between two steps.
 
-    A number of Python's is a constant of a step that is compiled. So there is a variable beside it, which such a step
-    reads. It is a part of the optimizer's state, as Keras' learning rate is, but not of files: those have the config.
+    In a compiled step a Python number is a constant. So the setting also has a variable, which a compiled step reads.
+    The variable is a part of the optimizer's state, like Keras' learning rate, but not of files: a file has the config.
 
-    The variable may round the number, or be too short for it. What Python knows stands until the variable is changed.
+    The variable may round the number, or be too small for it. So the Python number is valid until the variable is
+    changed.
     """
 
     def __init__(self, number: Any) -> None:
@@ -39,11 +41,11 @@ class Setting:
         return str(self.number)
 
     def config(self) -> Any:
-        """Return the number, for a config."""
+        """Return the number for a config."""
         return self.number
 
     def create_variable(self, wrapper: keras.optimizers.Optimizer, name: str, dtype: str) -> None:
-        """Make the variable, as one of the wrapper's."""
+        """Make the variable, as a variable of the wrapper."""
 
         def initial(shape: tuple[int, ...], dtype: str) -> Any:
             return keras.ops.convert_to_tensor(_fitted(self._number, dtype), dtype)
@@ -52,7 +54,7 @@ class Setting:
 
     @property
     def number(self) -> Any:
-        """The number. In a step that is compiled it is the last that Python knows."""
+        """The number. In a compiled step it is the last number that Python knows."""
         if self.variable is None:
             return self._number
         found = backend.number_of(self.variable)
@@ -65,25 +67,25 @@ class Setting:
             self.variable.assign(_fitted(number, self.variable.dtype))
 
     def keep_what_was_set(self) -> None:
-        """Forget what was loaded into the variable, as a `LossScaleOptimizer` around loads all variables."""
+        """Undo a load of the variable: a `LossScaleOptimizer` around the wrapper loads all variables."""
         self.number = self._number
 
     def take_what_was_loaded(self) -> None:
-        """Keep what was loaded into the variable."""
+        """Keep the number that was loaded into the variable."""
         self.number = self.number
 
     def in_step(self) -> Any:
-        """Return the number, or in a step that is compiled a scalar tensor."""
+        """Return the number, or in a compiled step a scalar tensor."""
         traced = None if self.variable is None else backend.traced(self.variable)
         return self.number if traced is None else traced
 
     def at(self, syncs: Any) -> Any:
-        """Do `in_step`, as the number does not depend on the number of syncs."""
+        """Return the same as `in_step`: the number does not depend on the number of syncs."""
         return self.in_step()
 
 
 class Schedule:
-    """A number that depends on the number of syncs so far. It has no variable: a step that is compiled computes it."""
+    """A number that depends on the number of syncs so far. It has no variable, as a compiled step computes it."""
 
     variable = None
 
@@ -98,12 +100,12 @@ class Schedule:
         return keras.saving.serialize_keras_object(self.function)
 
     def at(self, syncs: Any) -> Any:
-        """Return the number after so many syncs, or in a step that is compiled a scalar tensor."""
+        """Return the number after `syncs` syncs, or in a compiled step a scalar tensor."""
         return backend.float_of(self.function(keras.ops.convert_to_tensor(syncs, "int32")))
 
 
 def make_step_size(slow_step_size: Any) -> Setting | Schedule:
-    """Return what holds a slow step size or a schedule of it, or raise `TypeError` or `ValueError`."""
+    """Return the `Setting` or `Schedule` for a slow step size, or raise `TypeError` or `ValueError`."""
     if not callable(slow_step_size):
         return Setting(check_slow_step_size(slow_step_size))
     schedule = Schedule(slow_step_size)
@@ -123,7 +125,7 @@ def make_step_size(slow_step_size: Any) -> Setting | Schedule:
 
 
 def check_slow_dtype(slow_dtype: Any) -> str | None:
-    """Return the name of a dtype of floats, or `None`, or raise `TypeError` or `ValueError`."""
+    """Return the name of a floating point dtype, or `None`, or raise `TypeError` or `ValueError`."""
     if slow_dtype is None:
         return None
     message = (
@@ -137,7 +139,7 @@ def check_slow_dtype(slow_dtype: Any) -> str | None:
     if name not in ("float16", "bfloat16", "float32", "float64"):
         raise TypeError(message)
     with warnings.catch_warnings():
-        # JAX warns that it makes a float32 of a float64.
+        # JAX warns if it makes a float32 in place of a float64.
         warnings.simplefilter("ignore")
         has_dtype = keras.backend.standardize_dtype(keras.ops.convert_to_tensor(0.0, name).dtype) == name
     if not has_dtype:
@@ -161,7 +163,7 @@ def check_slow_dtype_of(slow_dtype: str | None, weights: list[Any]) -> None:
 
 
 def _fitted(number: Any, dtype: str) -> np.generic:
-    """Return a number in a dtype, or the largest that it has."""
+    """Return a number in a dtype, or the dtype's largest number if the number is larger."""
     type_ = np.dtype(keras.backend.standardize_dtype(dtype))
     largest = (np.iinfo if type_.kind == "i" else np.finfo)(type_).max
     return type_.type(min(number, largest))

@@ -10,26 +10,26 @@ __all__ = ["assign", "checked", "to_numpy", "to_tensor"]
 
 
 def to_numpy(variable: keras.Variable) -> np.ndarray:
-    """Return the value of a variable."""
-    # Only as a tensor can a variable of several replicas be converted in the scope of its strategy.
+    """Return the value of a variable as a NumPy array."""
+    # In the scope of a strategy, a variable of several replicas can be converted only as a tensor.
     return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
 
 
 def to_tensor(value: Any, dtype: Any = None) -> Any:
-    """Return the value of a variable or tensor, of a dtype that may be given."""
-    # With the dtype `convert_to_tensor` would leave a variable's as it is, on PyTorch up to Keras 3.10 at least.
+    """Return the value of a variable or tensor as a tensor, cast to `dtype` if it is given."""
+    # `convert_to_tensor` ignores its dtype for a variable, on PyTorch up to Keras 3.10 at least.
     tensor = keras.ops.convert_to_tensor(value)
     return tensor if dtype is None else keras.ops.cast(tensor, keras.backend.standardize_dtype(dtype))
 
 
 def assign(variables: Sequence[keras.Variable], values: Iterable[Any], caller: str) -> None:
-    """Assign all values, or none if one does not fit."""
+    """Assign all values, or none if one value does not fit."""
     for variable, array in zip(variables, checked(variables, values, caller)):
         variable.assign(array)
 
 
 def checked(variables: Sequence[keras.Variable], values: Iterable[Any], caller: str) -> list[np.ndarray]:
-    """Return the values as arrays, or raise `ValueError` if one does not fit its variable."""
+    """Return the values as arrays, or raise `ValueError` if a value does not fit its variable."""
     arrays = list(map(_to_array, values))
     if len(arrays) != len(variables):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The learning rate that `total_steps`, `warmup_proportion` and `min_lr` of `RectifiedAdam` stand for."""
+"""The learning rate schedule of `RectifiedAdam` with `total_steps`, `warmup_proportion` and `min_lr`."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ __all__ = ["WarmUp"]
 
 
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
-    """From 0 up to a learning rate, and from there down to the lowest, by a line each."""
+    """A learning rate that rises linearly from 0 to a peak, and then falls linearly to the lowest rate."""
 
     def __init__(self, peak: Any, total_steps: int, warmup_proportion: float, min_lr: float) -> None:
         self.peak, self.total_steps = peak, check_total_steps(total_steps)
@@ -29,7 +29,7 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         return ops.where(step <= rising, peak * step / max(rising, 1e-30), peak + fallen)
 
     def get_config(self) -> dict[str, Any]:
-        """Return the settings by the names that they have in `RectifiedAdam`."""
+        """Return the settings by their names in `RectifiedAdam`."""
         return {
             "learning_rate": keras.saving.serialize_keras_object(self.peak),
             "total_steps": self.total_steps,

@@ -11,9 +11,9 @@ Optimizer: TypeAlias = keras.optimizers.Optimizer
 
 
 def optimizers_in(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """Yield an optimizer and all that it wraps, from the outside in."""
+    """Yield an optimizer and all optimizers inside it, from the outside to the inside."""
     yield optimizer
-    # `Lookahead` has all attributes of its inner optimizer, the `optimizers` of a `MultiOptimizer` too.
+    # `Lookahead` passes on all attributes of its inner optimizer, also the `optimizers` of a `MultiOptimizer`.
     if hasattr(optimizer, "inner_optimizer"):
         inside = [optimizer.inner_optimizer]
     else:
@@ -23,14 +23,18 @@ def optimizers_in(optimizer: Optimizer) -> Iterator[Optimizer]:
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:
-    """Return the first optimizer, from the outside in, that is not around a single other one."""
+    """Return the first optimizer, from the outside to the inside, that does not wrap a single other optimizer."""
     return next(wrapped for wrapped in optimizers_in(optimizer) if not hasattr(wrapped, "inner_optimizer"))
 
 
 def accumulation_steps(optimizer: Optimizer) -> int:
-    """Return over how many calls of `apply` the optimizer accumulates gradients for one update, 1 for none.
+    """Return the number of calls of `apply` over which the optimizer accumulates gradients for one update.
 
-    Raises `ValueError` for a `MultiOptimizer` whose optimizers disagree.
+    Returns:
+        Integer, 1 if gradients are not accumulated.
+
+    Raises:
+        ValueError: for a `MultiOptimizer` whose optimizers have different numbers.
     """
     optimizer = innermost(optimizer)
     parts = getattr(optimizer, "optimizers", None) or [optimizer]
@@ -44,15 +48,16 @@ def accumulation_steps(optimizer: Optimizer) -> int:
 
 
 def counter_of(optimizer: Optimizer) -> tuple[Any, int]:
-    """Return the count of an optimizer's calls or updates, and by how much it rises with each update.
+    """Return the count of an optimizer's calls or updates, and how much the count rises with each update.
 
-    The count is a variable, unless the optimizer's class has another `iterations`, which then counts updates.
+    The count is a variable. The exception is an optimizer whose class has another `iterations`: that counts updates.
     """
     optimizer = innermost(optimizer)
     calls = accumulation_steps(optimizer)
     is_multi_optimizer = hasattr(optimizer, "optimizers")
     if calls > 1 and (is_multi_optimizer or type(optimizer).iterations is Optimizer.iterations):
-        # The public `iterations` is divided by `calls`: a new tensor, in which PyTorch's host can note nothing.
+        # The public `iterations` is divided by `calls`. That makes a new tensor, on which PyTorch's host can note
+        # nothing.
         return optimizer._iterations, calls
     return optimizer.iterations, 1
 

@@ -12,30 +12,32 @@ __all__ = ["SwapSlowWeights"]
 
 
 class SwapSlowWeights(Swapping, keras.callbacks.Callback):
-    """Evaluates and predicts on the slow weights of a `Lookahead` optimizer, and lets callbacks keep what was scored.
+    """Evaluates and predicts on the slow weights of a `Lookahead` optimizer, and lets callbacks keep the scored model.
 
-    `fit(validation_data=...)`, `evaluate` and `predict` see the slow weights. Afterwards the fast ones are back bit for
-    bit. Shaped like `keras.callbacks.SwapEMAWeights`.
+    `fit(validation_data=...)`, `evaluate` and `predict` use the slow weights. Afterwards the fast weights are back bit
+    for bit. The callback works like `keras.callbacks.SwapEMAWeights`.
 
-    In `fit` the slow weights stay in the model from the validation until the next epoch begins. All callbacks find them
-    at the end of the epoch, before or after this one in `callbacks`: `ModelCheckpoint` saves the weights that were
-    scored, and `EarlyStopping(restore_best_weights=True)` restores them. The fast weights are in the file too, beside
-    the slow ones. `fit` with this callback resumes from them, so that `BackupAndRestore` continues bit for bit.
+    In `fit` the slow weights stay in the model from the validation until the next epoch begins. All callbacks find the
+    slow weights at the end of the epoch, before or after this callback in `callbacks`. So `ModelCheckpoint` saves the
+    weights that were scored, and `EarlyStopping(restore_best_weights=True)` restores them. A saved file has the fast
+    weights too. `fit` with this callback resumes from the fast weights, so that `BackupAndRestore` continues bit for
+    bit.
 
-    Before the first training step nothing is swapped. Give this callback before others that put weights into the model
-    for an evaluation. A callback that changes weights at the end of an epoch changes those in the model, the slow ones,
-    and training continues from them.
+    Before the first training step nothing is swapped. Place this callback before other callbacks that put weights into
+    the model for an evaluation. If a callback changes weights at the end of an epoch, it changes the slow weights in
+    the model, and training continues from them.
 
-    While the slow weights are in the model, a copy of the fast ones takes the memory of one more set of weights.
+    While the slow weights are in the model, a copy of the fast weights takes the memory of one more set of weights.
 
     Args:
-        swap_on_epoch: Boolean, whether the slow weights also are in the model at the end of an epoch without a
-            validation. Give this callback then before those in `callbacks` that shall find them. Defaults to `False`.
+        swap_on_epoch: Boolean, whether the slow weights are also in the model at the end of an epoch without a
+            validation. If `True`, place this callback before the callbacks that need the slow weights. Defaults to
+            `False`.
 
     Raises:
         TypeError: when `fit`, `evaluate` or `predict` begins, for a model of Keras 2.
-        ValueError: at the first swap, when the model is not compiled with a `Lookahead` optimizer.
-        RuntimeError: right after a sync, when another callback has put weights into the model before this one.
+        ValueError: at the first swap, if the model is not compiled with a `Lookahead` optimizer.
+        RuntimeError: right after a sync, if another callback has put weights into the model before this callback.
 
     Example:
 
@@ -48,7 +50,7 @@ class SwapSlowWeights(Swapping, keras.callbacks.Callback):
 
     def set_model(self, model: Any) -> None:
         """Take the model that Keras trains or evaluates."""
-        # PyTorch's `DistributedDataParallel` may be around it.
+        # PyTorch's `DistributedDataParallel` may be around the model.
         if not isinstance(getattr(model, "module", model), keras.Model):
             raise TypeError(
                 "`lookahead_optim.keras.SwapSlowWeights` is for models of Keras 3. For Keras 2 there is "

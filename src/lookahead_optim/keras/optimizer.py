@@ -2,14 +2,15 @@
 
 Where things happen:
 
-- a sync: `apply`, `_step`, `SlowWeights.synchronize_if_due` in `_slow_weights.py`, `synchronize` in `_on_jax.py`,
-  `_on_tensorflow.py` or `_on_torch.py`. The arithmetic is `outer_step` in `_outer_step_jax.py` here,
-  `../_outer_step_tensorflow.py` or `../_outer_step_torch.py`;
-- capture: `_step`, `SlowWeights.capture_if_due`, as long as the variable `captured` is 0; `mark_captured` sets it;
-- what is saved: `.keras` and `.weights.h5` files by name, in `Saving._own_variables`; `get_weights` by position, in
-  `variables`; `tf.train.Checkpoint` by what `_track_own` was given;
-- a skipped update: a loss scaler around does not call `_step`. A micro-step of accumulation raises the count of calls,
-  but not the count of updates, at which `Due` looks. It captures, too: the last capture before an update counts;
+- a sync: `apply`, `_step`, `SlowWeights.synchronize_if_due` in `_slow_weights.py`, and `synchronize` in `_on_jax.py`,
+  `_on_tensorflow.py` or `_on_torch.py`. The arithmetic is in `_outer_step_jax.py` here, `../_outer_step_tensorflow.py`
+  or `../_outer_step_torch.py`;
+- capture: `_step` and `SlowWeights.capture_if_due`, as long as the variable `captured` is 0. `mark_captured` sets it;
+- what is saved: by name in `Saving._own_variables`, for `.keras` and `.weights.h5` files; by position in `variables`,
+  for `get_weights`; by the names given to `_track_own`, for `tf.train.Checkpoint`;
+- a skipped update: a loss scaler around the wrapper does not call `_step`. A micro-step of accumulation raises the
+  count of calls, but not the count of updates that `Due` reads. A micro-step also captures. The last capture before an
+  update counts;
 - a frozen weight: `SlowWeights.synchronize_if_due`.
 """
 
@@ -51,55 +52,61 @@ _Tracked: Any = backend.Tracked
 class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
     r"""Lookahead: `k` steps forward, one step back.
 
-    Wraps an optimizer, which moves the model's weights, the *fast* weights $\theta$. After every `sync_period`
-    ($k$) of its updates a second copy of them, the *slow* weights $\phi$, takes a step towards the fast ones, and
-    these restart from there:
+    The inner optimizer moves the model's weights. These are the *fast* weights $\theta$. A second copy of them is kept,
+    the *slow* weights $\phi$. After every `sync_period` ($k$) updates of the inner optimizer a *sync* moves the slow
+    weights towards the fast weights. The fast weights then restart from the slow weights:
 
     .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
-    The slow weights are captured from the model immediately before the first applied update. Updates that a loss
-    scaler skips and micro-steps of gradient accumulation do not count. Everything else is the inner optimizer's:
-    learning rate, schedules, clipping, weight decay, EMA, accumulation. State takes one copy of the weights.
-
-    With slow momentum $\mu$ the outer step is gradient descent with momentum on the pseudo-gradient
-    $s = \phi - \theta$, as in SNOO and, with one worker, DiLoCo:
+    The difference $s = \phi - \theta$ at a sync is the *pseudo-gradient*. Without momentum, a sync is a step of
+    gradient descent with $s$. With `slow_momentum` ($\mu$) it is gradient descent with momentum $b$, as in SNOO and,
+    with one worker, DiLoCo:
 
     .. math:: b \leftarrow \mu b + s, \qquad \phi \leftarrow \phi - \alpha (s + \mu b), \qquad \theta \leftarrow \phi.
 
-    The momentum $b$ starts from 0 and takes one more copy of the weights.
+    The momentum $b$ starts from 0. If `slow_nesterov` is `False`, the slow step is $\alpha b$ instead of
+    $\alpha (s + \mu b)$.
 
-    A weight that is not `trainable` when a sync is due is frozen. The sync does not move it, and its slow weight starts
-    anew from its own value. A `sync()` by hand does move it.
+    The slow weights are captured from the model immediately before the first applied update. Updates that a loss scaler
+    skips do not count, and micro-steps of gradient accumulation do not count. All else is the inner optimizer's:
+    learning rate, schedules, clipping, weight decay, EMA, accumulation. The slow weights take the memory of one more
+    copy of the weights. Slow momentum takes the memory of another copy.
 
-    A `Lookahead` may be inside another. Both count the updates of the innermost optimizer, and all weights restart
-    from those that the outer one has synchronised, the inner one's slow weights too.
+    A weight that is not `trainable` when a sync is due is frozen. The sync does not move it, and its slow weight is
+    captured again from it. `sync()` does move a frozen weight.
+
+    A `Lookahead` may be inside another `Lookahead`. Both count the updates of the innermost optimizer. At a sync of the
+    outer wrapper all weights restart from the outer wrapper's slow weights, and so do the slow weights of the inner
+    wrapper.
 
     Args:
-        optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, or a name or config that
-            `keras.optimizers.get` takes. A `LossScaleOptimizer` goes around `Lookahead`, not inside.
-        sync_period: Integer >= 0, inner updates per slow step ($k$). 0 switches Lookahead off: the wrapper then
-            behaves as the inner optimizer and holds no slow weights. Defaults to 6.
-        slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or a schedule of it: a
-            `keras.optimizers.schedules.LearningRateSchedule`, or a callable that returns a scalar. It is given the
-            number of syncs so far, `iterations // sync_period`, an int32 scalar. 1 recovers the inner optimizer. Above
-            1, without momentum, there is a `UserWarning`. Defaults to 0.5.
+        optimizer: The inner optimizer: a `keras.optimizers.Optimizer`, or a name or config that `keras.optimizers.get`
+            takes. A `LossScaleOptimizer` goes around `Lookahead`, not inside.
+        sync_period: Integer >= 0, the number of inner updates per sync ($k$). 0 switches Lookahead off: the wrapper
+            then behaves as the inner optimizer and holds no slow weights. Defaults to 6.
+        slow_step_size: Finite float >= 0, the slow step size ($\alpha$): the part of the way to the fast weights that
+            the slow weights move at a sync. 1, without slow momentum, gives the inner optimizer. Above 1, without slow
+            momentum, there is a `UserWarning`. It may also be a schedule: a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable that returns a scalar. The schedule is
+            given the number of syncs so far, `iterations // sync_period`, an int32 scalar. Defaults to 0.5.
         name: String, the name of this optimizer. Defaults to `"Lookahead"`.
-        slow_momentum: Float >= 0 and < 1, the slow momentum ($\mu$). 0 is plain Lookahead, without $b$. Defaults to 0.
-        slow_nesterov: Boolean, whether the momentum is Nesterov's, as above. Otherwise it is heavy ball,
-            $\phi \leftarrow \phi - \alpha b$. Without slow momentum it has no effect. Defaults to `True`.
-        slow_dtype: Dtype of slow weights and slow momentum, at least as wide as the dtype of each weight: `"float32"`
-            for a model in bfloat16 or float16, whose slow weights would lose small moves. The fast weights restart from
-            the slow weights rounded to their dtype, and moves are measured from there. Defaults to `None`, the dtype of
-            each weight.
-        **kwargs: Settings for the inner optimizer, for code written for TensorFlow Addons: `learning_rate` (or
-            `lr`), `decay` (inverse-time decay of the learning rate, per step), `clipnorm`, `clipvalue`,
-            `global_clipnorm` (0 is no clipping, as in Keras). One that contradicts a value which the inner optimizer
-            already has is an error.
+        slow_momentum: Float in [0, 1), the factor of the slow momentum ($\mu$). In the long run it makes slow steps
+            $1 / (1 - \mu)$ times as long. Defaults to 0, no momentum.
+        slow_nesterov: Boolean, whether the slow momentum is Nesterov's. `False` gives heavy ball. Without slow momentum
+            it has no effect. Defaults to `True`.
+        slow_dtype: Dtype of the slow weights and the slow momentum. It must be at least as wide as the dtype of each
+            weight. Use `"float32"` for a model in bfloat16 or float16: slow weights in these dtypes would lose small
+            moves. The fast weights restart from the slow weights rounded to their own dtype, and the pseudo-gradient is
+            measured from there. Defaults to `None`, the dtype of each weight.
+        **kwargs: Settings for the inner optimizer, for code written for TensorFlow Addons: `learning_rate` (or `lr`),
+            `decay` (inverse-time decay of the learning rate, per step), `clipnorm`, `clipvalue`, `global_clipnorm` (0
+            is no clipping, as in Keras). A setting that contradicts the inner optimizer is an error.
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if a value is out of range, a keyword contradicts the inner optimizer, is unknown or is another
-            implementation's name of an argument (as in Keras 3; in Keras 2 that is a `TypeError`).
+        ValueError: if a value is out of range; if a keyword contradicts the inner optimizer, is unknown or is another
+            implementation's name of an argument. (Keras 3 raises `ValueError` for an unknown keyword, Keras 2
+            `TypeError`.)
 
     Example:
 
@@ -118,7 +125,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1.
 
         Slow momentum: Kallusky, Rao, Nandavanam and Shi, `SNOO: Step-K Nesterov Outer Optimizer
-        <https://arxiv.org/abs/2510.15830>`__, 2025; Douillard and others, `DiLoCo
+        <https://arxiv.org/abs/2510.15830>`__, 2025; Douillard et al., `DiLoCo
         <https://arxiv.org/abs/2311.08105>`__, 2023, Algorithm 1.
     """
 
@@ -144,19 +151,19 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         if isinstance(step_size, Setting):
             warn_if_over_relaxed(step_size.number, slow_momentum, stacklevel=3)
         inner_optimizer = make_inner_optimizer(optimizer, kwargs)
-        # A callable learning rate spares Keras a variable for it; it is never called.
+        # With a callable learning rate Keras makes no variable for it. The callable is never called.
         super().__init__(learning_rate=float, name=name)
         self.inner_optimizer = inner_optimizer
-        # Keras' constructor made a step count, which is the inner optimizer's here. No public method takes a variable
-        # from an optimizer, or tells it for which variables it was built: `_untrack_variable`, and in `build` the three
-        # `_trainable_variables`, `_trainable_variables_indices` and `_var_key`, are private.
+        # Keras' constructor made a step count. The wrapper uses the inner optimizer's instead. `_untrack_variable` is
+        # private, and so are `_trainable_variables`, `_trainable_variables_indices` and `_var_key` in `build`. No
+        # public method removes a variable from an optimizer, or tells an optimizer for which variables it was built.
         self._untrack_variable(*self._variables)
         self._sync_period, self._slow_step_size = Setting(sync_period), step_size
         self._slow_momentum, self._slow_nesterov, self._slow_dtype = slow_momentum, slow_nesterov, slow_dtype
         self._slow_weights = SlowWeights(inner_optimizer, bool(slow_momentum), slow_dtype)
         self._block = Block(to_tensor, backend.copy_of, keras.ops.all)
         self._track_own({"inner_optimizer": inner_optimizer})
-        # Without slow weights there is no variable either, so that no file of one kind says that there are some.
+        # With a period of 0 there is no variable, so no file says that slow weights exist.
         if sync_period:
             self._create_captured()
 
@@ -166,7 +173,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
 
     def _create_settings(self) -> None:
         label = self._slow_weights.label()
-        # The same bits as with a number: none of the weights has a longer dtype.
+        # The variable is as wide as the widest slow weight, so a sync computes the same bits as with a Python number.
         is_double = any(keras.backend.standardize_dtype(slow.dtype) == "float64" for slow in self.slow_variables)
         self._sync_period.create_variable(self, f"{label}_sync_period", "int")
         if isinstance(self._slow_step_size, Setting):
@@ -174,14 +181,14 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
             self._slow_step_size.create_variable(self, f"{label}_slow_step_size", dtype)
 
     def _outer_step(self, syncs: Any) -> Any:
-        """Return the settings of the outer step after so many syncs, a tuple of the backend."""
+        """Return the settings of the outer step after `syncs` syncs, a tuple of the backend."""
         return backend.OuterStep(self._slow_step_size.at(syncs), self._slow_momentum, self._slow_nesterov)
 
     def __repr__(self) -> str:
         inner = self.__dict__.get("inner_optimizer")
         if inner is None:
             return super().__repr__()
-        # Keras' optimizers have Python's `repr`.
+        # Keras' optimizers have Python's default `repr`.
         shown = repr(inner) if isinstance(inner, Lookahead) else f"<{type(inner).__name__} {inner.name!r}>"
         settings = f"sync_period={self.sync_period}, slow_step_size={self._slow_step_size}"
         if self.slow_momentum:
@@ -195,7 +202,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         return self._slow_weights.captured
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the inner optimizer: a setting such as `momentum`, or a method of its own."""
+        """Return an attribute of the inner optimizer: a setting such as `momentum`, or one of its own methods."""
         if name.startswith("_") or "inner_optimizer" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
         try:
@@ -205,29 +212,30 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
             raise AttributeError(message, name=name, obj=self) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, on the inner optimizer if it is one of that."""
+        """Set an attribute, on the inner optimizer if the inner optimizer has it."""
         if name.startswith("_") or name in ("name", "built", "inner_optimizer") or hasattr(type(self), name):
-            # Keras' way would track the model's variables, and the inner optimizer's, as the wrapper's own.
+            # Keras would track the variables of the model and of the inner optimizer as the wrapper's own.
             object.__setattr__(self, name, value)
         elif "inner_optimizer" in self.__dict__:
             if hasattr(self.inner_optimizer, name):
                 setattr(self.inner_optimizer, name, value)
             else:
                 object.__setattr__(self, name, value)
-        # Else Keras' constructor sets the defaults of settings that are the inner optimizer's.
+        # Before there is an inner optimizer, Keras' constructor sets defaults of settings that are the inner
+        # optimizer's. Ignore them.
 
     @property
     def sync_period(self) -> int:
-        """Inner updates per slow step, $k$.
+        """The number of inner updates per sync, $k$.
 
-        A new value holds from the next step on, also in a step that was compiled before: a variable has it, as Keras'
-        learning rate has one. A sync is due when `iterations` is a multiple of it. 0 switches Lookahead off, and the
-        slow weights are captured anew when it is switched on again. A training step of your own on JAX gets the value
-        with `variables`: read them again after a change.
+        A sync is due when `iterations` is a multiple of it. A new value holds from the next step on, also in a step
+        that was compiled before: a variable holds the value, as for Keras' learning rate. A training step of your own
+        on JAX gets the value with `variables`, so read them again after a change. 0 switches Lookahead off. When it is
+        switched on again, the slow weights are captured again.
 
         Raises:
-            TypeError: if it is no integer.
-            ValueError: if it is negative, or the optimizer was built with 0, and so without slow weights.
+            TypeError: if the value is no integer.
+            ValueError: if the value is negative, or if the optimizer was built with 0 and so has no slow weights.
         """
         return self._sync_period.number
 
@@ -248,11 +256,11 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
     def slow_step_size(self) -> float:
         r"""The slow step size of the next sync, $\alpha$.
 
-        A new value holds from the next sync on, as a new `sync_period` does. A schedule cannot be replaced.
+        A new value holds from the next sync on, also in a step that was compiled before. A schedule cannot be replaced.
 
         Raises:
-            TypeError: if it is no real number, or the optimizer was made with a schedule.
-            ValueError: if it is negative or not finite.
+            TypeError: if the value is no real number, or if the optimizer was made with a schedule.
+            ValueError: if the value is negative or not finite.
         """
         if isinstance(self._slow_step_size, Setting):
             return self._slow_step_size.number
@@ -266,13 +274,13 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
                 "`slow_step_size` cannot be set, as this `Lookahead` was made with a schedule of it. Make a new one "
                 f"with a number. Received: slow_step_size={slow_step_size!r}"
             )
-        # The `__setattr__` of this class is between here and the user's line.
+        # The `__setattr__` of this class is a call between this line and the user's line.
         warn_if_over_relaxed(slow_step_size, self.slow_momentum, stacklevel=3)
         self._slow_step_size.number = slow_step_size
 
     @property
     def slow_momentum(self) -> float:
-        r"""The slow momentum, $\mu$. It cannot be set: state and compiled steps depend on it."""
+        r"""The factor of the slow momentum, $\mu$. It cannot be set: state and compiled steps depend on it."""
         return self._slow_momentum
 
     @slow_momentum.setter
@@ -281,7 +289,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
 
     @property
     def slow_nesterov(self) -> bool:
-        """Whether slow momentum is Nesterov's. It cannot be set."""
+        """Whether the slow momentum is Nesterov's. It cannot be set."""
         return self._slow_nesterov
 
     @slow_nesterov.setter
@@ -290,7 +298,10 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
 
     @property
     def slow_dtype(self) -> str | None:
-        """The dtype of slow weights and slow momentum, `None` for the dtype of each weight. It cannot be set."""
+        """The dtype of the slow weights and the slow momentum, or `None` for the dtype of each weight.
+
+        It cannot be set.
+        """
         return self._slow_dtype
 
     @slow_dtype.setter
@@ -299,7 +310,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
 
     @property
     def learning_rate(self) -> Any:
-        """The inner optimizer's learning rate, also when set, through any depth of wrapping."""
+        """The inner optimizer's learning rate, through any depth of wrapping. It can be set."""
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
@@ -326,29 +337,35 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
 
     @property
     def _model_variables_moving_average(self) -> list[Any]:
-        # `SwapEMAWeights` looks for the EMA one wrapper deep, and a `LossScaleOptimizer` around this one is that.
+        # `SwapEMAWeights` looks for the EMA one wrapper deep. With a `LossScaleOptimizer` around, this wrapper is at
+        # that depth.
         return self.inner_optimizer._model_variables_moving_average
 
     @property
     def iterations(self) -> Any:
-        """The number of applied updates, $t$, a scalar integer. It is the inner optimizer's, also when assigned to."""
+        """The number of applied updates, a scalar integer: the inner optimizer's count, also when it is set."""
         counter, calls = counter_of(self.inner_optimizer)
         return counter if calls == 1 else keras.ops.floor_divide(counter, calls)
 
     @property
     def slow_variables(self) -> list[Any]:
-        """The slow weights, a list of `keras.Variable`, shaped like the variables the optimizer was built with, of
-        their dtypes or `slow_dtype`, and in their order. Undefined before the first update; empty if it was built with
-        a `sync_period` of 0. Variables that Keras overwrites with their gradients, the scales of float8, have none; see
-        `get_slot`."""
+        """The slow weights, a list of `keras.Variable`, in the order of the optimizer's variables.
+
+        Each has the shape of its variable, and its dtype or `slow_dtype`. Their values are undefined before the first
+        update. The list is empty if the optimizer was built with a `sync_period` of 0. Variables that Keras overwrites
+        with their gradients (the scales of float8) have no slow weight; see `get_slot`.
+        """
         return self._slow_weights.slow
 
     def build(self, variables: Iterable[Any]) -> None:
-        """Create the state for `variables`, a list of the trainable variables to optimize.
+        """Create the state.
+
+        Args:
+            variables: List of the trainable variables to optimize.
 
         Raises:
-            ValueError: if the inner optimizer was built for other variables, or belongs to another
-                `tf.distribute` strategy than they, or if `slow_dtype` is narrower than the dtype of a variable.
+            ValueError: if the inner optimizer was built for other variables, if it belongs to another `tf.distribute`
+                strategy than the variables, or if `slow_dtype` is narrower than the dtype of a variable.
         """
         if self.built:
             return
@@ -363,7 +380,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
                 f"The inner optimizer {self.inner_optimizer.name!r} was already built, for {len(built_for)} variables "
                 f"that are not the {len(variables)} given to `Lookahead`. Wrap a new inner optimizer."
             )
-        # Raises an error if its parts disagree.
+        # Raises an error if the optimizers inside disagree.
         accumulation_steps(self.inner_optimizer)
         if self.sync_period:
             if self._captured is None:
@@ -380,7 +397,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         return int(to_numpy(self.iterations))
 
     def _syncs(self) -> int:
-        """Return the number of syncs so far, if the period has always been this one."""
+        """Return the number of syncs so far, assuming that the period never changed."""
         return self._count() // max(self.sync_period, 1)
 
     def _check_built(self, caller: str) -> None:
@@ -391,18 +408,18 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
             )
 
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
-        """Let the inner optimizer make one update, then synchronise if one is due.
+        """Let the inner optimizer make one update, then make a sync if it is due.
 
         Args:
-            grads: List of gradients, one per variable and shaped like it, or `None` where there is none.
-            trainable_variables: List of variables, in the order of `grads`. Defaults to all that the optimizer was
-                built with; needed in the first call, which builds it.
+            grads: List of gradients, one per variable and of its shape. `None` for a variable without a gradient.
+            trainable_variables: List of variables, in the order of `grads`. The first call needs it, as it builds the
+                optimizer. Defaults to all variables with which the optimizer was built.
 
         Raises:
-            ValueError: if the optimizer is unbuilt and no variables are given, if it was built with others, or if
-                no variable has a gradient.
-            RuntimeError: inside a `slow_weights()` block. A step that was compiled before the block cannot notice it:
-                what it does to the weights is lost when the block ends.
+            ValueError: if the optimizer is not built and no variables are given, if it was built with other variables,
+                or if no variable has a gradient.
+            RuntimeError: inside a `slow_weights()` block. A step that was compiled before the block cannot notice the
+                block. Its changes of the weights are lost when the block ends.
         """
         grads = list(grads)
         if not grads:
@@ -418,7 +435,11 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         self._step(grads, lambda: self.inner_optimizer.apply(grads, trainable_variables))
 
     def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]], name: str | None = None) -> Any:
-        """Apply a list of `(gradient, variable)` pairs; see `apply`. `name` is not used.
+        """Apply gradients to their variables; see `apply`.
+
+        Args:
+            grads_and_vars: List of `(gradient, variable)` pairs.
+            name: Not used.
 
         Returns:
             The number of applied updates, a scalar integer.
@@ -434,15 +455,15 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
     ) -> tuple[list[Any], list[Any]]:
-        """Do what `apply` does to values instead of variables, on JAX and PyTorch.
+        """Do what `apply` does, with values in place of variables, on JAX and PyTorch.
 
         Args:
             optimizer_variables: List of arrays, the values of `variables`.
-            grads: List of gradients, one per variable that the optimizer was built with, or `None`.
+            grads: List of gradients, one per variable with which the optimizer was built, or `None`.
             trainable_variables: List of arrays, the values of these variables.
 
         Returns:
-            The new values of the trainable variables and of the optimizer's, two lists of arrays.
+            Two lists of arrays: the new values of the trainable variables, and of the optimizer's variables.
         """
         inner = self.inner_optimizer
         weights, variables = self._trainable_variables, self.variables
@@ -454,7 +475,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
                 variable.assign(value)
 
         if not self.built or (len(optimizer_variables), len(trainable_variables)) != (len(variables), len(weights)):
-            # Keras' errors, which name what is wrong.
+            # Keras raises an error that names what is wrong.
             return super().stateless_apply(optimizer_variables, grads, trainable_variables)
         mapping = [*zip(weights, trainable_variables), *zip(variables, optimizer_variables)]
         with keras.StatelessScope(state_mapping=mapping) as scope:
@@ -465,19 +486,20 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
     def _build_for(self, variables: list[Any]) -> None:
         self.build(variables)
         known = self._trainable_variables
-        # Most often they are the same list, which is quicker to see than to look all up.
+        # Most often the lists are the same. This check is faster than looking up every variable.
         if len(variables) > len(known) or not all(map(operator.is_, variables, known)):
             self._check_variables_are_known(variables)
 
     def _step(self, grads: list[Any], update: Callable[[], Any]) -> None:
-        """Capture before the first applied update, let the inner optimizer make it, synchronise if that is due.
+        """Capture before the first applied update, let the inner optimizer update, and make a sync if it is due.
 
-        An inner optimizer may count more than one update in a call, or none. A sync is due when the count has crossed
-        a multiple of the period. A `LossScaleOptimizer` around does not call this for a step that it skips.
+        An inner optimizer may count more than one update in a call, or none. A sync is due when the count has crossed a
+        multiple of the period. A `LossScaleOptimizer` around the wrapper does not call this method for a step that it
+        skips.
         """
         self._check_built("apply(grads)")
         check_outside_block(self._block.is_open, "apply(grads)")
-        # Training goes on from the weights in the model. In `fit` the callback has put these back before.
+        # Training continues from the weights in the model. In `fit` the callback has put the fast weights back before.
         self._block.loaded = {}
         period = self._sync_period.in_step()
         if isinstance(period, int) and not period:
@@ -489,10 +511,10 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
             due = Due(period, before, calls_per_update)
             self._slow_weights.capture_if_due(due.capture)
             update()
-            # A count that is no variable is a new tensor now.
+            # If the count is no variable, it is a new tensor after the update.
             counter, _ = counter_of(self.inner_optimizer)
             by_one = counts_by_one(self.inner_optimizer)
-            # Only now: an update that raised was none.
+            # Only now, as an update that raised an error does not count.
             backend.mark_captured(self._captured, counter, due.mark, by_one)
             self._slow_weights.synchronize_if_due(counter, due.sync, lambda: self._outer_step(due.syncs()), by_one)
 
@@ -502,8 +524,8 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         Args:
             loss: Callable without arguments that computes the loss from the variables, a scalar or an array. On JAX
                 this is for eager use; under `jax.jit` use `stateless_apply`.
-            var_list: List of variables to update, or a callable that returns one.
-            grad_loss: Array shaped like the loss: the gradient of what is to be minimised with respect to it.
+            var_list: List of variables to update, or a callable that returns the list.
+            grad_loss: Array of the loss' shape: the gradient, with respect to the loss, of the value to minimise.
                 Defaults to ones.
             name: Not used.
 
@@ -520,7 +542,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
             )
         variables = list(var_list() if callable(var_list) else var_list)
         if hasattr(self.inner_optimizer, "minimize") and not isinstance(self.inner_optimizer, Lookahead):
-            # Not Keras', but of a user's class: it makes its step by itself.
+            # Keras' optimizers have no `minimize`, so this is a user's class. It makes its step by itself.
             self._build_for(variables)
             arguments = {"grad_loss": grad_loss, "name": name}
             arguments = {key: value for key, value in arguments.items() if value is not None}
@@ -530,14 +552,14 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         return self.apply_gradients(zip(grads, variables))
 
     def sync(self) -> None:
-        """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
+        """Make a sync now, for the end of a run that does not end on a sync. A second call changes nothing.
 
-        Nor does a call before the first applied update.
+        A call before the first applied update changes nothing either. Frozen weights take part.
 
-        There is a `UserWarning` if `iterations` is less than `sync_period`, the slow step size is below 1, there is no
-        slow momentum, and neither this method nor `reset_slow_weights` was called before. After a run this short the
-        slow weights are those from before the first update, so that this call takes back a part of all that was
-        trained.
+        There is a `UserWarning` if all of this holds: `iterations` is less than `sync_period`, the slow step size is
+        below 1, there is no slow momentum, and neither `sync` nor `reset_slow_weights` was called before. The slow
+        weights of such a short run are still the weights with which training began, so the sync takes back a part of
+        the training.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block.
@@ -552,9 +574,10 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
             warn_if_within_first_cycle(self._count(), self.sync_period, self.slow_step_size, stacklevel=3)
 
     def reset_slow_weights(self) -> None:
-        """Capture the slow weights from the model again, after restoring its best weights, say.
+        """Capture the slow weights from the model again, for example after you restored its best weights.
 
-        Slow momentum starts from 0 again. A call before the first applied update changes nothing: that update captures.
+        Slow momentum starts from 0 again. The next sync comes when it was due before. A call before the first applied
+        update changes nothing, as that update captures.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block.
@@ -565,31 +588,30 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
-        """Context manager that runs a block, an evaluation or an export, with the slow weights in the model.
+        """Return a context manager that puts the slow weights into the model, for an evaluation or an export.
 
-        Slow weights of a wider dtype are rounded to the dtypes of the model's weights.
+        At the end of the block the fast weights are back, bit for bit, also after an exception. Until then a copy of
+        the fast weights takes the memory of one more set of weights. A block inside a block changes nothing. Do not
+        train inside a block. Before the first applied update the block has the model's own weights. Slow weights of a
+        wider dtype are rounded to the dtypes of the model's weights.
 
-        The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
-        memory of one more set of weights. A block inside a block changes nothing; do not train in one. Before the first
-        applied update the block runs on the model's own weights.
-
-        A model saved in the block has the slow weights. A `.keras` or `.weights.h5` file has the fast ones beside them:
-        `fit` with the callback `SwapSlowWeights` resumes from these, bit for bit. Other training that resumes from such
-        a file starts from the slow weights.
+        A model that is saved inside a block has the slow weights. A `.keras` or `.weights.h5` file has the fast weights
+        too. `fit` with the callback `SwapSlowWeights` resumes from the fast weights, bit for bit. Other training from
+        such a file starts from the slow weights.
         """
         if self._block.is_open or not self.built:
             yield
             return
-        # Weights without a slow one take part, too: what the block does to them is undone.
+        # Weights without a slow weight take part too: the block's changes to them are undone.
         with self._block.run(self._pairs_to_swap(), self._count()):
             yield
 
-    # What the callback `SwapSlowWeights` asks for.
+    # The callback `SwapSlowWeights` calls these methods.
 
     def _end_block_of_callback(self, caller: str) -> None:
         """End the block of a `SwapSlowWeights`, which lasts until the next epoch. Inside another block raise an error.
 
-        A callback may have put other weights into the model at the end of the epoch. These stay.
+        Another callback may have put weights into the model at the end of the epoch. These weights stay.
         """
         if self._block.is_of_callback:
             self._leave_slow_weights()
@@ -614,13 +636,17 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         averages: dict[int, Any] = {}
         for optimizer in optimizers_in(self.inner_optimizer):
             if not isinstance(optimizer, Lookahead) and optimizer.use_ema and optimizer.built:
-                # Private: `SwapEMAWeights` takes them by these names too, and there are no others.
+                # Private names, which `SwapEMAWeights` uses too. There are no public names.
                 found = zip(optimizer._trainable_variables, optimizer._model_variables_moving_average)
                 averages |= {id(weight): average for weight, average in found if average is not None}
         return averages
 
     def finalize_variable_values(self, var_list: Iterable[Any]) -> None:
-        """Let the inner optimizer end the training, at the end of `fit`: with its EMA in the model, say."""
+        """Let the inner optimizer end the training after `fit`, for example by putting its EMA into the model.
+
+        Args:
+            var_list: List of the trained variables.
+        """
         self._leave_slow_weights()
         self.inner_optimizer.finalize_variable_values(var_list)
 
@@ -631,7 +657,12 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
     def exclude_from_weight_decay(
         self, var_list: Iterable[Any] | None = None, var_names: Iterable[str] | None = None
     ) -> None:
-        """Exclude variables from the inner optimizer's weight decay."""
+        """Exclude variables from the inner optimizer's weight decay.
+
+        Args:
+            var_list: List of variables. Defaults to none.
+            var_names: List of strings. A variable with one of these in its name is excluded. Defaults to none.
+        """
         self.inner_optimizer.exclude_from_weight_decay(var_list=var_list, var_names=var_names)
 
     def get_slot_names(self) -> list[str]:
@@ -643,14 +674,17 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         return [name for name in super().__dir__() if name != "get_slot_names"]
 
     def get_slot(self, var: Any, slot_name: str) -> Any:
-        """Return the slow weight of a variable, or its slow momentum: a `keras.Variable` of its shape.
+        """Return the slow weight or the slow momentum of a variable.
 
         Args:
-            var: A trainable variable that the optimizer was built with.
-            slot_name: `"slow"` or, if there is slow momentum, `"slow_momentum"`.
+            var: A trainable variable with which the optimizer was built.
+            slot_name: `"slow"` or, with slow momentum, `"slow_momentum"`.
+
+        Returns:
+            A `keras.Variable` of the variable's shape.
 
         Raises:
-            ValueError: for another slot name, an unbuilt optimizer, or a variable without a slow weight.
+            ValueError: for another slot name, an optimizer that is not built, or a variable without a slow weight.
         """
         if slot_name not in self.get_slot_names():
             raise ValueError(f"`slot_name` must be one of {self.get_slot_names()}. Received: slot_name={slot_name!r}")
@@ -681,11 +715,11 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "Lookahead":
-        """Make an optimizer from its config, which is left as it is.
+        """Make an optimizer from its config. The config is not changed.
 
         Args:
             config: Dictionary, as from `get_config`.
-            custom_objects: Dictionary of names to classes and functions that are not registered with Keras.
+            custom_objects: Dictionary from names to classes and functions that are not registered with Keras.
         """
         config = dict(config)
         if isinstance(config["optimizer"], dict):
@@ -693,7 +727,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
         if isinstance(config.get("slow_step_size"), dict):
             config["slow_step_size"] = keras.saving.deserialize_keras_object(config["slow_step_size"], custom_objects)
         with warnings.catch_warnings():
-            # Who made the config was warned.
+            # The warning came when the config's optimizer was made.
             warnings.filterwarnings("ignore", OVER_RELAXATION)
             return cls(**config)
 

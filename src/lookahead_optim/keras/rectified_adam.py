@@ -11,33 +11,38 @@ from lookahead_optim.keras._warm_up import WarmUp
 
 __all__ = ["RectifiedAdam"]
 
-# Adam as it is on the backend: on PyTorch Keras makes it a subclass that moves all weights at once.
+# The class of Adam on this backend: on PyTorch Keras makes a subclass that moves all weights at once.
 _Adam: Any = type(keras.optimizers.Adam.__new__(keras.optimizers.Adam))
 
 
 @keras.saving.register_keras_serializable(package="lookahead_optim")
 class RectifiedAdam(_Adam):
-    r"""Adam whose step waits until its second moment can be trusted.
+    r"""Adam that takes a plain momentum step until its second moment is reliable.
 
-    With Adam's moments without their bias, $\hat m$ and $\hat v$, and the number $\rho_t$ of gradients in $\hat v$,
+    $\hat m$ and $\hat v$ are Adam's moments with their bias removed, and $\rho_t$ is the number of gradients in
+    $\hat v$:
 
     .. math::
 
         \theta \leftarrow \theta - \eta u, \qquad
         u = r_t \frac{\hat m}{\sqrt{\hat v} + \epsilon} \text{ if } \rho_t \ge \rho_\text{min}, \text{ else } \hat m.
 
-    The numbers are those of `tfa.optimizers.RectifiedAdam`, but that each row of an embedding moves in each step.
+    It computes the same numbers as `tfa.optimizers.RectifiedAdam`, except that each row of an embedding moves in each
+    step.
 
     Args:
         learning_rate: Float >= 0, a `LearningRateSchedule` or a callable ($\eta$). Defaults to 0.001.
-        beta_1, beta_2: Floats in [0, 1), the decay of the two moments. Default to 0.9 and 0.999.
-        epsilon: Float >= 0. Defaults to 1e-7.
+        beta_1, beta_2: Floats in [0, 1), the decay rates of the first and the second moment. Default to 0.9 and 0.999.
+        epsilon: Float >= 0 ($\epsilon$). Defaults to 1e-7.
         amsgrad: Boolean, whether the largest second moment so far is used. Defaults to `False`.
-        sma_threshold: Float >= 4 ($\rho_\text{min}$). Defaults to 5.
-        total_steps: Integer >= 0. If not 0, the learning rate is a schedule, which rises from 0 in the first
-            `warmup_proportion` of these steps, and falls to `min_lr` in the others. Defaults to 0.
-        warmup_proportion, min_lr: Floats in [0, 1], and in [0, `learning_rate`]. Default to 0.1 and 0.
-        **kwargs: What `keras.optimizers.Adam` takes more: `weight_decay`, `clipnorm`, `use_ema` and others.
+        sma_threshold: Float >= 4, the number of gradients from which the step is rectified ($\rho_\text{min}$).
+            Defaults to 5.
+        total_steps: Integer >= 0, the number of training steps, or 0. If it is not 0, the learning rate is a schedule:
+            it rises from 0 in the first `warmup_proportion` of these steps, and falls to `min_lr` in the others.
+            Defaults to 0.
+        warmup_proportion: Float in [0, 1], the part of `total_steps` in which the learning rate rises. Defaults to 0.1.
+        min_lr: Float in [0, `learning_rate`], the learning rate after `total_steps`. Defaults to 0.
+        **kwargs: Other arguments of `keras.optimizers.Adam`: `weight_decay`, `clipnorm`, `use_ema` and others.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type or is unknown, or if a value is out of range.
@@ -76,9 +81,10 @@ class RectifiedAdam(_Adam):
         self.sma_threshold = check_setting("sma_threshold", sma_threshold)
 
     def _scalars(self, learning_rate: Any, dtype: str) -> tuple[Any, Any, Any]:
-        """Return three scalars: the step is `rate * m / (root * sqrt(v) + epsilon)`, rectified or not."""
-        # rho = longest - 2 t beta^t / (1 - beta^t) is a small difference of large numbers, to three digits in float32.
-        # With x = -t log(beta), 1 - x / expm1(x) is all that is left of it, and a series where x is small.
+        """Return three scalars. The step is `rate * m / (root * sqrt(v) + epsilon)`, rectified or not."""
+        # rho = longest - 2 t beta^t / (1 - beta^t) is a small difference of large numbers. In float32 it has only three
+        # digits. With x = -t log(beta), what is left of the difference is 1 - x / expm1(x), or a series where x is
+        # small.
         step, rate = ops.cast(self.iterations + 1, dtype), ops.cast(learning_rate, dtype)
         log_1, log_2 = (-math.log(max(beta, 1e-30)) for beta in (self.beta_1, self.beta_2))
         biased, x = -ops.expm1(-step * log_1), step * log_2
@@ -88,19 +94,25 @@ class RectifiedAdam(_Adam):
         share = longest / ((longest - 4.0) * (longest - 2.0)) if longest > 4.0 else 0.0
         squared = ops.maximum(share * (rho - 4.0) * (rho - 2.0) / rho, 0.0)
         is_rectified = rho >= self.sma_threshold
-        # Roots and quotients come last: XLA computes other scalars anew for each number of a weight.
+        # Roots and quotients come last: XLA computes other scalars again for each number of a weight.
         root = ops.sqrt(ops.where(is_rectified, -1.0 / ops.expm1(-x), 0.0))
         epsilon = ops.sqrt(ops.where(is_rectified, float(self.epsilon) ** 2, 1.0))
         return rate * ops.sqrt(ops.where(is_rectified, squared, 1.0)) / biased, root, epsilon
 
     def _backend_update_step(self, grads: Any, trainable_variables: Any, learning_rate: Any) -> None:
-        # The scalars are computed once for all weights. Keras calls nothing public at this moment.
+        # The scalars are computed once for all weights. Keras calls no public method at this moment.
         dtypes = {keras.backend.standardize_dtype(variable.dtype) for variable in trainable_variables}
         scalars = self._scalars(learning_rate, "float64" if "float64" in dtypes else "float32")
         super()._backend_update_step(grads, trainable_variables, scalars)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Move one variable; `learning_rate` may also be what `_scalars` returns for it."""
+        """Move one variable.
+
+        Args:
+            gradient: Tensor of the variable's shape.
+            variable: The variable.
+            learning_rate: The learning rate, or the result of `_scalars` for it.
+        """
         dtype = keras.backend.standardize_dtype(variable.dtype)
         # In float16 the square of a gradient of 256 would be infinite.
         dtype = "float32" if dtype in ("float16", "bfloat16") else dtype
