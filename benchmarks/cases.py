@@ -1,26 +1,26 @@
-"""What is measured: the modes, the cases of each, and the limit of a case."""
+"""The modes and cases of the benchmark suite."""
 
 import dataclasses
 import itertools
 from collections.abc import Iterator
 
 SHAPES = {"10 x 1024²": (10, 1024), "400 x 32²": (400, 32)}  # name: (weights, side)
-# Arrays that a bare step reads and writes.
+# How many arrays of the weights' size a bare step reads and writes, by inner optimizer.
 ARRAYS = {"SGD": 3, "momentum": 5, "Adam": 7}
 MODELS = ("transformer", "ResNet")
 
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """A front end in one way to run it.
+    """A front end and one way to run it.
 
     Args:
-        module: Module of `programs` that makes its programs.
-        environments: Environments in which it runs, which the Makefile makes; the first one that was made is taken.
+        module: Module in the package `programs` that makes its programs.
+        environments: Environments in which it can run. The Makefile makes them. The first that exists is taken.
         backend: Backend of Keras, if it needs Keras.
-        loops: How whole training steps are run: by `fit`, or in a loop written by hand.
-        scales: Whether growth with the number and the size of weights is measured in it.
-        slow_with_many: Whether many weights take long, a step of them or its tracing.
+        loops: How it runs whole training steps: by `fit`, or in a loop written by hand.
+        scales: Whether growth with the number and the size of weights is measured.
+        slow_with_many: Whether a step of many weights, or its tracing, takes long.
     """
 
     module: str
@@ -58,7 +58,7 @@ OUTER = (
     "Keras, PyTorch",
     "Optax",
 )
-# MuLoCo's settings of the outer step, which these cases use.
+# The settings of the outer step in these cases. They are MuLoCo's.
 OUTER_STEP = {"slow_step_size": 0.7, "slow_momentum": 0.6}
 
 
@@ -67,17 +67,17 @@ class Case:
     """One measurement.
 
     Args:
-        kind: `"step"`, `"outer"`, `"training"`, `"memory"` or `"scaling"`. `"outer"` is a step with other forms of the
-            outer step: momentum, and slow weights of a wider dtype.
+        kind: `"step"`, `"outer"`, `"training"`, `"memory"` or `"scaling"`. `"outer"` is an optimizer step with other
+            forms of the outer step: momentum, and slow weights of a wider dtype.
         mode: A key of `MODES`.
         inner: A key of `ARRAYS`.
-        weights: Number of weights, for all kinds but `"training"`.
-        side: They are square, of this side.
+        weights: Number of weights, for all kinds except `"training"`.
+        side: Side of each weight. Weights are square.
         model: One of `MODELS`, for `"training"`.
         loop: One of its mode's `loops`, for `"training"`.
         period: The sync period.
-        cycles: Cycles to time, with each placement.
-        placements: How often the programs are made anew: where in memory their weights lie changes their times.
+        cycles: Number of cycles to time in each placement.
+        placements: How often the programs are made. Times depend on where in memory the weights lie.
         dtype: Dtype of the weights.
     """
 
@@ -100,16 +100,16 @@ class Case:
 
 
 def full() -> Iterator[Case]:
-    """Return the cases of the whole suite."""
+    """Yield the cases of the whole suite."""
     large, small = SHAPES.values()
     for mode, inner, period in itertools.product(MODES, ARRAYS, (1, 5, 6, 20)):
-        # The aims are for period 6. With so many cycles nine of ten figures of two runs differ by at most 0.05.
+        # The aims are for period 6. With this many cycles, nine of ten figures differ by at most 0.05 between two runs.
         cycles, placements = (20, 5) if period == 6 else (max(6, 60 // period), 1)
         yield Case("step", mode, inner, *large, period=period, cycles=cycles, placements=placements)
     for mode, inner in itertools.product(MODES, ARRAYS):
         many = MODES[mode].slow_with_many
         yield Case("step", mode, inner, *small, cycles=50 if many else 20, placements=2 if many else 5)
-    # Eagerly TensorFlow takes up to two seconds for a step of so many.
+    # Without TensorFlow's eager mode, which takes up to two seconds for a step of so many weights.
     for mode, inner, period in itertools.product([one for one in MODES if "eager" not in one], ARRAYS, (1, 5, 20)):
         yield Case("step", mode, inner, *small, period=period, cycles=max(6, 20 // period))
     for mode, inner, dtype, period in itertools.product(OUTER, ("SGD", "Adam"), ("float32", "bfloat16"), (6, 30)):
@@ -128,13 +128,13 @@ def full() -> Iterator[Case]:
         if MODES[mode].scales:
             for parameters in (10**4, 10**5, 10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8):
                 yield Case("scaling", mode, "SGD", 10, round((parameters / 10) ** 0.5), cycles=12)
-            # Ten of them are among those above.
+            # Ten weights of side 32 are among the cases above.
             for weights in (1, 100, 300, 1000, 3000, 10_000):
                 yield Case("scaling", mode, "SGD", weights, 32, cycles=12)
 
 
 def quick() -> Iterator[Case]:
-    """Return one small case for each mode."""
+    """Yield one small case for each mode, a training step and a measurement of memory."""
     for mode in MODES:
         yield Case("step", mode, "SGD", 4, 256, cycles=4)
     yield Case("training", "PyTorch, foreach", "Adam", model="transformer", loop="by hand", cycles=4)

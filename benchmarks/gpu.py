@@ -1,8 +1,7 @@
-"""Everything that only a GPU can answer, in one command: correctness, waits, bandwidth, memory, graphs, training.
+"""Test and measure on a GPU, in one command: correctness, waits, bandwidth, memory, graphs, training.
 
-Each part runs in a process of its own with a limit on its time. What it finds goes to a JSON file as soon as it is
-there, and a part that fails does not stop the others. The tests of correctness and what no other program can disturb
-run side by side, then the parts that are timed run one after the other.
+Each part runs in its own process, with a time limit. Results go to a JSON file at once. A part that fails does not stop
+the others. First the tests and the parts that are not timed run side by side. Then the timed parts run one by one.
 """
 
 import contextlib
@@ -33,15 +32,15 @@ ROOT = FOLDER.parent
 
 @dataclass(frozen=True)
 class Part:
-    """A process: tests if it names files of tests, or else a module of `on_device`.
+    """A process that runs tests, if `tests` names files, or else a module of `on_device`.
 
     Args:
         name: The module.
-        seconds: How long it may take.
+        seconds: Time limit.
         tests: Files of tests.
-        workers: Processes in which the tests run.
+        workers: Number of processes for the tests.
         backend: Backend of Keras, if it needs Keras.
-        is_timed: Whether nothing else may run beside it.
+        is_timed: Whether nothing else may run at the same time.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Part:
 
 CONFORMANCE = "tests/test_conformance.py"
 IN_KERAS = CONFORMANCE, "tests/test_keras/test_device.py"
-# Without designs the limits add up to eight minutes: 85 seconds side by side, then the others.
+# Without designs the time limits add up to eight minutes: 85 seconds side by side, then the timed parts.
 PARTS = [
     Part("tests of PyTorch and Optax", 85, (CONFORMANCE, "tests/test_torch/test_device.py"), 10, is_timed=False),
     Part("tests of Optax", 85, ("tests/test_optax/test_device.py",), is_timed=False),
@@ -78,7 +77,7 @@ PARTS = [
 
 
 class Findings:
-    """What the parts find, written each time something is added: to a file with a list of runs, the last of it."""
+    """The results of a run. Each is written at once to a file with a list of runs. This run is the last of the list."""
 
     def __init__(self, path: Path, about: dict[str, object]) -> None:
         self.path, self.about, self.parts, self.lock = path, about, [], threading.Lock()
@@ -93,18 +92,18 @@ class Findings:
 
 
 def label(part: Part) -> str:
-    """Return a name of a part that no other one has."""
+    """Return a unique name of a part."""
     return f"{part.name} on {part.backend}" if part.backend and not part.tests else part.name
 
 
 def run_part(part: Part, device: str, environment: dict[str, str], findings: Findings) -> None:
-    """Run one part; what it prints as results, or why it failed, is added to the findings."""
+    """Run one part. Add its results, or the reason of its failure, to the findings."""
     name = label(part)
     start = time.monotonic()
     variables = {**environment, "LOOKAHEAD_DEVICE": device, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     variables.pop("KERAS_BACKEND", None)
     if part.backend or not part.tests:
-        # The benchmarks' programs of JAX import Keras.
+        # Programs of Optax import Keras, too. They need its backend JAX.
         variables["KERAS_BACKEND"] = part.backend or "jax"
     if device == "cpu":
         variables["JAX_PLATFORMS"] = "cpu"
@@ -115,7 +114,7 @@ def run_part(part: Part, device: str, environment: dict[str, str], findings: Fin
             command = [sys.executable, "-m", "pytest", *options, *part.tests]
         else:
             command = [sys.executable, FOLDER / "on_device" / "worker.py", part.name, device]
-        # The limits are meant for a machine with a GPU and with more cores.
+        # The time limits are meant for a machine with a GPU and more cores.
         limit, lines = part.seconds if device != "cpu" else 10 * part.seconds, []
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True, **pipes) as process:
@@ -123,7 +122,7 @@ def run_part(part: Part, device: str, environment: dict[str, str], findings: Fin
             timer.start()
             for line in process.stdout:
                 lines.append(line)
-                # Not of a line that was cut off.
+                # The last line may be cut off.
                 if line.startswith("RESULT ") and line.endswith("\n"):
                     findings.add(name, *json.loads(line.removeprefix("RESULT ")))
         is_late = not timer.is_alive()
@@ -140,13 +139,13 @@ def run_part(part: Part, device: str, environment: dict[str, str], findings: Fin
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """End a process and all that it started."""
+    """End a process and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
 
 
 def tests_of(xml: Path) -> dict[str, object]:
-    """Return how many tests passed, and what failed or was skipped, of a report of pytest in XML."""
+    """Return from pytest's XML report how many tests passed, and which tests failed or were skipped."""
     found: dict[str, object] = {"passed": 0, "skipped": {}, "failures": {}}
     for case in ET.parse(xml).iter("testcase"):
         name = f"{case.get('classname', '').rsplit('.', 1)[-1]}::{case.get('name')}"
@@ -162,14 +161,16 @@ def tests_of(xml: Path) -> dict[str, object]:
 
 
 def main(
-    device: Annotated[str, typer.Option(help="cuda, or cpu to see that everything runs.")] = "cuda",
-    wheels: Annotated[Path | None, typer.Option(help="A folder of wheels with what the machine lacks.")] = None,
-    designs: Annotated[bool, typer.Option("--designs", help="Measure other designs of a sync, too.")] = False,
+    device: Annotated[str, typer.Option(help="cuda; or cpu, to see that everything runs.")] = "cuda",
+    wheels: Annotated[
+        Path | None, typer.Option(help="A folder with wheels of packages that the machine lacks.")
+    ] = None,
+    designs: Annotated[bool, typer.Option("--designs", help="Also measure other designs of a sync.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only parts whose name contains this; repeatable.")] = None,
     output: Annotated[Path | None, typer.Option(help="The JSON file. Defaults to this device's in results.")] = None,
-    commit: Annotated[str, typer.Option(help="The commit, where the files came without it.")] = "",
+    commit: Annotated[str, typer.Option(help="The commit, if the files are not in a git repository.")] = "",
 ) -> None:
-    """Find out on a GPU whether Lookahead is correct there, whether it waits, and what it costs."""
+    """Find out on a GPU whether Lookahead is correct, whether it makes the host wait, and what it costs."""
     paths = [
         str(ROOT),
         str(ROOT / "src"),
@@ -187,7 +188,7 @@ def main(
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PYTHONWARNINGS": "ignore",
-            # Many tests compile the same programs.
+            # A cache, as many tests compile the same programs.
             "JAX_COMPILATION_CACHE_DIR": str(Path(site) / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -1,4 +1,4 @@
-"""What the results depend on beside the programs."""
+"""Describe the machine, the commit, and the load by other programs."""
 
 import os
 import platform
@@ -25,12 +25,12 @@ def describe():
 
 
 def name():
-    """Return the processor as a name of a file."""
+    """Return the processor's name in a form that suits a file name."""
     return re.sub(r"[^a-z0-9]+", "_", describe()["processor"].lower().replace("(r)", "")).strip("_")
 
 
 def commit():
-    """Return the commit that is measured, with a mark if files differ from it, or "unknown"."""
+    """Return the commit that is measured, or "unknown". The commit ends in "-dirty" if files differ from it."""
     if shutil.which("git") is None:
         return "unknown"
     command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=10"]
@@ -38,7 +38,7 @@ def commit():
 
 
 def accelerator():
-    """Return the names of NVIDIA's devices, or "none"."""
+    """Return the names of NVIDIA's GPUs, or "none"."""
     if shutil.which("nvidia-smi") is None:
         return "none"
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -46,25 +46,28 @@ def accelerator():
 
 
 class Load:
-    """What other programs, and other machines on the same hardware, take of the cores since this object was made."""
+    """Measure how much of the cores others use after this object was made.
+
+    Others are other programs, and other virtual machines on the same hardware.
+    """
 
     def __init__(self):
         self.start = self._seconds()
 
     @staticmethod
     def _seconds():
-        """Return the seconds of this process, of all else, and of the clock."""
+        """Return the seconds of this process, of everything else, and of the clock."""
         try:
             # user, nice, system, idle, iowait, irq, softirq, steal
             ticks = [int(one) for one in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         except OSError:
-            # Not Linux: nothing is known.
+            # This is not Linux, so nothing is known.
             ticks = [0] * 8
         busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
         own = time.process_time()
         return own, busy - own if busy else 0, time.perf_counter()
 
     def of_others(self):
-        """Return their share of all cores."""
+        """Return the share of all cores that others used."""
         _, others, clock = (now - then for now, then in zip(self._seconds(), self.start))
         return max(0.0, others / clock / os.cpu_count())

@@ -1,4 +1,4 @@
-"""A small transformer and a small ResNet, for Keras 2 and 3 and for PyTorch, with data of the right shapes."""
+"""A small transformer and a small ResNet, for Keras 2, Keras 3 and PyTorch, with random data."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ CLASSES, IMAGE, CHANNELS = 10, 32, (16, 32, 64)
 
 
 def data(name, batches=1):
-    """Return inputs and labels of as many batches: tokens, or images with the channels last."""
+    """Return inputs and labels for some batches: tokens, or images with the channels last."""
     rng = np.random.default_rng(0)
     rows = BATCH * batches
     if name == "transformer":
@@ -19,7 +19,7 @@ def data(name, batches=1):
 
 
 def of_keras(keras, name):
-    """Return a model of Keras, which gives logits, and a batch."""
+    """Return a Keras model that returns logits, and the inputs and labels of a batch."""
     layers = keras.layers
     if name == "transformer":
         inputs = keras.Input((LENGTH,), dtype="int32")
@@ -42,7 +42,7 @@ def of_keras(keras, name):
 
 
 def fit_program(keras, case, optimizer, **compile_arguments):
-    """Return the program of `fit`, two cycles a call."""
+    """Return a program that trains by `fit`. One call makes two cycles."""
     model, *_ = of_keras(keras, case.model)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), **compile_arguments)
     batches = 2 * case.period
@@ -51,7 +51,7 @@ def fit_program(keras, case, optimizer, **compile_arguments):
 
 
 def of_torch(name, device):
-    """Return a model of PyTorch, whose logits are along the last axis, and a batch."""
+    """Return a PyTorch model that returns logits along the last axis, and the inputs and labels of a batch."""
     import torch
     from torch import nn
 

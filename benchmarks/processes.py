@@ -1,4 +1,4 @@
-"""Drives the processes that measure: each mode's cases run in its own environment, with a limit on their time."""
+"""Start the processes that measure. Each mode has its own environment, and each case has a time limit."""
 
 import contextlib
 import dataclasses
@@ -11,26 +11,26 @@ from pathlib import Path
 from cases import MODES
 
 FOLDER = Path(__file__).resolve().parent
-# So that a process holds no memory but what its programs use: the allocator gives back at once what is freed.
+# The allocator gives freed memory back at once. So the memory of a process is what its programs use.
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 # Seconds that one case may take, compilation included.
 TIMEOUT = 600
 
 
 def interpreter(mode):
-    """Return the Python of the first environment of a mode that was made, or None."""
+    """Return the Python of the first environment of a mode that exists, or None."""
     environments = [FOLDER.parent / one for one in MODES[mode].environments]
     return next((one / "bin" / "python" for one in environments if (one / ".installed").exists()), None)
 
 
 def ask(mode, asked, *arguments, **variables):
-    """Run a process of a mode for cases of one module; yield the result of each, or the reason why there is none.
+    """Run cases of one module in a process of a mode. Yield the result of each case, or the reason for a failure.
 
     Args:
         mode: A key of `MODES`.
         asked: The cases.
-        *arguments: Further arguments of `worker.py`.
-        **variables: Environment variables, beside those that all processes have.
+        *arguments: Further arguments for `worker.py`.
+        **variables: Further environment variables.
     """
     if not asked:
         return
@@ -39,7 +39,7 @@ def ask(mode, asked, *arguments, **variables):
         **variables,
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "PYTHONWARNINGS": "ignore",
-        # What was compiled for one program would make the first call of the next one look short.
+        # Otherwise the first call of a program could reuse what was compiled for another program.
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
     }
     environment.pop("KERAS_BACKEND", None)
@@ -85,7 +85,7 @@ def ask(mode, asked, *arguments, **variables):
 
 
 def measure(case):
-    """Yield the result of one case that needs processes of its own."""
+    """Yield the result of a case that needs its own process, or a process for each of its programs."""
     if case.kind != "memory":
         yield from ask(case.mode, [case])
         return

@@ -1,8 +1,8 @@
-"""The benchmark suite: what Lookahead adds to a step, over the bare optimizer, for this library and for its peers.
+"""Run the benchmark suite: measure what Lookahead adds to a step of the inner optimizer, here and in peers.
 
-Each mode runs in processes of its own, with what its environment has installed. Within a process all programs are
-measured in turn, one whole cycle at a time. Everything measured goes to one JSON file for each machine, a
-list of runs, to which this one is added; `report.py` makes tables and plots of such files.
+Each mode runs in its own processes and in its own environment. Within a process all programs are measured in turn, one
+whole cycle at a time. Each machine has one JSON file, a list of runs. This run is added to the list. `report.py` makes
+tables and plots from such files.
 """
 
 import dataclasses
@@ -28,14 +28,16 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="One small case for each mode, to see that all run.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One small case for each mode, to see that all modes run.")
+    ] = False,
     only: Annotated[list[str] | None, typer.Option(help="Only modes whose name contains this; repeatable.")] = None,
     kind: Annotated[str, typer.Option(help="Only this kind: step, outer, training, memory or scaling.")] = "",
     period: Annotated[int, typer.Option(help="Only this sync period; 0 means all.", min=0)] = 0,
     dtype: Annotated[str, typer.Option(help="Only weights of this dtype: float32 or bfloat16.")] = "",
     output: Annotated[Path | None, typer.Option(help="The JSON file. Defaults to this machine's.")] = None,
 ) -> None:
-    """Measure what Lookahead adds to an optimizer step and to a training step, as a ratio to the bare optimizer."""
+    """Measure the time of a step with Lookahead, divided by the time of the same step without."""
     chosen = [
         case
         for case in (cases.quick() if quick else cases.full())
@@ -45,7 +47,7 @@ def main(
     console = Console(stderr=True)
     missing = sorted({case.mode for case in chosen if interpreter(case.mode) is None})
     if missing:
-        console.print(f"Left out, as their environments were not made: {', '.join(missing)}")
+        console.print(f"Left out, as their environments do not exist: {', '.join(missing)}")
     chosen = [case for case in chosen if case.mode not in missing]
     if not chosen:
         raise SystemExit(
@@ -67,7 +69,7 @@ def main(
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=len(chosen))
-        # Memory and scaling change a process, so each of their cases has its own.
+        # Cases of the kinds "step" and "training" share a process. Each other case has its own.
         for (mode, case_kind), group in itertools.groupby(chosen, key=lambda case: (case.mode, case.kind)):
             progress.update(task, description=f"{mode}: {case_kind}")
             group = list(group)
@@ -76,14 +78,14 @@ def main(
             for case, answer in zip(group, answers):
                 run["results"].append({"case": dataclasses.asdict(case), **answer})
                 progress.advance(task)
-                # A run that is stopped keeps what it has.
+                # After each result, so that a run that is stopped keeps its results.
                 output.write_text(report.written([*earlier, run]))
     report.print_table(run)
     console.print(f"Wrote {output}")
     failed = [one for one in run["results"] if "failed" in one]
     for one in failed:
         console.print(f"Failed: {one['case']}\n{one['failed']}")
-    # In a full run a case that takes too long is a result; anything else is an error.
+    # In a full run, a case that takes too long is a result. Any other failure is an error.
     if any(quick or "not done in" not in one["failed"] for one in failed):
         raise SystemExit(1)
 

@@ -1,4 +1,4 @@
-"""A program to measure, the timing of several in turn, and the limit."""
+"""Programs to measure, timing in turn, ratios, and the limit from memory traffic."""
 
 import dataclasses
 import random
@@ -14,10 +14,10 @@ class Program:
 
     Args:
         step: Function that makes `steps` steps.
-        wait: Function that waits for all of them.
-        size: Function that returns the number of operations in the compiled graph, or None where there is none.
-        bytes_planned: What the compiler plans to hold during a step, and how much of that is temporary.
-        steps: Steps that a call of `step` makes.
+        wait: Function that waits until all steps are done.
+        size: Function that returns the number of operations in the compiled graph. None if there is no graph.
+        bytes_planned: Bytes that the compiler plans to hold during a step, and the temporary part of these bytes.
+        steps: Number of steps in a call of `step`.
     """
 
     step: Callable[[], Any]
@@ -28,7 +28,7 @@ class Program:
 
 
 def timed(program: Program, calls: int) -> float:
-    """Return the seconds that calls of a program take."""
+    """Return the seconds that some calls of a program take."""
     start = time.perf_counter()
     for _ in range(calls):
         program.step()
@@ -39,9 +39,9 @@ def timed(program: Program, calls: int) -> float:
 def in_turn(
     programs: Mapping[str, Program], calls: int, cycles: int, rng: random.Random, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Time cycles of `calls` calls, of each program in turn; return seconds per step, one number for each cycle.
+    """Time programs in turn, in cycles of `calls` calls. Return seconds per step: for each program, a number per cycle.
 
-    Each turn has an order of its own, by `rng`, as what ran before leaves its mark in the caches.
+    Each turn has its own random order from `rng`, as the caches depend on the program that ran before.
     """
     for _ in range(warm_up):
         for program in programs.values():
@@ -56,7 +56,7 @@ def in_turn(
 
 
 def ratios(times: list[float], bare: list[float]) -> list[float]:
-    """Return each cycle's time over that of the bare optimizer in the same turn."""
+    """Return each cycle's time divided by the time of the bare optimizer's cycle in the same turn."""
     return [one / other for one, other in zip(times, bare)]
 
 
@@ -67,9 +67,9 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def limit(arrays: int, period: int, fused: bool = False) -> float:
-    """Return the ratio if bytes moved were all that counts, a bare step moving `arrays` arrays.
+    """Return the lower bound of a ratio from memory traffic.
 
-    A separate sync reads two arrays and writes two. One that is fused into the inner optimizer's last update reads one
-    more than that, the slow weights, and writes one more.
+    A bare step moves `arrays` arrays. A separate sync reads two arrays and writes two. A sync that is fused into the
+    inner optimizer's last update moves two arrays more than the update: it reads and writes the slow weights.
     """
     return 1 + (2 if fused else 4) / (arrays * period)

@@ -1,7 +1,7 @@
-"""Measures cases of one mode in this process: reads them as JSON from standard input, prints one line for each.
+"""Measure cases of one mode in this process. Read cases as JSON from standard input, and print one line for each.
 
 python worker.py MODULE            times programs in turn
-python worker.py MODULE PROGRAM    runs one program alone, and reads the memory of the process
+python worker.py MODULE PROGRAM    runs one program alone, and measures the memory of the process
 """
 
 import dataclasses
@@ -19,24 +19,26 @@ from cases import Case
 from machine import Load
 from timing import in_turn, timed
 
-# Times count if other programs took no more than this of the cores. Otherwise they are taken again, so often at most.
+# A measurement counts if others used at most this share of the cores. Otherwise it is repeated, at most this often.
 SHARE_OF_OTHERS, REPEATS = 0.03, 5
 
 
 def measure(programs, case):
-    """Return what a case gives: seconds per step for each cycle, seconds of the first call, sizes, by program.
+    """Measure a case.
 
-    And what other programs took of the cores meanwhile, for each placement.
+    Returns:
+        By program: seconds per step for each cycle, seconds of the first call, and sizes. And, for each placement, the
+        share of the cores that others used meanwhile.
     """
     make_program = programs.training_program if case.kind == "training" else programs.step_program
     optimizers = programs.optimizers(case)
     if case.kind == "scaling":
         optimizers = {name: make for name, make in optimizers.items() if name in ("bare", "lookahead-optim")}
     else:
-        # What the framework does once in a process is no part of the first call.
+        # The framework's own start in a process does not belong to the first call.
         timed(make_program(case, optimizers["bare"]), 1)
     result = {name: {"seconds": []} for name in optimizers}
-    # All stay in memory, so that the later ones lie elsewhere.
+    # All programs stay in memory, so that later ones lie elsewhere.
     placements, rng, others = [], random.Random(json.dumps(dataclasses.asdict(case))), []
     for _ in range(case.placements):
         made = {}
@@ -47,7 +49,7 @@ def measure(programs, case):
             timed(made[name], 1)
             result[name].setdefault("first_call", time.perf_counter() - start)
         calls = 1 if made["bare"].steps > 1 else case.period
-        # A program that takes a core for a moment makes all threads of a step wait, of one step or of another.
+        # Another process that takes a core for a moment makes all threads of a step wait.
         for _ in range(1 + REPEATS):
             load = Load()
             times = in_turn(made, calls, case.cycles, rng)
@@ -62,11 +64,11 @@ def measure(programs, case):
 
 
 def memory_of(programs, case, name):
-    """Return bytes that the process holds after four cycles, and the most that it held during the last two."""
+    """Return the bytes that the process holds after four cycles, and their peak during the last two cycles."""
     program = programs.step_program(case, programs.optimizers(case)[name])
     timed(program, 2 * case.period)
     gc.collect()
-    # Begins a new peak.
+    # This resets the peak.
     Path("/proc/self/clear_refs").write_text("5")
     timed(program, 2 * case.period)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -78,7 +80,7 @@ def _bytes(kibibytes):
 
 
 def installed(names):
-    """Return the versions of those packages that are installed."""
+    """Return the versions of the packages in `names` that are installed."""
     found = {}
     for name in names:
         try:
@@ -89,13 +91,13 @@ def installed(names):
 
 
 def threads():
-    """Return the numbers of threads of the numeric libraries that are loaded and say so."""
+    """Return the number of threads of each loaded library that reports it."""
     found = {}
     if "torch" in sys.modules:
         found["torch"] = sys.modules["torch"].get_num_threads()
     if "tensorflow" in sys.modules:
         threading = sys.modules["tensorflow"].config.threading
-        # Zero means as many as there are cores.
+        # Zero means one thread for each core.
         found["tensorflow"] = threading.get_intra_op_parallelism_threads() or os.cpu_count()
     return found
 
@@ -114,7 +116,7 @@ def main(module, name=None):
         else:
             result, more["others"] = measure(programs, case)
             gc.collect()
-        # Frameworks print, too.
+        # The marker is needed as frameworks print, too.
         print("\nRESULT " + json.dumps({"result": result, **more, **about}), flush=True)
 
 

@@ -1,7 +1,7 @@
-"""Optax: ways to write capture and restart. Each is the mechanism alone, without checks.
+"""Optax: designs of capture and restart. Each is the mechanism alone, without checks.
 
-Their state is the inner one, the slow parameters, the count, and whether they were captured. All end with the
-parameters of `apply_gradients`.
+The state of a design is the inner state, the slow parameters, the count, and whether they were captured. All designs
+end with the parameters of `apply_gradients`.
 """
 
 import jax
@@ -16,19 +16,19 @@ SLOW_STEP_SIZE = 0.5
 
 
 def cases(device):
-    """Return the cases."""
+    """Return the cases, functions without arguments by name."""
     shapes = transformer(4096, GIB) if device != "cpu" else transformer(16, MIB // 16)
     return {inner: lambda inner=inner: compare(shapes, inner, device) for inner in ("SGD", "Adam")}
 
 
 def compare(shapes, inner, device):
-    """Return times of the designs."""
+    """Return times of the designs and of the bare step."""
     make = of_optax.INNER[inner]
     return measure({"bare": of_optax._with_updates(make()), **designs(make)}, shapes, device)
 
 
 def designs(make):
-    """Return (step, function that makes the state, function that makes the parameters) of the designs, by name."""
+    """Return (step, function that makes the state, function that makes the parameters), by name of the design."""
 
     def of(design):
         optimizer = make()
@@ -67,7 +67,7 @@ def capture_by_conditional(is_stale, slow, params):
 
 
 def capture_by_conditional_of_all(is_stale, slow, params):
-    """Pass the parameters through the conditional, too."""
+    """Capture in a conditional that also passes the parameters through."""
     barrier = jax.lax.optimization_barrier
 
     def capture(slow, params):

@@ -1,4 +1,4 @@
-"""Optax: memory beside the bare optimizer's, in copies of the weights. Each program has a process of its own.
+"""Optax: memory with Lookahead and bare, in copies of the weights. Each program has its own process.
 
 python -m on_device.jax_memory DEVICE INNER NAME    prints the bytes of one program
 """
@@ -20,7 +20,7 @@ def shapes_on(device):
 
 
 def cases(device):
-    """Return the cases."""
+    """Return the cases, functions without arguments by name."""
     return {
         inner: lambda inner=inner: memory(inner, device)
         for inner in ("SGD", "Adam")
@@ -29,7 +29,7 @@ def cases(device):
 
 
 def memory(inner, device):
-    """Return what the programs hold and the peak of their cycles, in copies of the weights."""
+    """Return the memory that each program holds and its peak, in copies of the weights."""
 
     def run(name):
         command = [sys.executable, "-m", "on_device.jax_memory", device, inner, name]
@@ -48,7 +48,7 @@ def memory(inner, device):
 
 
 def measure(device, inner, name):
-    """Return bytes that one program holds after its cycles, and the most that it held."""
+    """Return the bytes that one program holds after its cycles, and the peak."""
     import jax
 
     from cases import Case

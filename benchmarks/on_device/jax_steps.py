@@ -1,4 +1,4 @@
-"""Optax: a step over the bare one, and whether its dispatch waits for the GPU."""
+"""Optax: optimizer step time divided by the bare step's, and whether the host waits for the GPU."""
 
 import random
 import time
@@ -15,7 +15,7 @@ NEVER = 10**6
 
 
 def cases(device):
-    """Return the cases."""
+    """Return the cases, functions without arguments by name."""
     sizes = {"1 GiB, large": transformer(4096, GIB), "100 x 32²": [(32, 32)] * 100}
     if device == "cpu":
         sizes = {"small": transformer(16, MIB // 16)}
@@ -27,7 +27,7 @@ def cases(device):
 
 
 def steps(shapes, inner, device):
-    """Return what a step costs over the bare one: with a sync every sixth time, and never."""
+    """Return times of programs with a sync at every sixth step, and of programs without a sync."""
     made = {}
     for period in (PERIOD, NEVER):
         for name, make in of_optax.optimizers(Case("step", "Optax", inner, period=period)).items():
@@ -37,7 +37,13 @@ def steps(shapes, inner, device):
 
 
 def measure(made, shapes, device):
-    """Return times of (step, function that makes the state, function that makes the parameters), by name."""
+    """Return times by name.
+
+    Args:
+        made: Triples (step, function that makes the state, function that makes the parameters), by name.
+        shapes: Shapes of the parameters.
+        device: "cuda" or "cpu".
+    """
     programs = {}
     grads = [jax.random.normal(key, one) for key, one in zip(jax.random.split(jax.random.key(0), len(shapes)), shapes)]
     for name, (step, init, to_params) in made.items():
@@ -50,7 +56,12 @@ def measure(made, shapes, device):
 
 
 def measure_steps(programs, cycles):
-    """Return times of (compiled step, its state, its other argument), by name, and what was compiled."""
+    """Return times and facts about the compiled program, by name.
+
+    Args:
+        programs: Triples (compiled step, its state, its other argument), by name.
+        cycles: Number of cycles to time.
+    """
     found = {}
     stepping = {name: Stepping(*program) for name, program in programs.items()}
     times = in_turn({n: Program(p.step, p.wait) for n, p in stepping.items()}, PERIOD, cycles, random.Random(0))
@@ -84,7 +95,7 @@ class Stepping:
         jax.block_until_ready(self.state)
 
     def dispatch(self, calls):
-        """Return the time until the host has dispatched some calls, as a share of the time until they are done."""
+        """Return the time until the host has dispatched some calls, divided by the time until the calls are done."""
         self.wait()
         start = time.perf_counter()
         for _ in range(calls):

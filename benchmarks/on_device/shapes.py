@@ -1,4 +1,4 @@
-"""Shapes of weights to measure, and statistics of times."""
+"""Shapes of weights, and statistics of times."""
 
 import math
 
@@ -8,7 +8,7 @@ MIB, GIB = 2**20, 2**30
 
 
 def transformer(width, size, element_size=4):
-    """Return shapes of a transformer's layers, one layer after the other, of at least `size` bytes in all."""
+    """Return shapes of a transformer's layers, one layer after the other, of about `size` bytes in all."""
     layer = [(3 * width, width), (3 * width,), (width, width), (width,), (4 * width, width), (4 * width,)]
     layer += [(width, 4 * width), *[(width,)] * 5]
     bytes_of_layer = element_size * sum(map(math.prod, layer))
@@ -16,7 +16,7 @@ def transformer(width, size, element_size=4):
 
 
 def count(shapes):
-    """Return the number of elements."""
+    """Return the number of elements in all shapes."""
     return sum(map(math.prod, shapes))
 
 

@@ -1,4 +1,4 @@
-"""PyTorch: CUDA graphs with Lookahead around them, and compiled optimizer steps."""
+"""PyTorch: Lookahead around CUDA graphs, and compiled optimizer steps."""
 
 import random
 import time
@@ -15,7 +15,7 @@ PERIOD = 6
 
 
 def cases(device):
-    """Return the cases."""
+    """Return the cases, functions without arguments by name."""
     made = {"the example": lambda: example(device), "a graph around forward, backward and step": lambda: graphs(device)}
     inner = {"AdamW, fused": {"fused": True}}
     if device != "cpu":
@@ -24,7 +24,7 @@ def cases(device):
 
 
 def example(device):
-    """Return how far a run in a graph is from the same run without."""
+    """Return the largest difference between a run in a graph and the same run without a graph."""
     in_graph, plain = (cuda_graph.train(device, 30, use_graph=use_graph) for use_graph in (device != "cpu", False))
     pairs = list(zip(in_graph.state_dict()["state"].values(), plain.state_dict()["state"].values()))
     return {
@@ -34,7 +34,7 @@ def example(device):
 
 
 def graphs(device):
-    """Return times of a training step in a graph and without, with Lookahead and bare."""
+    """Return times of a training step in a graph and without a graph, with Lookahead and bare."""
     programs = {}
     for name in ("bare, eager", "lookahead-optim, eager", "bare", "lookahead-optim"):
         step = cuda_graph.make_step(
@@ -50,7 +50,7 @@ def graphs(device):
 
 
 def compiled(options, device):
-    """Return times of a compiled step, how often it was compiled, and the breaks of its graph."""
+    """Return times of a compiled step, how often it was compiled, and the number of graph breaks."""
     found, programs = {}, {}
     for name in ("bare", "lookahead-optim", "bare, not compiled", "lookahead-optim, not compiled"):
         torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""PyTorch: memory beside the bare optimizer's, in copies of the weights."""
+"""PyTorch: memory with Lookahead and bare, in copies of the weights."""
 
 import torch
 
@@ -7,7 +7,7 @@ from on_device.torch_optimizers import INNER, PERIOD, WRAPPERS
 
 
 def cases(device):
-    """Return the cases."""
+    """Return the cases, functions without arguments by name."""
     sizes = {"large": (4096, GIB), "small": (256, GIB // 4)}
     if device == "cpu":
         sizes = {"large": (32, 1), "small": (16, 1)}
@@ -22,7 +22,7 @@ def cases(device):
 
 
 def memory(make, shapes, dtype, device):
-    """Return bytes in copies of the weights: held, the peak of a cycle, and what a sync and a block add."""
+    """Return memory in copies of the weights: held, the peak of a cycle, and what a sync and a block add."""
     copy = count(shapes) * dtype.itemsize
     found = {"weights": len(shapes), "bytes of the weights": copy}
     if device == "cpu":

@@ -1,6 +1,6 @@
-"""PyTorch: a sync whose slow weights lie in the host's pinned memory, a design that the library does not have.
+"""PyTorch: a sync with slow weights in the host's pinned memory. The library does not have this design.
 
-Pieces of slow weights come to the GPU, take their step, and go back, on streams of their own beside each other.
+Pieces of slow weights are copied to the GPU, make their step and are copied back, on several streams at the same time.
 """
 
 import statistics
@@ -12,13 +12,13 @@ from on_device.torch_syncs import SIZE, bandwidth_of_a_copy, fraction, timed
 
 
 def cases(device):
-    """Return the cases."""
+    """Return the cases, functions without arguments by name."""
     shapes = transformer(4096, GIB) if device != "cpu" else transformer(32, MIB // 8)
     return {f"pieces of {size} MiB": lambda size=size: offloaded(shapes, size * MIB, device) for size in (16, 64)}
 
 
 def offloaded(shapes, size, device):
-    """Return the time of a sync, and what of it the copies between host and device alone take."""
+    """Return the time of a sync, and the bandwidth of copies between host and device."""
     fast = [torch.randn(shape, device=device).view(-1) for shape in shapes]
     on_gpu = device != "cpu"
     slow = [torch.empty(one.shape, pin_memory=on_gpu).copy_(one) for one in fast]

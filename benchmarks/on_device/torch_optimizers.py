@@ -1,15 +1,15 @@
-"""PyTorch: inner optimizers to measure, and the two ways to use them: bare and with Lookahead."""
+"""PyTorch: the inner optimizers to measure, bare and with Lookahead."""
 
 import torch
 
 from lookahead_optim.torch import Lookahead
 
 PERIOD = 6
-# Functions of the weights.
+# Functions that take the weights.
 INNER = {
     "SGD, foreach": lambda weights: torch.optim.SGD(weights, 1e-3, foreach=True),
     "AdamW, fused": lambda weights: torch.optim.AdamW(weights, 1e-3, fused=True),
     "AdamW, foreach": lambda weights: torch.optim.AdamW(weights, 1e-3, foreach=True),
 }
-# Functions of the inner optimizer.
+# Functions that take the inner optimizer.
 WRAPPERS = {"bare": lambda inner: inner, "lookahead-optim": lambda inner: Lookahead(inner, PERIOD)}

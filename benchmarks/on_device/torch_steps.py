@@ -1,4 +1,4 @@
-"""PyTorch: an optimizer step over the bare one, for this library and its peers."""
+"""PyTorch: optimizer step time divided by the bare step's, for this library and its peers."""
 
 import importlib.metadata
 import random
@@ -18,7 +18,7 @@ INNER = {
 
 
 def cases(device):
-    """Return the cases."""
+    """Return the cases, functions without arguments by name."""
     sizes = {
         "1 GiB, large": transformer(4096, GIB),
         "GPT-2 small": [(50257, 768), (1024, 768), *transformer(768, 12 * 12 * 768 * 768 * 4)],
@@ -37,7 +37,7 @@ def cases(device):
 
 
 def ratios_of(shapes, inner, period, device):
-    """Return times of a step over the bare one's in the same turn."""
+    """Return step times divided by the bare step's in the same turn."""
     mode, optimizer = INNER[inner]
     case = Case("step", mode, optimizer, period=period)
     programs, optimizers = {}, of_torch.optimizers(case)

@@ -1,4 +1,4 @@
-"""PyTorch: ways to write a sync, as fractions of the bandwidth that a copy of the same size reaches."""
+"""PyTorch: the bandwidth of designs of a sync, divided by the bandwidth of a copy of the same size."""
 
 import time
 
@@ -9,7 +9,7 @@ from on_device.torch_syncs import SIZE, bandwidth_of_a_copy, fraction, timed
 
 
 def cases(device):
-    """Return the cases."""
+    """Return the cases, functions without arguments by name."""
     sizes = {"1 GiB, large": (4096, GIB)} if device != "cpu" else {"large": (32, MIB // 8)}
     return {
         f"{name}, {dtype}".replace("torch.", ""): lambda name=name, dtype=dtype: designs(
@@ -21,7 +21,7 @@ def cases(device):
 
 
 def designs(shapes, dtype, device):
-    """Return what ways to write a sync reach, and whether their results are the same bit for bit."""
+    """Return the fraction of a copy's bandwidth for each design, and whether its results are right bit for bit."""
     generator = torch.Generator(device).manual_seed(0)
 
     def weights():
@@ -34,7 +34,7 @@ def designs(shapes, dtype, device):
     for name, make in DESIGNS.items():
         try:
             start = time.perf_counter()
-            # First on copies of some weights, to see whether the results are right.
+            # First check the results, on copies of some weights.
             one, other = [x.clone() for x in slow[few]], [x.clone() for x in fast[few]]
             expected = [torch.lerp(x, y, SIZE) for x, y in zip(one, other)]
             make(one, other)()
@@ -52,7 +52,7 @@ def designs(shapes, dtype, device):
             }
         except Exception as error:
             found[name] = {"does not run": f"{type(error).__name__}: {str(error)[:300]}"}
-        # As before: some designs bring fast and slow weights together, where caches and compression could help.
+        # Draw the fast weights again. After some designs they equal the slow weights, which could help caches.
         for weight in fast:
             weight.normal_()
     return found
@@ -67,7 +67,7 @@ def foreach(slow, fast):
 
 
 def cut(slow, fast, size):
-    """Return lists of views of contiguous weights, each list of at most `size` bytes if weights can be cut."""
+    """Return pairs of lists of views of contiguous weights, of at most `size` bytes in each list."""
     pieces, room = [], 0
     for one, other in zip(slow, fast):
         elements = max(1, size // one.element_size())
@@ -134,7 +134,7 @@ def compiled_one_by_one(slow, fast):
 
 
 def kernel(block, warps):
-    """Return a sync by the library's kernel, with another size of its blocks."""
+    """Return a design that runs the library's kernel with this block size and this number of warps."""
 
     def make(slow, fast):
         from lookahead_optim import _outer_step_triton as module
@@ -150,7 +150,7 @@ def kernel(block, warps):
 
 
 def in_place_of_the_fast(slow, fast):
-    """Interpolate from the other end, into the fast weights, then copy: not the same rounding."""
+    """Interpolate into the fast weights, then copy them into the slow weights. This rounds differently."""
 
     def step():
         torch._foreach_lerp_(fast, slow, 1 - SIZE)

@@ -1,6 +1,6 @@
-"""PyTorch: a sync alone, as a fraction of the bandwidth that a copy of the same size reaches.
+"""PyTorch: the bandwidth of a sync alone, divided by the bandwidth of a copy of the same size.
 
-A sync must read and write two arrays each. A copy of as many bytes reads one and writes one.
+A sync must read two arrays and write two. A copy reads one array and writes one.
 """
 
 import statistics
@@ -16,7 +16,7 @@ REPEATS = 20
 
 
 def cases(device):
-    """Return the cases."""
+    """Return the cases, functions without arguments by name."""
     sizes = {"1 GiB, large": (4096, GIB), "1 GiB, small": (256, GIB), "8 GiB, large": (4096, 8 * GIB)}
     if device == "cpu":
         sizes = {"large": (32, MIB // 8), "small": (16, MIB // 16)}
@@ -30,7 +30,7 @@ def cases(device):
 
 
 def timed(function, device):
-    """Return the seconds that the device needs for a function, and the host to give it to the device."""
+    """Return the seconds that the device needs to run a function, and the seconds that the host needs to launch it."""
     on_device, on_host = [], []
     for _ in range(REPEATS + 3):
         if device == "cpu":
@@ -41,7 +41,7 @@ def timed(function, device):
             continue
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
-        # The device is kept busy until the host has given it everything.
+        # Keep the device busy until the host has launched everything.
         torch.cuda._sleep(40_000_000)
         begin = time.perf_counter()
         start.record()
@@ -54,20 +54,20 @@ def timed(function, device):
 
 
 def bandwidth_of_a_copy(size, device):
-    """Return the bytes a second that a copy of `size` bytes reads and writes."""
+    """Return the bandwidth of a copy of `size` bytes: bytes read and written per second."""
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / statistics.median(timed(lambda: target.copy_(source), device)[0])
 
 
 def fraction(shapes, dtype, seconds, bandwidth):
-    """Return times of a sync as fractions of a copy's bandwidth, counted by the four arrays that must move."""
+    """Return the bandwidth of a sync, which must move four arrays, divided by the bandwidth of a copy."""
     must_move = 4 * count(shapes) * dtype.itemsize
     return summary([must_move / one / bandwidth for one in seconds])
 
 
 def sync(shapes, dtype, device):
-    """Return what the library's own sync reaches."""
+    """Return times of the library's own sync, and its bandwidth divided by a copy's."""
     bandwidth = bandwidth_of_a_copy(count(shapes) * dtype.itemsize, device)
     weights = [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
     optimizer = Lookahead(torch.optim.SGD(weights, 1e-3), 1000, SIZE)

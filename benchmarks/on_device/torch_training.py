@@ -1,4 +1,4 @@
-"""PyTorch: whole training steps of a transformer in bfloat16 and of a ResNet-18, over the same steps bare."""
+"""PyTorch: training step time of a transformer in bfloat16 and of a ResNet-18, divided by the bare time."""
 
 import random
 
@@ -14,7 +14,7 @@ PERIOD = 6
 
 
 def cases(device):
-    """Return the cases."""
+    """Return the cases, functions without arguments by name."""
     return {
         f"{name}, {'compiled' if is_compiled else 'eager'}": lambda name=name, is_compiled=is_compiled: training(
             MODELS[name], is_compiled, device
@@ -25,7 +25,7 @@ def cases(device):
 
 
 def transformer(device):
-    """Return a decoder in bfloat16 and a function that returns its loss."""
+    """Return a decoder in bfloat16, and a function that computes its loss."""
     sizes = {"n_layer": 8, "n_head": 8, "n_embd": 512, "vocab_size": 16384, "n_positions": 512}
     if device == "cpu":
         sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 64, "n_positions": 16}
@@ -36,7 +36,7 @@ def transformer(device):
 
 
 def resnet(device):
-    """Return a ResNet-18 with the channels last, whose forward pass is in bfloat16, and a function of its loss."""
+    """Return a ResNet-18 with channels last, and a function that computes its loss in bfloat16."""
     sizes = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "embedding_size": 64}
     if device == "cpu":
         sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8}
@@ -57,7 +57,7 @@ MODELS = {"transformer, bfloat16": transformer, "ResNet-18": resnet}
 
 
 def training(make, is_compiled, device):
-    """Return times of 200 training steps of each program, in turn, one cycle at a time."""
+    """Return times of about 200 training steps of each program, in turn, one cycle at a time."""
     programs = {}
     torch.compiler.reset()
     torch.set_float32_matmul_precision("high")

@@ -1,4 +1,4 @@
-"""PyTorch: what the host gives to the GPU in a step and in a sync, and whether it waits for the GPU."""
+"""PyTorch: what the host launches in a step and in a sync, and whether the host waits for the GPU."""
 
 import collections
 import warnings
@@ -9,7 +9,7 @@ from on_device.torch_optimizers import INNER, PERIOD, WRAPPERS
 
 
 def cases(device):
-    """Return the cases."""
+    """Return the cases, functions without arguments by name."""
     inner = dict(INNER)
     if device != "cpu":
         inner["AdamW, capturable"] = lambda weights: torch.optim.AdamW(weights, 1e-3, capturable=True)
@@ -26,7 +26,7 @@ def weights_on(device):
 
 
 def profile(make, device):
-    """Return calls of the CUDA runtime in a step between syncs and in a step with a sync, bare and with Lookahead."""
+    """Return calls of the CUDA runtime in steps between syncs and in a step with a sync, with Lookahead and bare."""
     found = {}
     for name, wrap in WRAPPERS.items():
         optimizer = wrap(make(weights_on(device)))
@@ -40,7 +40,7 @@ def profile(make, device):
 
 
 def calls_of(step, steps):
-    """Return how often each function of the CUDA runtime was called, and the kernels and copies that ran."""
+    """Return how often each function of the CUDA runtime was called, and how many kernels and copies ran."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -59,7 +59,7 @@ def calls_of(step, steps):
 
 
 def grad_scaler(device):
-    """Return how often the host waits in a step of a `GradScaler`, bare and with Lookahead."""
+    """Return how often the host waits in each step of a `GradScaler`, with Lookahead and bare."""
     found = {}
     for name, wrap in WRAPPERS.items():
         weights = weights_on(device)

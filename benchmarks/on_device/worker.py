@@ -1,4 +1,4 @@
-"""Runs one part of `gpu.py` in this process, and prints a line for each case.
+"""Run one part of `gpu.py` in this process, and print a line for each case.
 
 python worker.py PART DEVICE
 """
@@ -12,7 +12,7 @@ import traceback
 
 
 def main(part, device):
-    """Run the cases of a part: functions without arguments, by name. One that fails does not stop the others."""
+    """Run the cases of a part, functions without arguments by name. A case that fails does not stop the others."""
     start = time.perf_counter()
     cases = importlib.import_module(f"on_device.{part}").cases(device)
     for name, case in {"versions": versions, **cases}.items():
@@ -24,12 +24,12 @@ def main(part, device):
         if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
             sys.modules["torch"].cuda.empty_cache()
         seconds = round(time.perf_counter() - start, 2)
-        # Frameworks print, too.
+        # The marker is needed as frameworks print, too.
         print("\nRESULT " + json.dumps([name, result if name == "versions" else {**result, "at": seconds}]), flush=True)
 
 
 def versions():
-    """Return the versions of what is loaded that matter."""
+    """Return the versions of the loaded packages that matter."""
     names = ("torch", "triton", "jax", "jaxlib", "optax", "keras", "timm", "pytorch_optimizer", "transformers")
     return {name: sys.modules[name].__version__ for name in names if hasattr(sys.modules.get(name), "__version__")}
 

@@ -21,7 +21,7 @@ def versions():
 
 
 def optimizers(case):
-    """Return functions that make the optimizers to compare, by name; the bare one comes first."""
+    """Return functions that make the optimizers to compare, by name. The bare optimizer comes first."""
     forms = {"lookahead-optim": {}}
     if case.kind == "outer":
         forms["lookahead-optim, momentum"] = OUTER_STEP
@@ -83,7 +83,7 @@ def _jax_program(optimizer, weights, gradients):
 
 
 def jax_program(jitted, state, gradients):
-    """Return the program of a jitted function of state, weights first, and gradients that returns the next state."""
+    """Return the program of a jitted function `(state, gradients) -> state`. The weights come first in the state."""
     import jax
 
     compiled = jitted.lower(state, gradients).compile()
@@ -103,14 +103,14 @@ def jax_program(jitted, state, gradients):
 
 
 def training_program(case, make):
-    """Return the program of `fit`, two cycles a call, or of a loop by hand."""
+    """Return a program that trains by `fit`, two cycles in a call, or in a loop written by hand."""
     if case.loop == "by hand":
         return {"tensorflow": _tensorflow_loop, "jax": _jax_loop, "torch": _torch_loop}[keras.config.backend()](
             case, make
         )
     if keras.config.backend() != "tensorflow":
         return models.fit_program(keras, case, make())
-    # By itself Keras would have XLA compile in every mode of TensorFlow.
+    # By default Keras would use XLA in every mode of TensorFlow.
     options = {"jit_compile": case.mode.endswith("XLA")}
     return models.fit_program(keras, case, make(), **options)
 

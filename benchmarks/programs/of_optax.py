@@ -1,4 +1,4 @@
-"""Programs of Optax: both forms of this library, and `optax.lookahead`."""
+"""Programs of Optax: `update` and `apply_gradients` of this library, and `optax.lookahead`."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def versions():
 
 
 def _with_updates(optimizer):
-    """Return a step that adds updates to parameters, as nearly all programs do."""
+    """Return a step that adds updates to parameters, as most programs do."""
 
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
@@ -38,13 +38,13 @@ def _with_apply_gradients(optimizer):
 
 
 def _carrying(optimizer):
-    """Return a step that takes and returns one more array for each parameter, and leaves it as it is."""
+    """Return a step that takes and returns one more array for each parameter, unchanged."""
     step, init, to_params = _with_updates(optimizer)
 
     def carrying(params, state, grads):
         inner_state, carried = state
         params, inner_state = step(params, inner_state, grads)
-        # JAX would hand on what it knows to be unchanged.
+        # Without the barrier JAX would see that the arrays are unchanged and not pass them through the step.
         return params, (inner_state, jax.lax.optimization_barrier(carried))
 
     return carrying, lambda params: (init(params), jax.tree.map(jnp.copy, params)), to_params
@@ -59,7 +59,7 @@ def _with_pairs(optimizer):
 
 
 def optimizers(case):
-    """Return functions that make (step, function that makes the state, one that makes the parameters), by name."""
+    """Return functions by name. Each returns (step, function that makes the state, function that makes parameters)."""
     inner = INNER[case.inner]
     if case.kind == "outer":
         return _outer_optimizers(case)
@@ -73,9 +73,9 @@ def optimizers(case):
 
 
 def _outer_optimizers(case):
-    """Return the forms of the outer step, with updates and with new parameters, and Optax' SGD by hand."""
+    """Return the forms of the outer step, with `update` and with `apply_gradients`, and Optax' SGD by hand."""
     inner, wide = INNER[case.inner], {"slow_dtype": "float32"}
-    # What workers pay for a sync apart from the reduction.
+    # The cost of a sync for workers, without the communication.
     alone = {**OUTER_STEP, "reduce": lambda pseudo_gradients: pseudo_gradients}
     forms = {"": {}, ", momentum": OUTER_STEP, ", momentum, reduce": alone}
     if case.dtype != "float32":
@@ -91,7 +91,7 @@ def _outer_optimizers(case):
 
 
 def _by_hand(inner, period):
-    """Return a step with Optax' SGD on the pseudo-gradients, as training scripts write it."""
+    """Return a step with Optax' SGD on the pseudo-gradients, written as in training scripts."""
     step, init, to_params = _with_updates(inner)
     rate, momentum = OUTER_STEP.values()
     outer = optax.sgd(rate, momentum, nesterov=True)
@@ -130,7 +130,7 @@ def step_program(case, make):
 
 
 def training_program(case, make):
-    """Return the program of a training loop."""
+    """Return a program that trains in a loop written by hand."""
     step, init, to_params = make()
     model, x, y = models.of_keras(keras, case.model)
     x, y = jnp.asarray(x), jnp.asarray(y)

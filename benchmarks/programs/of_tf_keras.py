@@ -1,4 +1,4 @@
-"""Programs of Keras 2: the package `tf_keras`, or the Keras of TensorFlow 2.15, there beside TensorFlow Addons."""
+"""Programs of Keras 2: `tf_keras`, or the Keras of TensorFlow 2.15 together with TensorFlow Addons."""
 
 import importlib
 import importlib.util
@@ -25,9 +25,9 @@ def versions():
 
 
 def optimizers(case):
-    """Return functions that make the optimizers to compare, by name; the bare one comes first."""
+    """Return functions that make the optimizers to compare, by name. The bare optimizer comes first."""
     made = {"bare": INNER[case.inner], "lookahead-optim": lambda: Lookahead(INNER[case.inner](), case.period)}
-    # Of embeddings the gradients are sparse, for which the original raises a KeyError around SGD without momentum.
+    # For the sparse gradients of embeddings TensorFlow Addons raises a KeyError, if SGD without momentum is inside.
     fails = case.model == "transformer" and case.inner == "SGD"
     if importlib.util.find_spec("tensorflow_addons") and not fails:
         import tensorflow_addons
@@ -53,7 +53,7 @@ def step_program(case, make):
 
 
 def training_program(case, make):
-    """Return the program of `fit`, two cycles a call, or of a loop by hand."""
+    """Return a program that trains by `fit`, two cycles in a call, or in a loop written by hand."""
     if case.loop == "by hand":
         return loop_program(keras, case, make(), {})
     return models.fit_program(keras, case, make())

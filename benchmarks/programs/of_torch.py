@@ -1,4 +1,4 @@
-"""Programs of PyTorch, and its peers. Peers that are not installed are left out."""
+"""Programs of PyTorch: this library, and the peers that are installed."""
 
 import importlib.metadata
 import importlib.util
@@ -30,7 +30,7 @@ def _peer(name):
     package = importlib.metadata.distribution(name)
     if name != "timm":
         return importlib.import_module(name).Lookahead
-    # The module alone: the package needs torchvision, of which there is no build for every PyTorch.
+    # Load this module alone. The package needs torchvision, which has no build for some versions of PyTorch.
     path = package.locate_file("timm/optim/lookahead.py")
     spec = importlib.util.spec_from_file_location("timm_lookahead", path)
     module = importlib.util.module_from_spec(spec)
@@ -39,7 +39,7 @@ def _peer(name):
 
 
 def optimizers(case):
-    """Return functions of the weights that make the optimizers to compare, by name; the bare one comes first."""
+    """Return functions that take weights and make the optimizers to compare, by name. The bare optimizer is first."""
     made = {
         "bare": lambda weights: inner_optimizer(case, weights),
         "lookahead-optim": lambda weights: Lookahead(inner_optimizer(case, weights), case.period),
@@ -47,7 +47,7 @@ def optimizers(case):
     if case.kind == "outer":
         return {**made, **_outer_optimizers(case)}
     if case.mode.endswith("compiled"):
-        # Otherwise the compiler would give up in silence after a few cases, and run steps as they are.
+        # By default, after a few cases the compiler would silently stop compiling and run steps as they are.
         torch.compiler.reset()
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -64,7 +64,7 @@ def optimizers(case):
 def _outer_optimizers(case):
     """Return the forms of the outer step."""
     momentum, wide = OUTER_STEP, {"slow_dtype": torch.float32}
-    # What workers pay for a sync apart from the reduction.
+    # The cost of a sync for workers, without the communication.
     alone = {**momentum, "reduce": lambda pseudo_gradients: None}
     forms = {"lookahead-optim, momentum": momentum, "lookahead-optim, momentum, reduce": alone}
     if case.dtype != "float32":
@@ -77,7 +77,7 @@ def _outer_optimizers(case):
 
 
 class ByHand:
-    """PyTorch's SGD with Nesterov's momentum on the slow weights, as training scripts write it."""
+    """PyTorch's SGD with Nesterov's momentum on the slow weights, written as in training scripts."""
 
     def __init__(self, case, weights):
         self.fast, self.period, self.steps = weights, case.period, 0
@@ -120,7 +120,7 @@ def step_program(case, make):
 
 
 def training_program(case, make):
-    """Return the program of a training loop."""
+    """Return a program that trains in a loop written by hand."""
     model, x, y = models.of_torch(case.model, DEVICE)
     optimizer = make(list(model.parameters()))
     compiled = case.mode.endswith("compiled")

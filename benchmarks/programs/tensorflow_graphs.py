@@ -1,4 +1,4 @@
-"""What programs of Keras 2 and 3 on TensorFlow share: the size of graphs, and loops by hand."""
+"""For Keras 2 and Keras 3 on TensorFlow: the size of a graph, and training loops written by hand."""
 
 import tensorflow as tf
 
@@ -7,13 +7,20 @@ from timing import Program
 
 
 def operations(traced):
-    """Return the operations in a TensorFlow graph, those of its functions (the bodies of loops, say) included."""
+    """Return the number of operations in a TensorFlow graph and in its functions, such as the bodies of loops."""
     graph = traced.get_concrete_function().graph.as_graph_def()
     return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
 
 
 def loop_program(keras, case, optimizer, options):
-    """Return the program of a training loop by hand, with options of `tf.function`, or None for eager steps."""
+    """Return a program that trains in a loop written by hand.
+
+    Args:
+        keras: The Keras to use, 2 or 3.
+        case: The case.
+        optimizer: The optimizer.
+        options: Options of `tf.function`, or None for eager steps.
+    """
     model, x, y = models.of_keras(keras, case.model)
     x, y = tf.constant(x), tf.constant(y)
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
