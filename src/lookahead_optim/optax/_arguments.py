@@ -1,4 +1,4 @@
-"""What `lookahead` and its updates take, and the errors for all else. Nothing is computed before these checks."""
+"""Checks of the arguments of `lookahead` and of its updates. Nothing is computed before these checks."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def as_outer(outer: Any) -> optax.GradientTransformationExtraArgs | None:
-    """Return the transformation that makes the outer step, if there is one, or raise `TypeError`."""
+    """Return the transformation that makes the outer step, or `None`, or raise `TypeError`."""
     if outer is not None and not isinstance(outer, optax.GradientTransformation):
         raise TypeError(
             "`outer` must be an `optax.GradientTransformation`, such as `optax.sgd(0.7, momentum=0.9, nesterov=True)`, "
@@ -68,7 +68,7 @@ def checked_sync_period(sync_period: Any) -> SyncPeriod:
 
 
 def checked_slow_step_size(slow_step_size: Any, has_momentum: bool) -> SlowStepSize | optax.Schedule:
-    """Return a step size or a schedule, or raise `TypeError` or `ValueError`. Warn of a number above 1.
+    """Return a step size or a schedule, or raise `TypeError` or `ValueError`. Warn if a number is above 1.
 
     Values of arrays are not checked.
     """
@@ -76,7 +76,7 @@ def checked_slow_step_size(slow_step_size: Any, has_momentum: bool) -> SlowStepS
         return slow_step_size
     if not is_array(slow_step_size):
         number = check_slow_step_size(slow_step_size)
-        # This function, `lookahead`, its decorator and then the user's line.
+        # The levels are this function, `lookahead`, its decorator, and then the user's line.
         warn_if_over_relaxed(number, float(has_momentum), stacklevel=4)
         return number
     _check_scalar("slow_step_size", slow_step_size, (np.integer, np.floating), "a real")
@@ -99,7 +99,7 @@ def checked_slow_dtype(slow_dtype: Any) -> np.dtype | None:
         dtype = jnp.dtype(slow_dtype)
     except TypeError:
         dtype = None
-    # `float` and `bool` would be dtypes for NumPy, and mean another dtype than JAX has for them.
+    # For NumPy `float` and `bool` are dtypes, but they mean other dtypes than in JAX.
     if (
         dtype is None
         or any(slow_dtype is one for one in (bool, int, float, complex))
@@ -113,7 +113,7 @@ def checked_slow_dtype(slow_dtype: Any) -> np.dtype | None:
 
 
 def checked_reduce(reduce: Any) -> Reduce | None:
-    """Return what makes the mean over workers, if anything does, or raise `TypeError`."""
+    """Return the function that averages over workers, or `None`, or raise `TypeError`."""
     if reduce is not None and not callable(reduce):
         raise TypeError(
             "`reduce` must be a function of a tree of pseudo-gradients that returns their mean over workers, such as "
@@ -124,7 +124,7 @@ def checked_reduce(reduce: Any) -> Reduce | None:
 
 
 def check_slow_dtype_holds(slow_dtype: np.dtype | None, params: optax.Params) -> None:
-    """Raise `ValueError` if slow weights of some dtype would be less precise than parameters, or are not to be had."""
+    """Raise `ValueError` if a dtype of slow weights is less precise than a parameter, or if JAX does not have it."""
     if slow_dtype is None:
         return
     if jax.dtypes.canonicalize_dtype(slow_dtype) != slow_dtype:
@@ -144,7 +144,7 @@ def check_slow_dtype_holds(slow_dtype: np.dtype | None, params: optax.Params) ->
 
 
 def check_outer_alone(slow_step_size: Any, slow_momentum: Any, slow_nesterov: bool) -> None:
-    """Raise `ValueError` if settings of the outer step were given beside a transformation that makes it."""
+    """Raise `ValueError` if settings of the outer step are given together with a transformation that makes it."""
     settings = {
         "slow_step_size": (slow_step_size, 0.5),
         "slow_momentum": (slow_momentum, 0.0),
@@ -174,7 +174,7 @@ def _check_scalar(name: str, value: jax.Array | np.ndarray, kinds: tuple[type, .
 
 
 def check_update(state: Any, params: Any, is_off: bool) -> None:
-    """Raise `ValueError` if an update is not given a state of a `lookahead` and the parameters of that state."""
+    """Raise `ValueError` unless an update gets a state of a `lookahead` and the parameters of that state."""
     if params is None:
         raise ValueError(
             "`params` must be given to the update of a `lookahead`, which moves them: "
@@ -207,9 +207,9 @@ def check_update(state: Any, params: Any, is_off: bool) -> None:
 
 
 class States:
-    """Which states are those of a transformation.
+    """The structures of the states of a transformation.
 
-    To find that out from `init` means to trace it, so the structures that it made, or an update, are kept.
+    To get such a structure from `init`, `init` must be traced. So structures that `init` or an update made are kept.
     """
 
     def __init__(self, transformation: optax.GradientTransformation) -> None:
@@ -223,18 +223,18 @@ class States:
             self._structures.append(structure)
 
     def other_than(self, state: optax.OptState, params: optax.Params) -> Any:
-        """Return the structure that a state should have, or `None` if it is right, or nobody can tell."""
+        """Return the structure that a state should have, or `None` if its structure is right or cannot be checked."""
         if jax.tree.structure(state) in self._structures:
             return None
         try:
             like = jax.eval_shape(self._init, params)
-        except Exception:  # An `init` that cannot be traced, as it reads values, does not say what it returns.
+        except Exception:  # An `init` that reads values cannot be traced, so its structure is unknown.
             return None
         return None if has_node_types_of(state, like) else jax.tree.structure(like)
 
 
 def check_inner_state(state: LookaheadState, inner_states: States, params: optax.Params) -> None:
-    """Raise `ValueError` if the inner state in a state is that of another transformation."""
+    """Raise `ValueError` if the inner state in a state belongs to another transformation."""
     like = inner_states.other_than(state.inner_state, params if state.slow_params is None else state.slow_params)
     if like is not None:
         raise ValueError(
@@ -245,9 +245,9 @@ def check_inner_state(state: LookaheadState, inner_states: States, params: optax
 
 
 def check_outer_state(state: LookaheadState, has_momentum: bool, outer_states: States | None) -> None:
-    """Raise `ValueError` if the outer state in a state is that of a `lookahead` with another outer step.
+    """Raise `ValueError` if the outer state in a state belongs to a `lookahead` with another outer step.
 
-    `outer_states` are those of `outer`, if that was given.
+    `outer_states` are the known states of `outer`, or `None` without `outer`.
     """
     if outer_states is not None:
         is_right = state.outer_state is not None
@@ -264,7 +264,7 @@ def check_outer_state(state: LookaheadState, has_momentum: bool, outer_states: S
 
 
 def check_slow_dtype_of(state: LookaheadState, params: optax.Params, slow_dtype: np.dtype | None) -> None:
-    """Raise `ValueError` if slow parameters have another dtype than `slow_dtype`, if that was given."""
+    """Raise `ValueError` if `slow_dtype` is given and the slow weights have another dtype."""
     if slow_dtype is None:
         return
     leaves = by_path(params)

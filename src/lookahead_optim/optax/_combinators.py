@@ -1,4 +1,4 @@
-"""What a `lookahead` must know of Optax' own transformations inside it, which their states say."""
+"""What a `lookahead` must know about Optax' own transformations inside it. Their states say it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,14 +19,15 @@ _LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLin
 def is_applied(before: optax.OptState, after: optax.OptState) -> jax.Array:
     """Return whether the inner updates between two states move the parameters.
 
-    They do for all transformations but these: `optax.MultiSteps` accumulates, and `optax.apply_if_finite` rejects. What
-    the latter lets pass after too many errors in a row cannot be told from what it rejects.
+    All transformations move the parameters except two: `optax.MultiSteps` accumulates, and `optax.apply_if_finite`
+    rejects. The updates that `optax.apply_if_finite` applies after too many errors in a row look like rejected updates.
     """
     answer = jnp.array(True)
     kinds = (optax.MultiStepsState, optax.ApplyIfFiniteState)
     for old, new in zip(_nodes(before, kinds), _nodes(after, kinds)):
         if isinstance(new, optax.MultiStepsState):
-            # Its count of steps stays at the end of int32. There only the end of an accumulation tells.
+            # The count of steps stays at the end of int32. There only the end of an accumulation shows that an update
+            # was applied.
             is_at_end = (old.gradient_step == END) & (new.mini_step == 0) & (old.mini_step != 0)
             answer &= (new.gradient_step != old.gradient_step) | is_at_end
         else:
@@ -35,7 +36,7 @@ def is_applied(before: optax.OptState, after: optax.OptState) -> jax.Array:
 
 
 def completes_step(after: optax.OptState) -> jax.Array:
-    """Return whether the inner update that made a state completes a step: all do but adversarial steps of `sam`."""
+    """Return whether the inner update that made a state completes a step. Only adversarial steps of `sam` do not."""
     answer = jnp.array(True)
     for state in _nodes(after, (optax.contrib.SAMState,)):
         answer &= state.steps_since_sync == 0
@@ -43,10 +44,10 @@ def completes_step(after: optax.OptState) -> jax.Array:
 
 
 def restarted_line_searches(state: optax.OptState, is_moved_otherwise: ArrayLike) -> optax.OptState:
-    """Return a state for parameters that something else has moved, if `is_moved_otherwise`.
+    """If `is_moved_otherwise`, return a state for parameters that something other than an update has moved.
 
-    Line searches keep their last value for `optax.value_and_grad_from_state`. It computes value and gradient anew where
-    the one that was kept is infinite.
+    Line searches keep their last value for `optax.value_and_grad_from_state`. That function computes value and gradient
+    again if the kept value is infinite.
     """
 
     def restart(node: Any) -> Any:
@@ -60,7 +61,7 @@ def restarted_line_searches(state: optax.OptState, is_moved_otherwise: ArrayLike
 
 
 def _nodes(tree: Any, kinds: tuple[type, ...]) -> Iterator[Any]:
-    """Yield the nodes of certain types, each before those that are inside it."""
+    """Yield the nodes of certain types, each before the nodes inside it."""
     for node in outermost_nodes(tree, kinds):
         yield node
         yield from _nodes(children(node), kinds)

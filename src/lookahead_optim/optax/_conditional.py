@@ -1,16 +1,18 @@
-"""Capture and outer step under a conditional, for weights that have more state than the plain ones.
+"""Capture and outer step under a conditional, for weights that have more state than plain weights.
 
-XLA updates donated buffers in place, without an array as large as a weight between syncs, only if these rules hold:
+XLA updates donated buffers in place, and needs no array as large as a weight between syncs, only if three rules hold:
 
-- `lax.cond` takes every output that both branches hand on unchanged out of the conditional. Such an array goes into the
-  conditional and past it to what updates it, and XLA copies it before, at every step. Behind `optimization_barrier` no
-  output is an input, so that all arrays pass through both branches.
-- Whatever reads the parameters before the inner update must come before it in XLA's schedule, too. XLA schedules a
-  capture that only reads them later, and copies all parameters to keep them until then. So they pass through the
-  capture.
-- One conditional for all weights needs all updates at once. So each large weight has its own, and XLA updates it as
-  soon as its gradient is there. Small ones share one. A transformation may mix weights, in a norm of all say, and
-  workers wait for each other once: these have one conditional.
+- No output of `lax.cond` may be an input. XLA takes an output that both branches return unchanged out of the
+  conditional. Such an array is an input of the conditional, and also of the operation that updates it later. XLA then
+  copies the array before the conditional, at every step. Behind `optimization_barrier` no output is an input, so all
+  arrays pass through both branches.
+- An operation that reads the parameters before the inner update must also come before it in XLA's schedule. XLA
+  schedules a capture that only reads the parameters later, and copies all parameters to keep them until then. So the
+  parameters pass through the capture.
+- Each large weight has its own conditional, and XLA updates the weight as soon as its gradient is there. One
+  conditional for all weights would need all updates at the same time. Small weights share a conditional. A
+  transformation may mix weights, for example in a norm of all weights, and workers wait for each other only once. Both
+  need one conditional for all weights.
 
 Outside of a traced function the conditional is Python's `if`.
 """
@@ -29,12 +31,12 @@ from lookahead_optim.optax._trees import at_paths_of, replaced
 
 __all__ = ["capture_passing_params", "changed_if", "sync_if_due"]
 
-# The number of elements from which a weight has a conditional of its own.
+# The number of elements from which a weight has its own conditional.
 _LARGE = 2**16
 
 
 def changed_if(predicate: jax.Array, change: Callable[..., Any], values: Any, *read: Any) -> Any:
-    """Return `change(values, *read)`, of the same types, if a predicate holds, or else the values."""
+    """Return `change(values, *read)` if a predicate holds, and otherwise `values`. Both have the same types."""
     if not isinstance(predicate, jax.core.Tracer):
         return change(values, *read) if predicate else values
     barrier = jax.lax.optimization_barrier
@@ -48,11 +50,11 @@ def changed_if(predicate: jax.Array, change: Callable[..., Any], values: Any, *r
 
 
 def capture_passing_params(state: LookaheadState, params: optax.Params) -> tuple[optax.Params, optax.Params]:
-    """Return the slow parameters with which the next update starts, and the parameters, for all that comes after."""
+    """Return the slow weights with which the next update starts, and the parameters for all later operations."""
 
     def capture(values: Any) -> Any:
         slow, params = values
-        # A copy of what is captured, as two results of a step cannot share a buffer that is donated.
+        # A copy, as two results of a step cannot share a donated buffer.
         return jax.tree.map(lambda slow, param: jnp.copy(captured_from(slow, param)), slow, params), params
 
     slow = state.slow_params
@@ -61,7 +63,7 @@ def capture_passing_params(state: LookaheadState, params: optax.Params) -> tuple
 
 
 class _Values(NamedTuple):
-    """What a sync changes of one weight. The moving value is the fast weight, or the update that leads to it."""
+    """What a sync changes of one weight. `moving` is the fast weight, or the update that leads to it."""
 
     slow: jax.Array
     moving: jax.Array
@@ -81,19 +83,19 @@ def sync_if_due(
     """Make the outer step if it is due.
 
     Args:
-        is_sync: Whether it is due.
-        outer: The settings, with which `outer_state` is the momentum or `None`, or a transformation.
-        slow: The slow parameters.
-        moving: The fast parameters, or, if `params` are given, the updates that lead to them.
-        outer_state: The momentum of all weights, or the state of the transformation.
+        is_sync: Whether the outer step is due.
+        outer: The settings, or a transformation.
+        slow: The slow weights.
+        moving: The fast weights. If `params` are given: the updates that lead to the fast weights.
+        outer_state: With settings the momentum of all weights or `None`, otherwise the state of the transformation.
         updates: The inner updates. A weight whose update is `None` is frozen: it is not moved, and its momentum is 0.
         params: The parameters before the update, or `None`.
-        reduce: What makes the mean of the pseudo-gradients over workers, or `None`.
+        reduce: Function that returns the mean of the pseudo-gradients over workers, or `None`.
 
     Returns:
-        The new `slow`, `moving` and `outer_state`. With one worker only weights of a wider dtype than the parameters
-        are changed in `slow`. The others are captured from the parameters at the next update, and are equal to them bit
-        for bit whatever an addition of the updates rounds.
+        The new `slow`, `moving` and `outer_state`. With one worker, `slow` changes only for slow weights of a wider
+        dtype than the parameters. All other slow weights are captured from the parameters at the next update. So they
+        equal the parameters bit for bit, however an addition of the updates rounds.
     """
     weights = weights_of(slow)
     structure: Any = jax.tree.structure(weights)
@@ -132,7 +134,7 @@ def sync_if_due(
                 outer, [one.slow for one in values], fast, outer_state, structure, reduce
             )
             if isinstance(outer, OuterStep) and outer_state is not None:
-                # Of a frozen weight it starts anew.
+                # The momentum of a frozen weight starts from 0 again.
                 outer_state = [b if is_moved else jnp.zeros_like(b) for b, is_moved in zip(outer_state, are_moved)]
             are_kept = [reduce is not None] * len(fast)
             return [_restart(*one) for one in zip(values, new_slow, fast, params, are_kept)], outer_state
@@ -152,9 +154,9 @@ def sync_if_due(
 
 
 def _in_wide_dtype(moving: jax.Array | None, slow: jax.Array, param: jax.Array | None) -> jax.Array | None:
-    """Return an update in the dtype of a slow weight that is wider than the parameter.
+    """Return an update in the dtype of its slow weight, if that is wider than the parameter.
 
-    With it the sum of both is rounded only once, to the restart point.
+    The sum of parameter and update is then rounded only once, to the restart point.
     """
     if moving is None or param is None or slow.dtype == param.dtype:
         return moving
@@ -163,7 +165,7 @@ def _in_wide_dtype(moving: jax.Array | None, slow: jax.Array, param: jax.Array |
 
 
 def _groups(weights: list[jax.Array]) -> list[list[int]]:
-    """Return which weights share a conditional."""
+    """Return lists of the indices of weights that share a conditional."""
     large = [[index] for index, weight in enumerate(weights) if weight.size >= _LARGE]
     small = [index for index, weight in enumerate(weights) if weight.size < _LARGE]
     return [*large, small] if small else large
@@ -184,9 +186,9 @@ def _fast(values: _Values, param: jax.Array | None) -> jax.Array:
 def _restart(
     values: _Values, new_slow: jax.Array, fast: jax.Array | None, param: jax.Array | None, is_kept: bool = False
 ) -> _Values:
-    """Return the values for a restart of the fast weight from the new slow one.
+    """Return the values after the fast weight restarts from the new slow weight.
 
-    A slow weight that is no wider than the fast one is captured from that later, unless it `is_kept`.
+    A slow weight that is no wider than the fast weight is captured from the fast weight later, unless `is_kept`.
     """
     if fast is None:
         own = values.moving if param is None else param
@@ -198,6 +200,6 @@ def _restart(
 
 
 def _strong(leaf: Any) -> jax.Array:
-    """Return an array without weak type, which both branches then return."""
+    """Return an array without weak type, so that both branches return the same type."""
     leaf = jnp.asarray(leaf)
     return leaf.astype(leaf.dtype)

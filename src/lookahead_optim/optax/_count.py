@@ -13,7 +13,7 @@ __all__ = ["END", "SlowStepSize", "SyncPeriod", "is_due", "is_off", "next_count"
 SyncPeriod: TypeAlias = int | jax.Array | np.ndarray
 SlowStepSize: TypeAlias = float | jax.Array | np.ndarray
 
-# The largest count. Optax' own counts stay there.
+# The largest count. Optax' own counts stop there.
 END = np.int32(2**31 - 1)
 
 
@@ -28,7 +28,7 @@ def is_due(step: jax.Array, sync_period: SyncPeriod) -> jax.Array:
 
 
 def next_count(step: jax.Array, sync_period: SyncPeriod) -> jax.Array:
-    """Return the count of the next update. After the end of int32 it goes back by a whole cycle, to the same phase."""
+    """Return the count of the next update. At the end of int32 it goes back by a whole cycle, to the same phase."""
     return jnp.where(step < END, step + 1, END - (_cycle(sync_period) - 1)).astype(step.dtype)
 
 
@@ -40,7 +40,7 @@ def slow_step_size_at(
 
 
 def _cycle(sync_period: SyncPeriod) -> SyncPeriod:
-    """Return the period as a divisor of counts: not 0, and no more than int32 holds."""
+    """Return the period as a divisor of counts: not 0, and at most the largest int32."""
     if isinstance(sync_period, jax.Array):
         return jnp.maximum(sync_period, 1)
     return min(max(int(sync_period), 1), int(END))

@@ -1,4 +1,4 @@
-"""The state that an outer step has of its own: slow momentum, or the state of a transformation."""
+"""The outer step's own state: slow momentum, or the state of a transformation."""
 
 from typing import Any, NamedTuple
 
@@ -15,10 +15,11 @@ class SlowMomentumState(NamedTuple):
     """State of slow momentum, the `outer_state` of a `LookaheadState`.
 
     Attributes:
-        slow_momentum: Tree like the slow parameters, with their shapes, dtypes and shardings: the momentum on the
-            pseudo-gradients. `None` for what is no weight.
-        next_factor: float scalar, the factor of the momentum at the next sync, for `sync`, which has no settings.
-        next_nesterov: bool scalar, whether it is Nesterov's momentum then.
+        slow_momentum: The momentum on the pseudo-gradients: a tree like the slow weights, with their shapes, dtypes and
+            shardings. A leaf that is no weight is `None`.
+        next_factor: float scalar, the factor of the momentum at the next sync. The function `sync` needs it, as it has
+            no settings.
+        next_nesterov: bool scalar, whether the momentum is Nesterov's at the next sync.
     """
 
     slow_momentum: optax.Params
@@ -38,13 +39,13 @@ def initial_momentum(slow: optax.Params) -> optax.Params:
 def initial_state_of(outer: optax.GradientTransformationExtraArgs, slow: optax.Params) -> Any:
     """Return the state of a transformation before the first sync.
 
-    It may keep what it gets, and gets a copy, as no buffer can be donated twice.
+    The transformation may keep the arrays that it gets. So it gets copies, as no buffer can be donated twice.
     """
     return outer.init(jax.tree.map(jnp.copy, weights_of(slow)))
 
 
 def begun_anew(outer_state: Any, slow: optax.Params, outer: optax.GradientTransformationExtraArgs | None) -> Any:
-    """Return the outer state before the first sync, in the place of one."""
+    """Return the outer state as it is before the first sync, with the structure of `outer_state`."""
     if isinstance(outer_state, SlowMomentumState):
         return outer_state._replace(slow_momentum=jax.tree.map(jnp.zeros_like, outer_state.slow_momentum))
     if outer_state is None or outer is None:

@@ -1,7 +1,8 @@
 """The outer step: pseudo-gradient, momentum, slow step, restart.
 
-`outer_step` makes it for one weight. The functions for trees make the plain one, without momentum and in the weights'
-own dtype, for all weights if it is due: one for parameters, one for updates that are still to be added to them.
+`outer_step` makes it for one weight. The functions for trees make the plain outer step, without momentum and in the
+weights' own dtype, for all weights if it is due. One function is for parameters, the other for updates that are still
+to be added.
 """
 
 from collections.abc import Callable
@@ -41,17 +42,17 @@ class OuterStep(NamedTuple):
 def outer_step(
     slow: ArrayLike, fast: ArrayLike, momentum: jax.Array | None, step: OuterStep
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return a slow weight and its momentum after an outer step. The fast weight restarts from the slow one.
+    """Return a slow weight and its momentum after an outer step. The fast weight restarts from the slow weight.
 
-    With slow momentum b, of factor mu, and the slow step size eta, this is
+    With slow momentum b, its factor mu and the slow step size eta, the step is
 
         s = slow - fast
         b = mu * b + s
         d = s + mu * b with Nesterov's momentum, else b
         slow = slow - eta * d
 
-    where s is measured from the restart point, the slow weight rounded to the fast weight's dtype. Numbers in half
-    precision are computed in float32 and rounded once. Without momentum d is s, and b is `None`.
+    Here s is measured from the restart point: the slow weight rounded to the fast weight's dtype. Half precision is
+    computed in float32 and rounded once. Without momentum d is s, and b is `None`.
     """
     slow, fast = jnp.asarray(slow), jnp.asarray(fast)
     if momentum is None and is_one(step.slow_step_size):
@@ -75,14 +76,15 @@ def _descend(
     """Return slow - eta * d and b."""
     slow_step_size, slow_momentum, _ = step
     new_momentum = _next_momentum(pseudo_gradient(start, end), momentum, step)
-    # Computed again from values that XLA takes for others. It would keep the first one in an array as large as the
-    # weight, for two loops that write two arrays. So each loop subtracts, and writes to the array that it replaces.
+    # The pseudo-gradient is computed again, from values that XLA takes for other values. Otherwise XLA would keep it in
+    # an array as large as the weight, for two loops that write two arrays. Now each loop subtracts, and writes to the
+    # array that it replaces.
     start, end = jax.lax.optimization_barrier((start, end))
     s = pseudo_gradient(start, end)
     d = _direction(s, new_momentum, step)
     new_slow = slow - slow_step_size * d
     if not isinstance(slow_momentum, float):
-        # A traced factor of 0 gives the bits of the plain step. d - s is 0 then, but its derivative is not.
+        # A traced factor of 0 gives the bits of the plain step. Then d - s is 0, but its derivative is not.
         plain = _slow_step(slow, end, _finite_pseudo_gradient(start, end), slow_step_size)
         new_slow = jnp.where(slow_momentum == 0, plain - slow_step_size * (d - s), new_slow)
     return new_slow, new_momentum
@@ -91,7 +93,7 @@ def _descend(
 def descended(
     slow: jax.Array, pseudo_gradient: jax.Array, momentum: jax.Array | None, step: OuterStep
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return a slow weight and its momentum after an outer step with a pseudo-gradient that is given, a mean."""
+    """Return a slow weight and its momentum after an outer step with a given pseudo-gradient, a mean over workers."""
     d = s = _wide(pseudo_gradient)
     if momentum is not None:
         momentum = _next_momentum(s, momentum, step)
@@ -100,7 +102,10 @@ def descended(
 
 
 def _next_momentum(s: jax.Array, momentum: jax.Array, step: OuterStep) -> jax.Array:
-    """Return b = mu * b + s, rounded as it is saved. Otherwise XLA would keep both in arrays as large as the weight."""
+    """Return b = mu * b + s, rounded as it is saved.
+
+    Without the rounding XLA would keep both, the rounded and the exact b, in arrays as large as the weight.
+    """
     return jnp.asarray(step.slow_momentum * _wide(momentum) + s).astype(momentum.dtype)
 
 
@@ -114,7 +119,7 @@ def _direction(s: jax.Array, momentum: jax.Array, step: OuterStep) -> jax.Array:
 
 
 def pseudo_gradient(start: jax.Array, end: jax.Array) -> jax.Array:
-    """Return the way back to the restart point. Equal infinities, such as those of a mask, have none between them."""
+    """Return the way back to the restart point. Between equal infinities, such as in a mask, it is 0."""
     way = start - end
     return jnp.where(jnp.isnan(way) & (start == end), 0, way)
 
@@ -122,9 +127,9 @@ def pseudo_gradient(start: jax.Array, end: jax.Array) -> jax.Array:
 def _finite_pseudo_gradient(start: jax.Array, end: jax.Array) -> jax.Array:
     """Return the pseudo-gradient, or 0 where it is not finite.
 
-    The sign changes last. The bits of `start - end` are the same, but XLA rounds sums and products once where it fuses
-    them, and `end` ends in a sum: with `start - end` runs on several devices more often differ from those on one by
-    a rounding.
+    The sign changes last. The bits are the same as of `start - end`. But XLA rounds a sum and a product only once if it
+    fuses them, and `end` is the result of a sum. With `start - end`, a run on several devices differs more often by a
+    rounding from a run on one device.
     """
     way = end - start
     return -jnp.where(jnp.isfinite(way), way, 0)
@@ -133,15 +138,16 @@ def _finite_pseudo_gradient(start: jax.Array, end: jax.Array) -> jax.Array:
 def _slow_step(slow: jax.Array, fast: jax.Array, pseudo_gradient: jax.Array, slow_step_size: SlowStepSize) -> jax.Array:
     """Return slow - slow_step_size * pseudo_gradient, also for a step size of 1 and at the ends of the dtype's range.
 
-    Step sizes may be traced, so each case is computed and one is selected. The derivatives by the step size are those
-    of the formula in every case.
+    Step sizes may be traced, so every case is computed and one is selected. In every case the derivative with respect
+    to the step size is the derivative of the formula.
     """
     stepped = slow - slow_step_size * pseudo_gradient
-    # slow - (slow - fast) is not `fast` in general. This is, as 0 is added to it.
+    # In general slow - (slow - fast) is not `fast`. This sum is `fast`, as 0 is added.
     stepped_by_one = fast + (1 - slow_step_size) * pseudo_gradient
-    # The difference of large numbers of opposite sign overflows, their weighted mean does not. It is taken for infinite
-    # weights too. The zeros in place of all other numbers keep infinities (of a mask, say) out of the derivatives:
-    # the derivative of what `where` does not select is multiplied by 0, and 0 times infinity is NaN.
+    # The difference of large numbers of opposite sign overflows. Their weighted mean does not, so it is used there, and
+    # for infinite weights too. All other numbers are replaced by zeros, to keep infinities (in a mask, for example) out
+    # of the derivatives: `where` multiplies the derivative of what it does not select by 0, and 0 times infinity is
+    # NaN.
     overflows = ~(jnp.isfinite(fast - slow) | (slow == fast) | (slow_step_size == 0))
     slow, fast = jnp.where(overflows, slow, 0), jnp.where(overflows, fast, 0)
     mean = (1 - slow_step_size) * slow + slow_step_size * fast
@@ -149,22 +155,22 @@ def _slow_step(slow: jax.Array, fast: jax.Array, pseudo_gradient: jax.Array, slo
 
 
 def is_one(slow_step_size: SlowStepSize) -> bool:
-    """Return whether a slow step size is known to be 1: then a plain outer step changes no parameter."""
+    """Return whether a slow step size is known to be 1. A plain outer step then changes no parameter."""
     return isinstance(slow_step_size, float) and slow_step_size == 1
 
 
 def has_momentum(slow_momentum: SlowStepSize) -> bool:
-    """Return whether a factor of the slow momentum is not known to be 0."""
+    """Return whether there is slow momentum: whether its factor is not known to be 0."""
     return not (isinstance(slow_momentum, float) and slow_momentum == 0)
 
 
 def params_after_sync(
     is_sync: jax.Array, slow: optax.Params, fast: optax.Params, updates: optax.Updates, slow_step_size: SlowStepSize
 ) -> optax.Params:
-    """Return the parameters after the outer step, if it is due, or else the fast ones.
+    """Return the parameters after the outer step if it is due, and otherwise the fast weights.
 
-    On the CPU XLA takes the choice out of the loop over the elements. On a GPU it does not, so that the slow parameters
-    are read at every step. That is still less than what a conditional costs there: before it XLA copies all parameters.
+    On the CPU XLA takes the choice out of the loop over the elements. On a GPU it does not, so the slow weights are
+    read at every step. A conditional would cost more there, as XLA copies all parameters before it.
 
     A weight whose update is `None` is frozen: it is not moved, and the next capture takes its own value.
     """
@@ -192,7 +198,7 @@ def updates_to_sync(
 
 
 def _update_to_sync(slow: ArrayLike, update: jax.Array, param: jax.Array, slow_step_size: SlowStepSize) -> jax.Array:
-    """Return the update from a parameter to where the outer step brings it, in place of the one to the fast weight."""
+    """Return the update from a parameter to the restart point, in place of the update to the fast weight."""
     if jnp.iscomplexobj(param):
         return _by_parts(
             lambda slow, update, param: _update_to_sync(slow, update, param, slow_step_size), slow, update, param
@@ -200,7 +206,7 @@ def _update_to_sync(slow: ArrayLike, update: jax.Array, param: jax.Array, slow_s
     fast = (param + update).astype(param.dtype)
     end, _ = outer_step(slow, fast, None, OuterStep(slow_step_size))
     way = _update_between(param, end, update.dtype)
-    # For a step size of 1 the update itself, bit for bit, with the same derivative by the step size.
+    # For a step size of 1 this is the update itself, bit for bit, with the same derivative by the step size.
     pseudo_gradient = _finite_pseudo_gradient(_wide(slow), _wide(fast))
     unchanged = update + ((1 - slow_step_size) * pseudo_gradient).astype(update.dtype)
     return jnp.where(slow_step_size == 1, unchanged, way)
@@ -209,8 +215,8 @@ def _update_to_sync(slow: ArrayLike, update: jax.Array, param: jax.Array, slow_s
 def update_to(end: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
     """Return the update from a parameter to a restart point, in the dtype of the update that leads to `fast`.
 
-    Where the outer step leaves the fast weight as it is, that is the update itself, bit for bit, with the derivatives
-    of the restart point.
+    If the outer step leaves the fast weight as it is, this is the update itself, bit for bit, with the derivatives of
+    the restart point.
     """
     if jnp.iscomplexobj(param):
         return _by_parts(update_to, end, update, param)
@@ -223,16 +229,17 @@ def _update_between(start: jax.Array, end: jax.Array, dtype: Any) -> jax.Array:
     """Return the difference of two parameters as an update of a dtype, computed in at least that dtype."""
     wide = jnp.promote_types(_wide(start).dtype, _wide(jnp.zeros((), dtype)).dtype)
     start, end = start.astype(wide), end.astype(wide)
-    # Equal infinities, such as those of a mask among the parameters, have no difference. Nothing moves them.
+    # Equal infinities, such as in a mask among the parameters, have no difference. Nothing moves them.
     way = jnp.where(jnp.isinf(end) & (end == start), 0, end - start)
-    # No finite update leads from a large number to one of opposite sign. The largest goes as far as one can.
+    # No finite update leads from a large number to a large number of opposite sign. The largest update goes as far as
+    # possible.
     largest = min(float(jnp.finfo(one).max) for one in (dtype, way.dtype))
     way = jnp.where(jnp.isfinite(end), jnp.clip(way, -largest, largest), way)
     return way.astype(dtype)
 
 
 def _by_parts(function: Callable[..., Any], *values: ArrayLike) -> Any:
-    """Return what a function makes of the real and of the imaginary parts of complex numbers."""
+    """Apply a function to the real and to the imaginary parts of complex numbers, and join the results."""
     real, imaginary = (function(*map(part, values)) for part in (jnp.real, jnp.imag))
     return jax.tree.map(jax.lax.complex, real, imaginary)
 

@@ -1,4 +1,4 @@
-"""The outer step of all weights together, which a transformation may mix, and for which workers wait once."""
+"""The outer step of all weights together: transformations may mix weights, and workers wait for each other once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -13,16 +13,16 @@ from lookahead_optim.optax._trees import add_updates
 
 __all__ = ["Outer", "Reduce", "outer_step_of_all", "pseudo_gradients_of_all"]
 
-# What makes the outer step: the settings, or the transformation that stands in their place.
+# The outer step: its settings, or the transformation in their place.
 Outer: TypeAlias = OuterStep | optax.GradientTransformationExtraArgs
-# Returns the mean over workers of a tree of pseudo-gradients.
+# A function that returns the mean over workers of a tree of pseudo-gradients.
 Reduce: TypeAlias = Callable[[optax.Updates], optax.Updates]
 
 
 def pseudo_gradients_of_all(
     slow: list[jax.Array], fast: Sequence[jax.Array | None], structure: Any, reduce: Reduce | None
 ) -> Any:
-    """Return the tree of pseudo-gradients, in the slow weights' dtypes, or of their means over workers."""
+    """Return the tree of pseudo-gradients in the slow weights' dtypes, or their means over workers."""
 
     def way_back(slow: jax.Array, fast: jax.Array | None) -> jax.Array:
         if fast is None:
@@ -43,9 +43,16 @@ def outer_step_of_all(
 ) -> tuple[list[jax.Array], Any]:
     """Return the slow weights and the outer state after an outer step.
 
-    A transformation gets the pseudo-gradients in the slow weights' dtypes, and 0 for a frozen weight, whose fast one is
-    `None`. Its updates are added to the slow weights. With settings in its place the outer state is the momentum, a
-    list, or `None`. Lists are in the order of the leaves of `structure`, the weights' tree.
+    A transformation gets the pseudo-gradients in the slow weights' dtypes. For a frozen weight the fast weight is
+    `None`, and its pseudo-gradient is 0. The transformation's updates are added to the slow weights.
+
+    Args:
+        outer: The settings of the outer step, or a transformation.
+        slow: List of slow weights, in the order of the leaves of `structure`.
+        fast: List of fast weights in the same order, `None` for a frozen weight.
+        outer_state: The state of the transformation. With settings it is the list of the momentum, or `None`.
+        structure: The structure of the weights' tree.
+        reduce: Function that returns the mean of the pseudo-gradients over workers, or `None`.
     """
     weights = structure.unflatten(slow)
     pseudo_gradients = pseudo_gradients_of_all(slow, fast, structure, reduce)
@@ -55,6 +62,6 @@ def outer_step_of_all(
         found = [descended(*row, outer) for row in rows]
         return [one for one, _ in found], None if outer_state is None else [momentum for _, momentum in found]
     moves, new_state = outer.update(pseudo_gradients, outer_state, weights)
-    # A transformation may return another dtype than it got, which a compiled step cannot.
+    # A transformation may return another dtype than it was given. A compiled step cannot.
     new_state = jax.tree.map(lambda new, old: jnp.asarray(new, jnp.result_type(old)), new_state, outer_state)
     return structure.flatten_up_to(add_updates(weights, moves)), new_state

@@ -24,7 +24,7 @@ __all__ = [
     "with_leaves",
 ]
 
-Path = tuple[Any, ...]  # of keys, of a type for each kind of node
+Path = tuple[Any, ...]  # of keys, whose type depends on the kind of node
 
 
 def is_array(leaf: object) -> TypeGuard[jax.Array | np.ndarray]:
@@ -37,16 +37,16 @@ def is_number(leaf: object) -> bool:
 
 
 def outermost_nodes(tree: Any, kinds: tuple[type, ...]) -> Iterator[Any]:
-    """Yield the nodes of certain types that are in no other node of these types."""
+    """Yield the nodes of certain types that are inside no other node of these types."""
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds))
     return (node for node in nodes if isinstance(node, kinds))
 
 
 def with_axes_of(like: jax.Array, value: jax.Array) -> jax.Array:
-    """Return a value that, in a `jax.shard_map`, varies over the mesh axes over which another one does.
+    """Return `value`. In a `jax.shard_map`, let it vary over the mesh axes over which `like` varies.
 
-    The state that goes into a step of a loop must have the types of the state that comes out of it. A type says over
-    which axes a value varies, and a constant varies over none.
+    In a loop, the state that enters a step must have the same types as the state that leaves it. A type says over which
+    axes a value varies. A constant varies over none.
     """
     return jnp.where(True, value, like)
 
@@ -62,7 +62,7 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def at_paths_of(like: Any, tree: Any) -> Any:
-    """Return a tree like the first, with the leaves of the second at the same paths, or `None` where it has none."""
+    """Return a tree like `like`, with the leaves of `tree` at the same paths, or `None` where `tree` has no leaf."""
     if jax.tree.structure(tree) == jax.tree.structure(like):  # type: ignore[operator]
         return tree
     leaves = by_path(tree)
@@ -70,15 +70,15 @@ def at_paths_of(like: Any, tree: Any) -> Any:
 
 
 def map_at_paths_of(function: Callable[..., Any], like: Any, tree: Any, *others: Any) -> Any:
-    """Return a tree, changed where another has leaves at the same paths.
+    """Return `tree`, changed at the paths at which `like` has leaves.
 
-    There it has what the function makes of the leaves of `like`, `tree` and the others.
+    The new leaves are what the function returns for the leaves of `like`, `tree` and `others`.
     """
     return replaced(tree, jax.tree.map(function, like, *(at_paths_of(like, given) for given in (tree, *others))))
 
 
 def replaced(tree: Any, new: Any) -> Any:
-    """Return the first tree with the leaves of the second where that has any at the same paths."""
+    """Return `tree`, with the leaves of `new` at the paths at which `new` has leaves."""
     if jax.tree.structure(tree) == jax.tree.structure(new):  # type: ignore[operator]
         return new
     return with_leaves(tree, by_path(new))
@@ -90,7 +90,7 @@ def with_leaves(tree: Any, leaves: Mapping[Path, Any]) -> Any:
 
 
 def add_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
-    """Return what `optax.apply_updates` does, where `None` for an update leaves a parameter as it is."""
+    """Return the result of `optax.apply_updates`. An update `None` leaves its parameter as it is."""
 
     def add(param: Any, update: Any) -> Any:
         return param if update is None else jnp.asarray(param + update).astype(jnp.result_type(param))
@@ -101,9 +101,9 @@ def add_updates(params: optax.Params, updates: optax.Updates) -> optax.Params:
 def has_node_types_of(tree: Any, like: Any) -> bool:
     """Return whether two trees have nodes of the same types, with as many children and, in a `dict`, the same keys.
 
-    `None` on either side is taken for any node: it is the moment of a gradient `None`, and the slow parameters of a
-    `lookahead` that is off. Other data of nodes than the keys of a `dict`, such as the static fields of a model, may
-    differ: the transformation that has them knows what it takes.
+    `None` on either side matches any node: it is the moment of a gradient `None`, or the slow weights of a `lookahead`
+    that is off. Only the keys of a `dict` are compared. Other data of nodes, such as the static fields of a model, may
+    differ. The transformation that has such data knows what it takes.
     """
     if tree is None or like is None:
         return True
@@ -119,6 +119,6 @@ def has_node_types_of(tree: Any, like: Any) -> bool:
 
 
 def children(tree: Any) -> list[Any] | None:
-    """Return the children of a node, or `None` of a leaf."""
+    """Return the children of a node, or `None` for a leaf."""
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: node is not tree)
     return None if len(nodes) == 1 and nodes[0] is tree else nodes

@@ -1,6 +1,6 @@
-"""Functions for the time between two updates: the slow parameters, a sync by hand, a reset.
+"""Functions for use between two updates: read the slow weights, make a sync by hand, reset.
 
-They find each `lookahead` in the state of any optimizer.
+They find every `lookahead` in the state of any optimizer.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ __all__ = ["reset_slow_params", "slow_params", "sync"]
 
 
 class _Weight(NamedTuple):
-    """A weight, with the path of both of its values in the trees of the slow parameters and the parameters."""
+    """A weight, and its path in the tree of the slow weights and in the tree of the parameters."""
 
     path: Any
     slow: jax.Array
@@ -32,28 +32,29 @@ class _Weight(NamedTuple):
 
 
 def slow_params(state: optax.OptState, params: optax.Params) -> optax.Params:
-    """Return the slow parameters, to evaluate with.
+    """Return the slow weights, for example to evaluate with.
 
     Args:
-        state: The state of an optimizer that has a `lookahead` at any depth: of `optax.chain`, `masked`, `partition`,
-            `inject_hyperparams`, `MultiSteps`, `apply_if_finite`; the `opt_state` of a Flax `nnx.Optimizer`, or a whole
-            `TrainState`. Of a `lookahead` inside another, those of the outer one are returned, unless it is switched
-            off. `optax.flatten` and `optax.contrib.split_real_and_imaginary` must be inside the `lookahead`.
+        state: The state of an optimizer that has a `lookahead` at any depth: in `optax.chain`, `masked`, `partition`,
+            `inject_hyperparams`, `MultiSteps` or `apply_if_finite`. Also the `opt_state` of a Flax `nnx.Optimizer`, or
+            a whole `TrainState`. If a `lookahead` is inside another, the slow weights of the outer one are returned,
+            unless it is switched off. `optax.flatten` and `optax.contrib.split_real_and_imaginary` must be inside the
+            `lookahead`.
         params: Tree of the current parameters, as the optimizer gets them.
 
     Returns:
-        A tree like `params`, in new buffers and in the parameters' dtypes, to which slow ones of a wider dtype are
-        rounded. A parameter that no `lookahead` in `state` has, as it is masked out, is that of `params`.
+        A tree like `params`, with the parameters' shapes and dtypes, in new buffers. Slow weights of a wider dtype are
+        rounded. A parameter without a slow weight, for example a masked one, is returned as in `params`.
 
     Raises:
-        ValueError: if `state` has no `lookahead`, or one of other parameters.
+        ValueError: if `state` has no `lookahead`, or a `lookahead` of other parameters.
     """
     found = _check(state, params)
     leaves = by_path(params)
     mapped = _copies(leaves)
 
     def visit(lookahead_state: LookaheadState) -> None:
-        # Those inside first: what an outer one has captured counts, or what they have if it is switched off.
+        # States inside come first: the slow weights of an outer `lookahead` replace theirs, unless it is switched off.
         for inside in outermost_nodes(lookahead_state.inner_state, (LookaheadState,)):
             visit(inside)
         for path, slow, param in _weights(lookahead_state, leaves):
@@ -72,28 +73,29 @@ def sync(
     outer: optax.GradientTransformation | None = None,
     reduce: Callable[[optax.Updates], optax.Updates] | None = None,
 ) -> tuple[optax.Params, optax.OptState]:
-    """Synchronise now, for the end of a run that does not end on a sync.
+    """Make a sync now, for the end of a run that does not end on a sync.
 
     Without an update since the last sync it changes nothing. So a second call changes nothing, also with slow momentum,
     and also in a run that was resumed.
 
-    There is a `UserWarning` if the slow parameters are still those from before the first update, the slow step size is
-    below 1, and there is no slow momentum: after a run shorter than `sync_period`, this call takes back a part of all
-    that was trained. In a function that JAX traces, and after `reset_slow_params`, there is none.
+    There is a `UserWarning` if all of this holds: the slow weights are still the weights with which training began, the
+    slow step size is below 1, and there is no slow momentum. The sync then takes back a part of the training. In a
+    function that JAX traces, and after `reset_slow_params`, there is no warning.
 
     Args:
         state: As for `slow_params`.
         params: Tree of the current parameters.
-        outer: The transformation that was given to `lookahead` as `outer`, if one was. A state has the numbers of the
-            other settings, and no functions.
-        reduce: The function that was given to `lookahead` as `reduce`, if one was. All workers must call `sync` then.
+        outer: The transformation that `lookahead` was given as `outer`, if any. The state has the numbers of the other
+            settings, but no functions. Defaults to `None`.
+        reduce: The function that `lookahead` was given as `reduce`, if any. All workers must then call `sync`. Defaults
+            to `None`.
 
     Returns:
         The new parameters and the new state.
 
     Raises:
         TypeError: if `outer` is no transformation.
-        ValueError: as `slow_params`, or if `outer` is needed and not given, or does not fit the state.
+        ValueError: as `slow_params`, or if `outer` is needed and missing, or does not fit the state.
     """
     found = _check(state, params)
     transformation, reduce = as_outer(outer), checked_reduce(reduce)
@@ -103,7 +105,7 @@ def sync(
 
     def synchronize(node: LookaheadState, captured_around: list[Any]) -> LookaheadState:
         """Return a state after the sync, and put its parameters into `mapped`."""
-        # Those inside first: what an outer one has captured counts.
+        # States inside come first, as the results of an outer `lookahead` replace theirs.
         around = [*captured_around, node.captured]
         node = node._replace(inner_state=_map_lookaheads(lambda inside: synchronize(inside, around), node.inner_state))
 
@@ -136,12 +138,15 @@ def sync(
 def reset_slow_params(
     state: optax.OptState, params: optax.Params, *, outer: optax.GradientTransformation | None = None
 ) -> optax.OptState:
-    """Capture the slow parameters again, after restoring the best ones, say. Slow momentum starts anew from 0.
+    """Capture the slow weights from the parameters again, for example after you restored the best parameters.
+
+    Slow momentum starts from 0 again. The next sync comes when it was due before.
 
     Args:
         state: As for `slow_params`.
         params: Tree of the parameters to capture.
-        outer: The transformation that was given to `lookahead` as `outer`, if one was. Its state starts anew.
+        outer: The transformation that `lookahead` was given as `outer`, if any. Its state starts again. Defaults to
+            `None`.
 
     Returns:
         The new state, with a copy of the parameters.
@@ -163,17 +168,23 @@ def reset_slow_params(
         slow = jax.tree.map(copy, node.slow_params, at_paths_of(node.slow_params, params))
         return node._replace(
             slow_params=slow,
-            # Unequal to `step`, now and later, so that it does not look like the capture before the first update.
+            # Different from `step`, now and later. If they were equal, this would look like the capture before the
+            # first update.
             captured=jax.tree.map(lambda step: jnp.where(step == 1, 2, 1).astype(jnp.int32), node.step),
             outer_state=begun_anew(node.outer_state, slow, transformation),
         )
 
-    # The outermost that is on. Those inside capture at the next update, as after any sync of an outer one.
+    # Only the outermost `lookahead` that is on captures here. All inside capture at the next update, as after any sync
+    # of an outer `lookahead`.
     return _map_lookaheads(capture, mark_stale(state, True))
 
 
 def _check(state: Any, params: Any) -> list[LookaheadState]:
-    """Return the outermost states of a `lookahead`, or raise `ValueError` if there is none, or other parameters."""
+    """Return the outermost states of a `lookahead`.
+
+    Raises:
+        ValueError: if there is no such state, or if it has other parameters.
+    """
     found = list(outermost_nodes(state, (LookaheadState,)))
     if not found:
         raise ValueError(
@@ -191,7 +202,7 @@ def _check(state: Any, params: Any) -> list[LookaheadState]:
 
 
 def _check_outer(state: Any, outer: optax.GradientTransformationExtraArgs | None) -> None:
-    """Raise `ValueError` if `outer` is needed and not given, or given and not needed."""
+    """Raise `ValueError` if `outer` is needed and missing, or given and not needed."""
     is_needed = False
     nodes = list(outermost_nodes(state, (LookaheadState,)))
     while nodes:
@@ -206,7 +217,7 @@ def _check_outer(state: Any, outer: optax.GradientTransformationExtraArgs | None
 
 
 def _map_lookaheads(function: Callable[[LookaheadState], LookaheadState], tree: Any) -> Any:
-    """Return a tree in which the outermost states of a `lookahead` are what a function makes of them."""
+    """Return a tree in which a function has replaced the outermost states of a `lookahead`."""
 
     def visit(node: Any) -> Any:
         return function(node) if isinstance(node, LookaheadState) else node
@@ -215,10 +226,10 @@ def _map_lookaheads(function: Callable[[LookaheadState], LookaheadState], tree: 
 
 
 def _weights(state: LookaheadState, leaves: Mapping[Any, Any]) -> list[_Weight]:
-    """Return the weights of a state, in the order of their leaves, or none if it is about other parameters.
+    """Return the weights of a state in the order of their leaves. Return none if the state has other parameters.
 
-    By path: where parameters are masked out there are none in the state, and those of `nnx` are variables there. A
-    `lookahead` that is inside `optax.flatten`, for example, gets other parameters.
+    Weights are found by path: a state has no leaves for masked parameters, and `nnx` keeps variables there. A
+    `lookahead` inside `optax.flatten`, for example, has other parameters.
     """
     if first_missing(state.slow_params, leaves):
         return []
@@ -255,7 +266,7 @@ def _outer_step(
         return [new_slow for new_slow, _ in moved.values()], outer_state
     if not weights or outer is None:
         return slow, outer_state
-    # `nnx` has variables in the place of the leaves, which the transformation does not know.
+    # `nnx` has variables in the place of the leaves. The transformation does not know these.
     leaves, structure = jax.tree.flatten(outer_state)
     like: Any = jax.tree.structure(jax.eval_shape(outer.init, tree))
     if len(leaves) != like.num_leaves:
@@ -274,26 +285,26 @@ def _copies(leaves: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _warn_if_within_first_cycle(state: LookaheadState) -> None:
-    """Warn if the slow parameters were captured before the first update, from the state of `sync`."""
+    """Warn if the slow weights were captured before the first update. The warning points at the caller of `sync`."""
     scalars = jax.tree.leaves((state.captured, state.step, state.next_slow_step_size))
     if any(isinstance(scalar, jax.core.Tracer) for scalar in scalars):
         return
-    # Several numbers each in states that `jax.vmap` has stacked.
+    # In states that `jax.vmap` has stacked, each of these has several numbers.
     captured, step, slow_step_size = map(np.asarray, scalars)
     if not captured.any():
         # It is switched off, or there is nothing to do.
         for inside in outermost_nodes(state.inner_state, (LookaheadState,)):
             _warn_if_within_first_cycle(inside)
-    # Later captures have another number of updates since than there were in all.
+    # After a later capture, the number of updates since the capture is smaller than the number of all updates.
     elif (captured == step).all() and state.outer_state is None:
         warn_if_within_first_cycle(int(step.max()), None, float(slow_step_size.max()), stacklevel=3)
 
 
 def _scalar(node: Any, param: ArrayLike) -> jax.Array:
-    """Return a scalar of the state, with axes that broadcast with a parameter's.
+    """Return a scalar of the state, with axes that broadcast with a parameter's axes.
 
-    It is in a node of one leaf, as `nnx` keeps it in a variable. In states that `jax.vmap` has stacked it has the
-    leading axes of the parameters.
+    `nnx` keeps the scalar in a variable, a node with one leaf. In states that `jax.vmap` has stacked, the scalar has
+    the leading axes of the parameters.
     """
     (scalar,) = jax.tree.leaves(node)
     return jnp.reshape(scalar, jnp.shape(scalar) + (1,) * (jnp.ndim(param) - jnp.ndim(scalar)))

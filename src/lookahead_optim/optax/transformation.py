@@ -3,14 +3,14 @@
 Where things happen:
 
 - the outer step of a weight: `outer_step` in `_outer_step.py`;
-- a plain sync, without momentum and in the weights' own dtype: `_Lookahead.update`, `updates_to_sync` or, for
-  `apply_gradients`, `params_after_sync` in `_outer_step.py`;
-- a sync with momentum, `outer` or wider slow weights: `_Lookahead.update`, `sync_if_due` in `_conditional.py`;
-- capture: `_Lookahead._captured`, `capture_if_stale` in `_slow_weights.py` or `capture_passing_params` in
-  `_conditional.py`, where the state's `captured` is 0;
+- a plain sync, without momentum and in the weights' own dtype: `_Lookahead.update`, and `updates_to_sync` in
+  `_outer_step.py`, or for `apply_gradients` `params_after_sync`;
+- a sync with momentum, `outer` or wider slow weights: `_Lookahead.update`, and `sync_if_due` in `_conditional.py`;
+- capture: `_Lookahead._captured`, and `capture_if_stale` in `_slow_weights.py` or `capture_passing_params` in
+  `_conditional.py`, if the state's `captured` is 0;
 - what is saved: `LookaheadState` in `_slow_weights.py`, `SlowMomentumState` in `_momentum.py`;
 - a skipped update: `is_applied` and `completes_step` in `_combinators.py`;
-- a frozen weight: all functions of a sync leave a weight alone whose update is `None`.
+- a frozen weight: its update is `None`, and all functions of a sync leave it alone.
 """
 
 from collections.abc import Callable
@@ -62,34 +62,35 @@ class LookaheadTransformation(optax.GradientTransformationExtraArgs):
 
     def __repr__(self) -> str:
         rule = getattr(self.update, "__self__", None)
-        # Another function may stand in the place of `update`.
+        # A user may have put another function in the place of `update`.
         return repr(rule) if isinstance(rule, _Lookahead) else super().__repr__()
 
     def apply_gradients(
         self, grads: optax.Updates, state: LookaheadState, params: optax.Params, **extra_args: Any
     ) -> tuple[optax.Params, LookaheadState]:
-        r"""Make a step, and return the new parameters instead of updates to be added.
+        r"""Make a step, and return the new parameters instead of updates.
 
-        The same as `update` and `optax.apply_updates`, but that a sync is exact: the new parameters are the rounded
-        $\phi + \alpha (\theta - \phi)$, which no update added to $\theta$ gives in general.
+        This does the same as `update` and `optax.apply_updates`, except that a sync is exact. The new parameters are
+        the rounded $\phi + \alpha (\theta - \phi)$. In general no update that is added to $\theta$ gives these.
 
         Args:
             grads: Tree of gradients, as for `update`.
-            state: State of this transformation. It can be donated, like the parameters.
+            state: State of this transformation. It can be donated, and so can the parameters.
             params: Tree of parameters.
-            **extra_args: What the inner transformation's `update` takes besides.
+            **extra_args: Other arguments of the inner transformation's `update`.
 
         Returns:
-            New parameters, with the shapes and dtypes of `params`, and the new state. A jitted function should return
-            them in the order in which it takes those that it donates, as XLA reuses buffers by position.
+            The new parameters, with the shapes and dtypes of `params`, and the new state. If a jitted function donates
+            its arguments, it should return the new values in the order of these arguments, as XLA reuses buffers by
+            position.
 
         Raises:
             TypeError: if `update` was replaced by a function that does not return what `update` returns. A function
-                around `update`, such as `jax.jit(optimizer.update)`, may stand in its place. It may change gradients,
-                but the parameters do not have what it does to the updates afterwards.
+                around `update`, such as `jax.jit(optimizer.update)`, may take its place. The function may change
+                gradients. Its changes of the updates afterwards do not reach the parameters.
             ValueError: as an update of `lookahead`.
         """
-        # Handled in `_Lookahead.update`; why, `_ForParams` says.
+        # `_Lookahead.update` handles this. `_ForParams` says why.
         _, step = self.update(_ForParams(grads), state, params, **extra_args)
         if not isinstance(step, _Step):
             raise TypeError(
@@ -102,23 +103,24 @@ class LookaheadTransformation(optax.GradientTransformationExtraArgs):
 class _ForParams(NamedTuple):
     """Gradients that tell `update` to return a `_Step`.
 
-    Parameters and updates are two results of one step, but Optax remakes transformations from `init` and `update`
+    Parameters and updates are two results of one step. But Optax rebuilds transformations from `init` and `update`
     alone, and users put functions such as `jax.jit(optimizer.update)` in the place of `update`. So `apply_gradients`
-    goes through `update` too. It says so by the type of a tree, which passes through `jax.jit` and the like.
+    calls `update` too. It tells `update` so by the type of a tree, which passes through `jax.jit` and similar
+    functions.
     """
 
     grads: optax.Updates
 
 
 class _Step(NamedTuple):
-    """New parameters and state, in the place of the state, where no combinator takes them for updates."""
+    """New parameters and state, in the place of the state. There no combinator takes the parameters for updates."""
 
     params: optax.Params
     state: LookaheadState
 
 
-# `optax.inject_hyperparams` makes traced arrays of the Python numbers among the arguments, also of defaults. A traced
-# factor needs memory for the momentum. As a number of NumPy the default stays what it is: no momentum.
+# `optax.inject_hyperparams` makes traced arrays of arguments that are Python numbers, also of defaults. A traced factor
+# needs memory for the momentum. It leaves NumPy's numbers alone, so the default still means no momentum.
 _NO_MOMENTUM = np.float32(0.0)
 
 
@@ -136,76 +138,84 @@ def lookahead(
 ) -> LookaheadTransformation:
     r"""Lookahead: `k` steps forward, one step back.
 
-    The inner transformation moves the parameters, the *fast* ones $\theta$. After every `sync_period` ($k$) of its
-    updates a second copy of them, the *slow* parameters $\phi$, takes a step towards the fast ones, and these restart
-    from there:
+    The inner transformation moves the parameters. These are the *fast* weights $\theta$. A second copy of them is kept
+    in the state, the *slow* weights $\phi$. After every `sync_period` ($k$) updates of the inner transformation a
+    *sync* moves the slow weights towards the fast weights. The fast weights then restart from the slow weights:
 
     .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
-    Parameters and updates are plain trees; the slow parameters live in the state. They are captured immediately before
-    the first update, and before the first update after each sync. They take the memory of one more copy of the
-    parameters.
-    `slow_params` finds them in the state of any optimizer that this transformation is a part of. After a sync they are
-    the parameters that the updates result in, bit for bit, also if something behind it in an `optax.chain` has changed
-    these updates.
+    The difference $s = \phi - \theta$ at a sync is the *pseudo-gradient*. Without momentum, a sync is a step of
+    gradient descent with $s$. With `slow_momentum` ($\mu$) it is gradient descent with momentum $b$, as in SNOO and,
+    with one worker, DiLoCo:
 
-    What counts is an update that is applied. Gradients that `optax.MultiSteps` inside only accumulates, those that
-    `optax.apply_if_finite` inside finds not to be finite (also those that it applies in the end, after too many), and
-    the adversarial steps of `optax.contrib.sam` do not. Around the `lookahead`, the first two leave its state as it
-    is then. Where such a transformation holds for a part of the parameters only, in an `optax.partition`, put a
-    `lookahead` around it inside of the `partition`.
+    .. math:: b \leftarrow \mu b + s, \qquad \phi \leftarrow \phi - \alpha (s + \mu b), \qquad \theta \leftarrow \phi.
 
-    A `lookahead` may be inside another. Both count the updates of the innermost transformation, and all parameters
-    restart from those that the outer one has synchronised, the inner one's slow ones too.
+    The momentum $b$ starts from 0. If `slow_nesterov` is `False`, the slow step is $\alpha b$ instead of
+    $\alpha (s + \mu b)$. With `outer`, any Optax transformation makes the slow step from $s$.
 
-    A weight whose update is `None` at a sync is frozen. The sync does not move it, its slow weight starts anew from
-    its own value, and its slow momentum from 0. A weight whose update is 0, from `optax.set_to_zero` say, takes part.
-    It stays if it has not moved since the last sync and has no slow momentum.
+    Parameters and updates are plain trees, as for any transformation. Read the slow weights with `slow_params`. It
+    finds them in the state of any optimizer that contains this transformation. The slow weights are captured from the
+    parameters immediately before the first update, and again before the first update after each sync. After a sync they
+    equal the parameters to which the updates lead, bit for bit. This also holds if another transformation, behind this
+    one in an `optax.chain`, has changed the updates. The slow weights take the memory of one more copy of the
+    parameters. Slow momentum takes the memory of another copy.
 
-    The way back of a cycle, $s = \phi - \theta$, is the *pseudo-gradient*. With slow momentum ($\mu$) the slow step is
-    gradient descent with it, and $b$ starts from 0:
+    Only applied updates count. These updates do not count: gradients that `optax.MultiSteps` inside only accumulates,
+    gradients that `optax.apply_if_finite` inside finds not to be finite (also gradients that it applies in the end,
+    after too many errors), and the adversarial steps of `optax.contrib.sam`. If `optax.MultiSteps` or
+    `optax.apply_if_finite` is around the `lookahead`, it leaves the state of the `lookahead` alone for such gradients.
+    If such a transformation holds only for a part of the parameters in an `optax.partition`, put a `lookahead` around
+    it inside the `partition`.
 
-    .. math:: b \leftarrow \mu b + s, \qquad d = s + \mu b, \qquad \phi \leftarrow \phi - \alpha d, \qquad
-        \theta \leftarrow \phi.
+    A weight whose update is `None` at a sync is frozen. The sync does not move it. Its slow weight is captured again
+    from it, and its slow momentum becomes 0. A weight whose update is 0, for example from `optax.set_to_zero`, takes
+    part. It stays where it is if it has not moved since the last sync and has no slow momentum.
 
-    That needs one more copy of the parameters, for $b$. With `outer`, any transformation makes the slow step from $s$.
+    A `lookahead` may be inside another `lookahead`. Both count the updates of the innermost transformation. At a sync
+    of the outer wrapper all weights restart from the outer wrapper's slow weights, and so do the slow weights of the
+    inner wrapper.
 
     Args:
-        inner: The inner transformation, or an `optax.MultiSteps`. What changes its updates belongs inside:
-            `lookahead(optax.chain(...))`.
-        sync_period: Integer >= 0, inner updates per slow step ($k$). 0 switches Lookahead off: the transformation then
-            is the inner one. 2^31 or more is never due. An array may be traced, and its value is not checked. Defaults
-            to 6.
-        slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or an Optax schedule of the number of syncs so
-            far, `step // sync_period`. 1 recovers the inner transformation, without slow momentum. Above 1 there is a
-            `UserWarning`, unless there is slow momentum. An array may be traced, and its value is not checked. Defaults
-            to 0.5.
-        slow_momentum: Float in [0, 1), the factor of the slow momentum ($\mu$), by which steps become
-            $1 / (1 - \mu)$ times as long in the long run. An array may be traced, and its value is not checked; it
-            needs the memory for $b$ also where it is 0. Defaults to 0, no momentum.
-        slow_nesterov: Boolean, whether the momentum is Nesterov's. Otherwise it is heavy ball, $d = b$. Defaults to
-            `True`.
-        outer: Transformation of the pseudo-gradients, whose updates are added to the slow parameters, in place of
-            `slow_step_size`, `slow_momentum` and `slow_nesterov`. `optax.sgd(eta, momentum=mu, nesterov=True)` is what
-            these three do. Its schedules count syncs, and `sync` and `reset_slow_params` need it. Defaults to `None`.
-        slow_dtype: Dtype of the slow parameters and $b$ for real weights, at least as wide as the dtype of each:
-            `"float32"` for parameters in bfloat16, whose slow ones would lose small moves. Then $s$ is measured from
-            where the fast weights restarted, the rounded slow ones. `update` returns updates of this dtype, so that
-            `optax.apply_updates`, which adds first and rounds then, ends at the rounded slow weights. Defaults to
-            `None`, the dtype of each parameter.
-        reduce: Function of the tree of pseudo-gradients, in the dtypes of the slow parameters, that returns their mean
-            over workers: `functools.partial(jax.lax.pmean, axis_name="workers")` in a `jax.shard_map`, or under a
-            `jax.vmap` with that axis name. Only a sync calls it. All workers must start with equal parameters, and make
-            the same updates: a worker that skips one waits for others that do not come. Defaults to `None`, one worker.
+        inner: The inner transformation, or an `optax.MultiSteps`. Transformations that change its updates belong
+            inside: `lookahead(optax.chain(...))`.
+        sync_period: Integer >= 0, the number of inner updates per sync ($k$). 0 switches Lookahead off: the
+            transformation then behaves as the inner one. A period of 2^31 or more is never due. An array may be traced,
+            and its value is not checked. Defaults to 6.
+        slow_step_size: Finite float >= 0, the slow step size ($\alpha$): the part of the way to the fast weights that
+            the slow weights move at a sync. 1, without slow momentum, gives the inner transformation. Above 1, without
+            slow momentum, there is a `UserWarning`. It may also be an Optax schedule, a function of the number of syncs
+            so far, `step // sync_period`. An array may be traced, and its value is not checked. Defaults to 0.5.
+        slow_momentum: Float in [0, 1), the factor of the slow momentum ($\mu$). In the long run it makes slow steps
+            $1 / (1 - \mu)$ times as long. An array may be traced, and its value is not checked. An array needs the
+            memory for $b$ even if it is 0. Defaults to 0, no momentum.
+        slow_nesterov: Boolean, whether the slow momentum is Nesterov's. `False` gives heavy ball. Without slow momentum
+            it has no effect. Defaults to `True`.
+        outer: Transformation of the pseudo-gradients, in place of `slow_step_size`, `slow_momentum` and
+            `slow_nesterov`. Its updates are added to the slow weights. These three settings do the same as
+            `optax.sgd(eta, momentum=mu, nesterov=True)`. Schedules in `outer` count syncs. `sync` and
+            `reset_slow_params` need `outer` too. Defaults to `None`.
+        slow_dtype: Dtype of the slow weights and the slow momentum, for real weights. It must be at least as wide as
+            the dtype of each parameter. Use `"float32"` for parameters in bfloat16: slow weights in bfloat16 would lose
+            small moves. The fast weights restart from the slow weights rounded to their own dtype, and the
+            pseudo-gradient is measured from there. `update` then returns updates of this dtype. `optax.apply_updates`
+            adds first and rounds afterwards, so it ends at the rounded slow weights. Defaults to `None`, the dtype of
+            each parameter.
+        reduce: Function for training with several workers. It is given the tree of pseudo-gradients, in the dtypes of
+            the slow weights, and returns their mean over workers. For example, use
+            `functools.partial(jax.lax.pmean, axis_name="workers")` in a `jax.shard_map`, or under a `jax.vmap` with
+            that axis name. Only a sync calls it. All workers must start with equal parameters and make the same
+            updates. If a worker skips an update, the workers wait for each other forever. Defaults to `None`, one
+            worker.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` that has `apply_gradients` too.
+        An `optax.GradientTransformationExtraArgs` that also has `apply_gradients`.
 
     Raises:
         TypeError: if an argument has the wrong type, or another implementation's name.
-        ValueError: if a number is out of range, or `outer` is given with settings that it replaces; from `init`, if
-            `slow_dtype` is narrower than a parameter's; from an update, if it is not given a state of this
-            transformation and parameters like those of `init`. Parameters that the state does not have are left alone.
+        ValueError: if a number is out of range, or if `outer` is given together with settings that it replaces. `init`
+            raises it if `slow_dtype` is narrower than the dtype of a parameter. An update raises it for a state of
+            another transformation, or for parameters unlike the parameters of `init`. (Parameters that the state does
+            not have are left alone.)
 
     Example:
 
@@ -225,9 +235,9 @@ def lookahead(
         Zhang, Lucas, Hinton and Ba, `Lookahead Optimizer: k steps forward, 1 step back
         <https://arxiv.org/abs/1907.08610>`__, 2019, Algorithm 1.
 
-        With slow momentum: Kallusky, Rao, Nandavanam and Shi, `SNOO: Step-K Nesterov Outer Optimizer
-        <https://arxiv.org/abs/2510.15830>`__, 2025, and on many workers Douillard et al., `DiLoCo
-        <https://arxiv.org/abs/2311.08105>`__, 2023.
+        Slow momentum: Kallusky, Rao, Nandavanam and Shi, `SNOO: Step-K Nesterov Outer Optimizer
+        <https://arxiv.org/abs/2510.15830>`__, 2025; Douillard et al., `DiLoCo
+        <https://arxiv.org/abs/2311.08105>`__, 2023, Algorithm 1.
     """
     momentum = checked_slow_momentum(slow_momentum)
     transformation = as_outer(outer)
@@ -249,12 +259,12 @@ def lookahead(
 class _Lookahead:
     """The functions of the transformation, with its settings.
 
-    A plain sync only changes the parameters; the slow ones are read from them at the next update. That makes it
-    elementwise, so that XLA fuses it into the inner transformation's last operation and needs no buffer for it, and
-    whatever the caller's addition rounds the updates to, fast and slow parameters are the same afterwards.
+    A plain sync changes only the parameters. The slow weights are read from the parameters at the next update. So a
+    plain sync is elementwise: XLA fuses it into the inner transformation's last operation and needs no buffer for it.
+    And fast and slow weights are the same after a sync, however the caller's addition rounds the parameters.
 
-    A sync that changes more than the parameters runs under a conditional, as `_conditional.py` says. The slow ones are
-    read from the parameters all the same.
+    A sync that changes more than the parameters runs under a conditional; see `_conditional.py`. It also reads the slow
+    weights from the parameters.
     """
 
     def __init__(
@@ -339,12 +349,12 @@ class _Lookahead:
         return self._synced(is_sync, new_state, state.step, inner_updates, inner_updates, params)
 
     def _is_plain(self, state: LookaheadState, params: optax.Params) -> bool:
-        """Return whether a sync changes nothing but the parameters."""
+        """Return whether a sync changes only the parameters."""
         is_alone = self.reduce is None
         return is_alone and state.outer_state is None and not has_wider(state.slow_params, params)
 
     def _captured(self, state: LookaheadState, params: optax.Params) -> tuple[optax.Params, optax.Params]:
-        """Return the slow parameters with which the update starts, and the parameters."""
+        """Return the slow weights with which the update starts, and the parameters."""
         if is_off(self.sync_period):
             return state.slow_params, params
         if self._is_plain(state, params):
@@ -359,19 +369,19 @@ class _Lookahead:
         params: optax.Params,
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, jax.Array, LookaheadState]:
-        """Return the inner updates, whether a sync follows them, and the new state before it."""
+        """Return the inner updates, whether a sync follows them, and the new state before the sync."""
         updates, inner_state = self.inner.update(grads, state.inner_state, params, **extra_args)
         self.inner_states.add(inner_state)
         is_moved = is_applied(state.inner_state, inner_state)
         is_step = is_moved & completes_step(inner_state)
         step = jnp.where(is_step, next_count(state.step, self.sync_period), state.step)
         is_sync = is_step & is_due(step, self.sync_period)
-        # The adversarial steps of `sam` move the parameters and complete no step.
+        # The adversarial steps of `sam` move the parameters but complete no step.
         since_capture = jnp.maximum(jnp.minimum(state.captured, END - 1) + is_step, 1)
-        # Slow parameters of workers are not captured from their own parameters: an addition may have rounded these.
+        # With workers the slow weights are not captured from the parameters, as an addition may have rounded these.
         after_sync = 0 if self.reduce is None else IN_PLACE
         captured = jnp.where(is_sync, after_sync, jnp.where(self.sync_period == 0, 0, since_capture))
-        # `mark_stale` marks the states of wrappers inside, and `captured` this one's own.
+        # `mark_stale` marks the states of wrappers inside. `captured` marks the state of this wrapper.
         new_state = LookaheadState(
             inner_state=mark_stale(inner_state, is_sync),
             slow_params=slow,
@@ -383,7 +393,7 @@ class _Lookahead:
         return updates, is_sync, new_state
 
     def _outer_state_unless_off(self, state: LookaheadState) -> Any:
-        """Return the outer state with which an update begins: where Lookahead is switched off it starts anew."""
+        """Return the outer state with which an update begins. It starts again if Lookahead is switched off."""
         if state.outer_state is None or (isinstance(self.sync_period, int) and self.sync_period > 0):
             return state.outer_state
         is_switched_off = jnp.asarray(self.sync_period) == 0
@@ -400,10 +410,10 @@ class _Lookahead:
         updates: optax.Updates,
         params: optax.Params | None,
     ) -> tuple[optax.Updates, LookaheadState]:
-        """Return what moves, and the state, after a sync if it is due.
+        """Return the moving tree and the state, after a sync if it is due.
 
-        What moves are the fast parameters, or, if `params` are given, the updates that lead from these to the fast
-        parameters.
+        The moving tree `moving` holds the fast weights. If `params` are given, it holds the updates that lead from
+        `params` to the fast weights.
         """
         if is_off(self.sync_period):
             return moving, state
