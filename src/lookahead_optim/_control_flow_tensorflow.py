@@ -1,7 +1,7 @@
-"""How TensorFlow updates weights only when that is due: eager, in graphs, under XLA and under `tf.distribute`.
+"""How TensorFlow updates weights only when an update is due: eager, in graphs, under XLA and under `tf.distribute`.
 
-An update is due at one step in `sync_period`. All other steps should cost nothing for it. In a graph the step count is
-a tensor, which Python's `if` cannot read. TensorFlow has three kinds of control flow, and each is right in one place:
+An update is due at one step in `sync_period`. It should cost nothing in all other steps. In a graph the step count is a
+tensor, which Python's `if` cannot read. TensorFlow has three kinds of control flow, and each is right in one place:
 
 | weights | how they are updated |
 |---|---|
@@ -9,19 +9,19 @@ a tensor, which Python's `if` cannot read. TensorFlow has three kinds of control
 | in a function that XLA does not compile, all on one CPU | the `If` operation |
 | in any other graph: XLA, several devices, a strategy, TensorFlow 1 | `tf.while_loop` of zero or one rounds |
 
-*Not `tf.cond` in functions.* It is lowered to one `Switch` and one `Merge` operation for every variable that it uses,
-which run at every step, due or not. So is `tf.while_loop`. The `If` operation, made without the attribute that asks for
-lowering, looks at the predicate and calls one of two functions. Its kernel runs on one device, so that all variables
-have to be there.
+*No `tf.cond` in functions.* TensorFlow lowers `tf.cond` to a `Switch` and a `Merge` operation for every variable that
+it uses. These run at every step, due or not. TensorFlow lowers `tf.while_loop` in the same way. The `If` operation,
+made without the attribute that asks for lowering, reads the predicate and calls one of two functions. Its kernel runs
+on one device, so all variables must be there.
 
-*Not a conditional under XLA.* The branches of XLA's conditional have buffers of their own: every variable is copied on
-the way in and on the way out, due or not. The state of a loop, however, is updated in place, and a loop of zero rounds
-does nothing. Only a variable that the loop reads and does not write is copied. See `_write_back`.
+*No conditional under XLA.* The branches of XLA's conditional have their own buffers. Every variable is copied on the
+way in and on the way out, due or not. The state of a loop, however, is updated in place, and a loop of zero rounds does
+nothing. Only a variable that the loop reads and does not write is copied. See `_write_back`.
 
-*First `merge_call`, then the control flow.* A strategy runs a step in one thread per replica, all of which build one
-graph. A weight has a component on every device, and they are updated together, in the cross-replica context that
-`merge_call` leads to. `merge_call` is an error within a function of its own, such as a branch or a body of a loop: so
-it must be outside.
+*`merge_call` first, then the control flow.* A strategy runs a step in one thread per replica, and all threads build one
+graph. A weight has a component on every device. All components are updated together, in the cross-replica context of
+`merge_call`. Inside a function of its own, such as a branch or a body of a loop, `merge_call` is an error. So it must
+be outside.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ __all__ = ["Pair", "after", "is_compiled_by_xla", "operations", "update_if_due"]
 
 
 class Pair(NamedTuple):
-    """A slow weight, its fast one, the latter's constraint and the slow momentum, if there are any."""
+    """A slow weight, its fast weight, the fast weight's constraint or `None`, and the slow momentum or `None`."""
 
     slow: tf.Variable
     fast: tf.Variable
@@ -57,10 +57,18 @@ def update_if_due(
     update: Update,
     writes_fast: bool = True,
 ) -> tf.Tensor | None:
-    """Call `update(pair)` for each of `pairs()` if `is_due(count)`; return a tensor to wait for, in a graph.
+    """If `is_due(count)`, call `update(pair)` for each of `pairs()`.
 
-    `update` assigns to the slow weight and the slow momentum, and if `writes_fast` to the fast weight. It returns the
-    assignments.
+    Args:
+        count: The count that decides.
+        is_due: Function of the count that returns whether the update is due.
+        pairs: Function that returns the pairs.
+        update: Function that assigns to the slow weight and the slow momentum of a pair, and if `writes_fast` to the
+            fast weight. It returns the assignments.
+        writes_fast: Boolean, whether `update` assigns to the fast weights. Defaults to `True`.
+
+    Returns:
+        In a graph, a tensor to wait for, or `None`.
     """
     is_in_scope = tf.distribute.has_strategy()
     # Check first whether the update is due: listing many weights is slower.
@@ -69,12 +77,12 @@ def update_if_due(
     listed = pairs()
     if not listed:
         return None
-    # Outside of a scope this is the default strategy, also of variables that have another one.
+    # Outside of a scope this is the default strategy, also for variables that have another strategy.
     current = tf.distribute.get_strategy()
     strategies = [getattr(pair.slow, "distribute_strategy", current) for pair in listed]
     if not is_in_scope and all(strategy is current for strategy in strategies):
         if tf.executing_eagerly():
-            # What the default strategy would do, without entering its contexts for each weight.
+            # This is what the default strategy does, without entering its contexts for each weight.
             for pair in listed:
                 update(pair)
             return None
@@ -92,25 +100,25 @@ def update_if_due(
         return _loop(pending, strategy, listed, update, writes_fast)
 
     if is_in_scope and not tf.distribute.in_cross_replica_context():
-        # `tf.distribute.ReplicaContext.merge_call`, the public way, is an error where XLA compiles the step of each GPU
-        # for itself. No public function says so. This one then calls its argument directly.
+        # The public `tf.distribute.ReplicaContext.merge_call` is an error where XLA compiles the step of each GPU by
+        # itself. No public function says where this is so. This private function calls its argument directly there.
         return tf.__internal__.distribute.interim.maybe_merge_call(in_cross_replica_context, strategies[0])
     return in_cross_replica_context(strategies[0])
 
 
 def is_compiled_by_xla() -> bool:
-    """Return whether the graph under construction is part of one that XLA compiles."""
+    """Return whether the graph under construction is part of a graph that XLA compiles."""
     # No public function says so.
     return tf.__internal__.get_enclosing_xla_context() is not None
 
 
 def operations(*done: Any) -> list[tf.Operation]:
-    """Return what a graph must wait for, from nested lists in which `None` is nothing."""
+    """Return the operations in nested lists, for which a graph must wait. `None` stands for nothing."""
     return [operation for operation in tf.nest.flatten(done) if operation is not None]
 
 
 def after(*done: Any) -> contextlib.AbstractContextManager[None]:
-    """Return a context whose operations wait for those in `done`, in a graph of TensorFlow 1 too."""
+    """Return a context whose operations wait for the operations in `done`, in a graph of TensorFlow 1 too."""
     return tf.control_dependencies([] if tf.executing_eagerly() else operations(*done))
 
 
@@ -123,7 +131,8 @@ def _update_all(strategy: tf.distribute.Strategy, pairs: Sequence[Pair], update:
         done = update(pair._replace(slow=slow, fast=fast, momentum=momentum))
         return [] if tf.executing_eagerly() else done
 
-    # The strategy calls `assignments` once per device, with the components there in place of its distributed variables.
+    # The strategy calls `assignments` once per device, with the device's components in place of its distributed
+    # variables.
     return [
         strategy.extended.update(slow, functools.partial(assignments, pair=pair), args=tuple(others), group=False)
         for pair in pairs
@@ -134,7 +143,7 @@ def _update_all(strategy: tf.distribute.Strategy, pairs: Sequence[Pair], update:
 def _loop(
     pending: tf.Tensor, strategy: tf.distribute.Strategy, pairs: Sequence[Pair], update: Update, writes_fast: bool
 ) -> tf.Tensor:
-    """Update in a loop of one round if `pending`, else of none; return a tensor to wait for."""
+    """Update in a loop of one round if `pending`, and of no round otherwise; return a tensor to wait for."""
 
     def body(is_running: tf.Tensor) -> tuple[tf.Tensor]:
         def update_and_write_back(pair: Pair) -> list[tf.Operation]:
@@ -150,9 +159,9 @@ def _loop(
 
 
 def _write_back(fast: tf.Variable, is_running: tf.Tensor, after: list[tf.Operation]) -> tf.Operation:
-    """Assign its own value to a variable, so that XLA does not copy it for the loop.
+    """Assign its own value to a variable, so that XLA does not copy the variable for the loop.
 
-    In the body of the loop `is_running` is true. The compiler cannot know, and has to keep an assignment that otherwise
+    In the body of the loop `is_running` is true. The compiler cannot know this. So it keeps the assignment, which
     changes nothing.
     """
     with tf.control_dependencies(after):
@@ -160,9 +169,10 @@ def _write_back(fast: tf.Variable, is_running: tf.Tensor, after: list[tf.Operati
 
 
 def _if_operation(pending: tf.Tensor | bool, pairs: Sequence[Pair], update: Update) -> tf.Tensor | None:
-    """Update if `pending`, by an `If` operation; return a tensor to wait for, or None if it cannot be used.
+    """Update if `pending`, by an `If` operation.
 
-    It cannot if not all variables are on one CPU.
+    Returns:
+        A tensor to wait for, or `None` if not all variables are on one CPU and the operation cannot be used.
     """
     if not _are_on_one_cpu(variable.device for pair in pairs for variable in pair.variables()):
         return None

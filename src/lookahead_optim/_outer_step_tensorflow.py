@@ -1,7 +1,7 @@
-"""The outer step on TensorFlow variables: pseudo-gradient, slow momentum, slow step, restart; and the capture.
+"""The outer step on TensorFlow variables (pseudo-gradient, slow momentum, slow step, restart), and the capture.
 
-`_outer_step` and `_capture_one` say what is done to one pair. `update_if_due` does it to all pairs, if it is due, by
-the control flow that the place asks for.
+`_outer_step` and `_capture_one` handle one pair. `update_if_due` applies them to all pairs if that is due, with the
+control flow that the place needs.
 """
 
 import functools
@@ -32,9 +32,10 @@ class OuterStep(NamedTuple):
 def capture(
     count: tf.Variable, is_due: Callable[[tf.Tensor], tf.Tensor | bool], pairs: Callable[[], Sequence[Pair]]
 ) -> tf.Tensor | None:
-    """Set every slow weight of `pairs()` to its fast one, and its momentum to 0, if `is_due(count)`.
+    """If `is_due(count)`, set every slow weight of `pairs()` to its fast weight, and its momentum to 0.
 
-    Return a tensor to wait for, in a graph.
+    Returns:
+        In a graph, a tensor to wait for, or `None`.
     """
     return update_if_due(count, is_due, pairs, _capture_one, writes_fast=False)
 
@@ -47,10 +48,13 @@ def synchronize(
     step: Callable[[], OuterStep],
     constrain_slow: bool = True,
 ) -> tf.Tensor | None:
-    """Make the outer step of every pair of `pairs()` if `is_due(count)`; return a tensor to wait for.
+    """If `is_due(count)`, make the outer step of every pair of `pairs()`.
 
-    A constraint is applied to the fast weight, and if `constrain_slow` to the slow one. `step()` is asked for once: in
-    eager execution when the outer step is due, and in a graph before.
+    A constraint is applied to the fast weight, and if `constrain_slow` also to the slow weight. `step()` is called
+    once: in eager execution when the outer step is due, and in a graph before.
+
+    Returns:
+        In a graph, a tensor to wait for, or `None`.
     """
     step = functools.cache(step)
     if not tf.executing_eagerly():
@@ -72,7 +76,7 @@ def _capture_one(pair: Pair) -> list[tf.Operation]:
 def _outer_step(pair: Pair, step: OuterStep, constrain_slow: bool) -> list[tf.Operation]:
     """Make the outer step of one pair; return the assignments.
 
-    With slow momentum b, of factor mu, and the slow step size eta, this is
+    With slow momentum b, its factor mu and the slow step size eta, the step is
 
         s = slow - fast
         b = mu * b + s
@@ -98,16 +102,16 @@ def _outer_step(pair: Pair, step: OuterStep, constrain_slow: bool) -> list[tf.Op
 
 
 def _descend(pair: Pair, step: OuterStep) -> tuple[tf.Tensor, list[tf.Operation]]:
-    """Return the new slow weight, and what assigns the new slow momentum: both rounded once to their dtypes.
+    """Return the new slow weight, and the assignments of the new slow momentum. Both are rounded once to their dtypes.
 
-    The fast weight started from the slow weight rounded to its dtype. Measured from there, a fast weight that did not
-    move leaves a slow weight of a wider dtype alone, bit for bit.
+    The fast weight started from the slow weight rounded to its dtype, so the pseudo-gradient is measured from there.
+    Then a slow weight of a wider dtype does not change by a bit if its fast weight did not move.
     """
     slow, fast, _, momentum = pair
     dtype = tf.float32 if slow.dtype.size < 4 else slow.dtype
     start, end, step_size = tf.cast(slow, dtype), tf.cast(fast, dtype), _as_dtype(step.slow_step_size, dtype)
     restart_point = _rounded(start, fast.dtype)
-    # Equal infinities, such as those of a mask, have no way between them.
+    # Between equal infinities, such as in a mask, the pseudo-gradient is 0.
     pseudo_gradient = tf.where(tf.equal(restart_point, end), tf.zeros_like(end), restart_point - end)
     if momentum is None:
         moved = tf.where(tf.equal(step_size, 1), end, start - step_size * pseudo_gradient)
@@ -122,10 +126,10 @@ def _descend(pair: Pair, step: OuterStep) -> tuple[tf.Tensor, list[tf.Operation]
 
 
 def _descend_in_place(pair: Pair, step: OuterStep) -> list[tf.Operation]:
-    """Do what `_descend` does by one kernel, which moves the slow weight and its momentum."""
+    """Do the same as `_descend` with one kernel, which moves the slow weight and its momentum."""
     slow, fast, _, momentum = pair
     pseudo_gradient = tf.subtract(slow, fast)
-    # One pass finds what is not finite. Squares that overflow are a false alarm.
+    # One pass finds values that are not finite. Squares that overflow are a false alarm, which is harmless.
     size = tf.nn.l2_loss(pseudo_gradient)
 
     def usual() -> tf.Operation:
@@ -149,11 +153,11 @@ def _descend_in_place(pair: Pair, step: OuterStep) -> list[tf.Operation]:
 
 
 def _rounded(value: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
-    """Return a value as a narrower dtype has it, in its own dtype.
+    """Return a value rounded to a narrower dtype, in its own dtype.
 
-    XLA may leave out a conversion there and back, as its programs may be more precise than they say. An operation of
-    its own it keeps. That one makes 0 of what is below the normal numbers of the narrower dtype: in float16 these are
-    rounded by hand.
+    XLA may leave out a conversion to a dtype and back, as XLA may compute more precisely than the program says. XLA
+    keeps this operation. But the operation makes numbers 0 that are below the normal numbers of the narrower dtype. In
+    float16 such numbers are rounded by hand.
     """
     if dtype == value.dtype:
         return value
@@ -173,12 +177,12 @@ def _rounded(value: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
 def slow_step(slow: tf.Tensor, fast: tf.Tensor, slow_step_size: StepSize) -> tf.Tensor:
     """Return `slow - slow_step_size * (slow - fast)`, rounded once to the dtype of `slow`.
 
-    The pseudo-gradient is taken with its sign turned, as `fast - slow`. That is TensorFlow Addons' formula to the last
-    bit: only at -0 the two differ, where a weight that stays becomes 0.
+    The formula uses the negative pseudo-gradient, `fast - slow`. So it gives the same bits as TensorFlow Addons'
+    formula, except for -0: there a weight that does not move becomes 0.
 
-    Where the pseudo-gradient is infinite or NaN, the formula is NaN for equal infinities and infinite for large finite
-    weights. There the slow step is a weighted mean. A step size of 0 gives `slow` and one of 1 gives `fast`, also if
-    the other one is NaN.
+    The formula is NaN for equal infinities, and infinite for large finite weights of opposite sign. Where the
+    pseudo-gradient is infinite or NaN, the slow step is therefore a weighted mean. A step size of 0 gives `slow` and a
+    step size of 1 gives `fast`, even if the other weight is NaN.
     """
     is_number = isinstance(slow_step_size, float)
     if is_number and slow_step_size in (0, 1):
@@ -195,16 +199,16 @@ def slow_step(slow: tf.Tensor, fast: tf.Tensor, slow_step_size: StepSize) -> tf.
 
 
 def _as_dtype(slow_step_size: StepSize, dtype: tf.DType) -> tf.Tensor:
-    # `tf.cast` would take a Python number through float32.
+    # `tf.cast` would convert a Python number to float32 first.
     return (tf.constant if isinstance(slow_step_size, float) else tf.cast)(slow_step_size, dtype)
 
 
 def _has_kernel_in_place(pair: Pair, step: OuterStep) -> bool:
-    """Return whether a kernel in place does what the operations one by one do.
+    """Return whether a kernel in place gives the same result as the separate operations.
 
-    The kernel of `_interpolate_in_place` gives the same bits. Kernels round to the variable's dtype, which for narrow
-    floats is too early. On other devices than CPUs they may multiply and add at once, which rounds otherwise. XLA makes
-    a program of its own, in which they save nothing.
+    The kernel of `_interpolate_in_place` gives the same bits. Kernels round to the variable's dtype, which is too early
+    for narrow floats. On other devices than CPUs they may multiply and add at once, which rounds differently. Under XLA
+    they save nothing, as XLA makes its own program.
     """
     slow, fast, _, momentum = pair
     copies = momentum is None and isinstance(step.slow_step_size, float) and step.slow_step_size in (0, 1)
@@ -213,11 +217,12 @@ def _has_kernel_in_place(pair: Pair, step: OuterStep) -> bool:
 
 
 def _interpolate_in_place(pair: Pair, step: OuterStep) -> list[tf.Operation]:
-    """Do `slow.assign(slow_step(slow, fast, slow_step_size))` with an array less, and the same bits."""
+    """Do `slow.assign(slow_step(slow, fast, slow_step_size))` with one array less, and the same bits."""
     slow, fast, slow_step_size = pair.slow, pair.fast, step.slow_step_size
     step_size = _as_dtype(slow_step_size, slow.dtype)
     negative_pseudo_gradient = tf.subtract(fast, slow)
-    # One pass finds what is not finite. Squares that overflow are a false alarm, and `slow_step` gives the same bits.
+    # One pass finds values that are not finite. Squares that overflow are a false alarm: `slow_step` then gives the
+    # same bits.
     size = tf.nn.l2_loss(negative_pseudo_gradient)
 
     def usual() -> tf.Operation:
@@ -235,7 +240,7 @@ def _interpolate_in_place(pair: Pair, step: OuterStep) -> list[tf.Operation]:
         return []
     is_usual = tf.math.is_finite(size)
     if not is_number:
-        # Adding 0 times something would make 0 of -0.
+        # Adding a product with 0 would make 0 of -0.
         is_usual = is_usual & tf.not_equal(step_size, 0) & tf.not_equal(step_size, 1)
     return [tf.cond(is_usual, lambda: _done(usual()), lambda: _done(at_the_ends()))]
 

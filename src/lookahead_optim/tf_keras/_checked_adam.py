@@ -1,4 +1,4 @@
-"""What `RectifiedAdam` and `AdamW` share: settings that are checked, and a weight decay that may be a schedule."""
+"""The base class of `RectifiedAdam` and `AdamW`: it checks settings, and a weight decay may be a schedule."""
 
 import copy
 from typing import Any
@@ -12,7 +12,10 @@ __all__ = ["CheckedAdam"]
 
 
 class CheckedAdam(keras.optimizers.legacy.Adam):
-    """Adam that checks each setting when it is set. The settings that may be schedules may be configs of one."""
+    """Adam that checks each setting when it is set.
+
+    A setting that may be a schedule may also be a schedule's config.
+    """
 
     def _set_hyper(self, name: str, value: Any) -> None:
         if isinstance(value, dict):
@@ -32,7 +35,8 @@ class CheckedAdam(keras.optimizers.legacy.Adam):
 
         Args:
             config: Dictionary, as `get_config` returns it.
-            custom_objects: Classes by their names in `config`, such as those of schedules. Defaults to `None`.
+            custom_objects: Dictionary from names in `config` to classes, such as classes of schedules. Defaults to
+                `None`.
         """
         with keras.utils.custom_object_scope(custom_objects or {}):
             return super().from_config(dict(config))

@@ -1,4 +1,4 @@
-"""The inner optimizer of a `Lookahead`: its legacy form, and the settings that the wrapper's arguments make on it."""
+"""The inner optimizer of a `Lookahead`: its legacy form, and the settings that the wrapper makes on it."""
 
 import copy
 import math
@@ -45,16 +45,17 @@ def legacy_form(optimizer: Any) -> Any:
         )
     legacy = optimizer if isinstance(optimizer, keras.optimizers.legacy.Optimizer) else _converted(optimizer)
     if isinstance(legacy._hyper.get("learning_rate"), np.floating):
-        # Keras would take NumPy's number for a variable.
+        # Keras would take a NumPy number for a variable.
         legacy._hyper["learning_rate"] = float(legacy._hyper["learning_rate"])
     return legacy
 
 
 def deserialize(config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
-    """Return the inner optimizer that a `Lookahead` has in its config."""
-    # An HDF5 file lacks the package of an inner optimizer's name, and none of Keras' own legacy optimizers is an AdamW.
+    """Return the inner optimizer of a `Lookahead`'s config."""
+    # An HDF5 file lacks the package in an inner optimizer's name. Keras' own legacy optimizers have no AdamW, so the
+    # name is not ambiguous.
     known = keras.utils.get_registered_object("AdamW") or AdamW
-    # A scope comes before the classes that are registered for all, and an argument after them.
+    # Keras looks in a scope before it looks among the registered classes. It looks in the argument last.
     with keras.utils.custom_object_scope({"AdamW": known, **(custom_objects or {})}):
         return keras.optimizers.deserialize(config)
 
@@ -77,13 +78,13 @@ def _converted(optimizer: Any) -> Any:
 
 
 def _converted_adamw(optimizer: Any, config: dict[str, Any]) -> AdamW:
-    # Keras keeps what was given to its `exclude_from_weight_decay` in these two, and says it nowhere else.
+    # Keras keeps the arguments of its `exclude_from_weight_decay` only in these two attributes.
     if getattr(optimizer, "_exclude_from_weight_decay", None):
         raise ValueError(
             "`optimizer` must name what it excludes from weight decay, by `exclude_from_weight_decay(var_names=...)`, "
             f"as variables in a `var_list` cannot be converted. Received: optimizer={optimizer!r}"
         )
-    # The config has a schedule's config, which need not be registered.
+    # The config has only a schedule's config, whose class need not be registered.
     rate = getattr(optimizer, "_learning_rate", None)
     is_schedule = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
     names = "beta_1", "beta_2", "epsilon", "amsgrad", "name", "clipnorm", "clipvalue", "global_clipnorm"
@@ -122,7 +123,7 @@ def checked_settings(settings: dict[str, Any]) -> tuple[Any, float | None]:
 
 
 def configure(optimizer: Any, learning_rate: Any, decay: float | None) -> None:
-    """Set the learning rate and its decay on an inner optimizer, through wrappers around it."""
+    """Set the learning rate and its decay on an inner optimizer, through all wrappers around it."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     if isinstance(optimizer, keras.optimizers.legacy.Nadam) and (decay is not None or callable(learning_rate)):

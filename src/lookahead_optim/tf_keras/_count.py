@@ -1,4 +1,4 @@
-"""The step count, which a wrapper shares with its inner optimizer, and beside it the count of applied steps."""
+"""The step count that a wrapper shares with its inner optimizer, and the count of applied steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ __all__ = ["Counting", "has_crossed", "to_int"]
 
 
 def to_int(value: Any) -> int:
-    """Return the value of an integer tensor or variable, eagerly."""
+    """Return the value of an integer tensor or variable, in eager execution."""
     return int(tf.convert_to_tensor(value))
 
 
 def has_crossed(before: Any, period: int) -> Callable[[Any], Any]:
-    """Return a function of the count: whether a step led from `before` over a multiple of the period.
+    """Return a function of the count: whether a step from the count `before` has crossed a multiple of the period.
 
-    A step that the inner optimizer did not count leads over none. One that it counted twice does not leap over a sync.
+    A step that the inner optimizer did not count crosses none. A step that it counted twice still finds its sync.
     """
 
     def crossed(count: Any) -> Any:
@@ -30,7 +30,7 @@ def has_crossed(before: Any, period: int) -> Callable[[Any], Any]:
 
 
 class Counting(keras.optimizers.legacy.Optimizer):
-    """An optimizer that counts by the same variable as the one inside it, `_optimizer`.
+    """An optimizer that counts with the same variable as the optimizer inside it, `_optimizer`.
 
     As in every optimizer of Keras 2, this variable is made when `iterations` is first read, or by the first step.
     Reading makes no other variable.
@@ -39,19 +39,20 @@ class Counting(keras.optimizers.legacy.Optimizer):
     _optimizer: Any
     _iterations: Any = None
     _weights: list[Any]
-    # The count that this one has in its `_weights`, or a `Lookahead` around it. None if an averaging wrapper around has
-    # put its own in place of `_iterations`.
+    # The count in this optimizer's `_weights`, or in the `_weights` of a `Lookahead` around it. It is `None` if an
+    # averaging wrapper around has put its own count in place of `_iterations`.
     _listed_count: Any = None
-    # Under a `LossScaleOptimizer`, which adds the steps that it skips to `iterations`.
+    # The count of applied steps, under a `LossScaleOptimizer`. The scaler adds the steps that it skips to `iterations`.
     _applied_steps: Any = None
-    # What `iterations` was when it was made, before any step was skipped; None if it was not made here, or restored.
+    # The value of `iterations` when it was made, before any step was skipped. `None` if it was not made here or was
+    # restored.
     _first_count: int | None = None
 
     @property
     def iterations(self) -> Any:
-        """Variable, int64: the number of steps, those that a `LossScaleOptimizer` around skipped included.
+        """int64 variable, the number of steps, including the steps that a `LossScaleOptimizer` around has skipped.
 
-        It is the inner optimizer's, too: one that has made steps keeps its count and its schedule.
+        The inner optimizer shares this variable. If it has made steps already, it keeps its count and its schedule.
         """
         if self._iterations is None:
             inner, count = self._optimizer, None
@@ -76,7 +77,7 @@ class Counting(keras.optimizers.legacy.Optimizer):
         self._share_count()
 
     def _share_count(self) -> None:
-        """Give the inner optimizer this one's step count in place of its own."""
+        """Give this optimizer's step count to the inner optimizer, in place of the inner optimizer's own."""
         inner, count = self._optimizer, self._iterations
         former, inner._iterations = inner._iterations, count
         if former is not None and former is not count:
@@ -88,7 +89,7 @@ class Counting(keras.optimizers.legacy.Optimizer):
             inner._share_count()
 
     def _take_count_of_wrapper_around(self) -> None:
-        """Let the inner optimizer count by the variable that an averaging wrapper around has put here."""
+        """Let the inner optimizer count with the variable that an averaging wrapper around has put here."""
         if self._listed_count is not None and self._listed_count is not self._iterations:
             self._weights = [weight for weight in self._weights if weight is not self._listed_count]
             self._listed_count = None
@@ -96,18 +97,19 @@ class Counting(keras.optimizers.legacy.Optimizer):
             self._share_count()
 
     def _is_in_loss_scaler(self) -> bool:
-        # A `LossScaleOptimizer` tells nobody of the steps that it skips, and sets this attribute of what it wraps.
+        # A `LossScaleOptimizer` does not report the steps that it skips. It sets this attribute of the optimizer inside
+        # it.
         return getattr(self, "_is_wrapped_by_loss_scale_optimizer", False)
 
     def _create_applied_steps(self) -> None:
-        """Make the count of applied steps if there is to be one, and give it to the wrapper inside."""
+        """Make the count of applied steps if it is needed, and give it to the wrapper inside."""
         if self._applied_steps is None and self._is_in_loss_scaler():
             iterations = self.iterations
 
             def initial_value(shape: Any, dtype: Any = None, **kwargs: Any) -> Any:
                 count = self._first_count
                 if count is None:
-                    # A checkpoint without this count has been counted by `iterations`.
+                    # In a checkpoint without this count, `iterations` was the count.
                     count = to_int(iterations) if tf.executing_eagerly() else 0
                 return tf.constant(count, dtype)
 
@@ -128,5 +130,5 @@ class Counting(keras.optimizers.legacy.Optimizer):
 
     @property
     def _steps(self) -> Any:
-        """The number of steps that were applied, by which the period is counted."""
+        """The number of applied steps, which the period counts."""
         return self.iterations if self._applied_steps is None else self._applied_steps

@@ -1,4 +1,4 @@
-"""Methods of the inner optimizer that its class overrides, such as a `minimize` that adds a term to the loss."""
+"""Methods that the inner optimizer's class overrides, such as a `minimize` that adds a term to the loss."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,17 +10,20 @@ __all__ = ["coming_back", "is_overridden"]
 
 
 def is_overridden(optimizer: Any, method: str) -> bool:
-    """Return whether an optimizer has a method of its own, and not that of all legacy optimizers."""
+    """Return whether an optimizer has its own version of a method of all legacy optimizers."""
     base = getattr(keras.optimizers.legacy.Optimizer, method)
     return method in optimizer.__dict__ or getattr(type(optimizer), method) is not base
 
 
 @contextlib.contextmanager
 def coming_back(inner: Any, step: Callable[..., Any], method: str) -> Iterator[None]:
-    """Context manager in which `inner.apply_gradients` is `step`, the wrapper's, which may call the inner one's own.
+    """Return a context manager in which `inner.apply_gradients` is `step`, the wrapper's method.
 
-    So a method of the inner optimizer comes back to the wrapper for the step that it makes. Raises `RuntimeError` if it
-    made none that way.
+    So a method of the inner optimizer comes back to the wrapper for the step that it makes. `step` may call the inner
+    optimizer's own `apply_gradients`.
+
+    Raises:
+        RuntimeError: if the method made no step by `apply_gradients`.
     """
     calls = []
     former = inner.__dict__.get("apply_gradients")

@@ -1,4 +1,4 @@
-"""The Keras 2 of this TensorFlow: its own up to 2.15, the package `tf_keras` from 2.16 on."""
+"""The Keras 2 of this TensorFlow: `tf.keras` up to TensorFlow 2.15, the package `tf_keras` from 2.16 on."""
 
 from typing import Any
 

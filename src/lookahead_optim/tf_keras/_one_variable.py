@@ -1,7 +1,7 @@
-"""The step of one variable, for averaging wrappers around.
+"""The step of one variable, for averaging wrappers around a `Lookahead`.
 
 TensorFlow Addons' `SWA` and `MovingAverage` do not call `apply_gradients` of the optimizer that they wrap. They call
-the methods that update one variable, in a step of their own, and count it after all variables.
+the methods that update one variable, in a step of their own. They count the step after all variables.
 """
 
 from typing import Any
@@ -20,7 +20,8 @@ def step_of_one_variable(
 ) -> Any:
     """Call `method` of the inner optimizer, between the capture and the outer step of this variable.
 
-    Both are done by `tf.where`: the variables come one by one, and control flow for each costs more.
+    Capture and outer step are done by `tf.where`: the variables come one at a time, and control flow for each costs
+    more.
 
     Args:
         optimizer: The wrapper.

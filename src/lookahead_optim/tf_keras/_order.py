@@ -1,4 +1,4 @@
-"""The order of an optimizer's weights, by which HDF5 files and `set_weights` know them."""
+"""The order of an optimizer's weights, by which HDF5 files and `set_weights` identify them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,11 +9,14 @@ __all__ = ["appended"]
 
 @contextlib.contextmanager
 def appended(optimizer: Any, placed: list[Any]) -> Iterator[None]:
-    """Context manager in which `optimizer` creates slots, that leaves `_weights` as if none had been restored.
+    """Return a context manager in which `optimizer` makes slots. It orders `_weights` as if no slot had been restored.
 
-    Slots that a checkpoint restores come into being in the order of the checkpoint, and before the step count. But in
-    HDF5 files and `set_weights` weights have no other name than their place. `placed` are slots that keep theirs; those
-    that are created here join them.
+    A checkpoint makes restored slots in the order of the checkpoint, and before the step count. But HDF5 files and
+    `set_weights` identify weights only by their place.
+
+    Args:
+        optimizer: The optimizer.
+        placed: List of slots that keep their places. Slots that are made here are added to it.
     """
     created: dict[int, Any] = {}
     add_slot = optimizer.add_slot

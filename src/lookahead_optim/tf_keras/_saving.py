@@ -1,4 +1,4 @@
-"""What is saved and how it comes back: the order of `weights`, checkpoints, and state that is made on first use.
+"""What is saved and how it is loaded: the order of `weights`, checkpoints, and state that is made on first use.
 
 | saved as | what | where |
 |---|---|---|
@@ -7,7 +7,7 @@
 | `lh_base_optimizer` | the inner optimizer | checkpoints, SavedModels; its weights in `weights` |
 | `lookahead_step` | `_applied_steps`, under a `LossScaleOptimizer` | everywhere |
 | `lookahead_captured` | `_capture_state` | SavedModels |
-| slot `fast`, or the last of `weights` | a fast weight, while the slow one is in the model | everywhere |
+| slot `fast`, or the last of `weights` | a fast weight, while the slow weight is in the model | everywhere |
 | `sync_period`, `slow_step_size` | the settings | the config |
 """
 
@@ -24,10 +24,10 @@ __all__ = ["Saving"]
 
 
 class Saving(SlowWeights):
-    """An optimizer whose files are those of TensorFlow Addons, and complete at any time.
+    """An optimizer whose files have TensorFlow Addons' format, and are complete at any time.
 
     Checkpoints match objects by the names under which an optimizer tracks them, and slots by their variable.
-    TensorFlow's methods for this are private, and there are no public ones.
+    TensorFlow's methods for this are private, and there are no public methods.
     """
 
     def __init__(self, name: str, **kwargs: Any) -> None:
@@ -40,7 +40,8 @@ class Saving(SlowWeights):
         if save_type == "checkpoint":
             children.pop("lookahead_captured", None)
         elif self._block.is_open and self._is_captured():
-            # What is loaded from a SavedModel takes this state from it. The fast weights are right as long as it stays.
+            # An optimizer that is loaded from the SavedModel takes this state. Its fast weights are valid as long as
+            # the state stays.
             self._mark_restored()
         return children
 
@@ -48,7 +49,7 @@ class Saving(SlowWeights):
         found = super()._lookup_dependency(name, cached_dependencies)
         if found is not None or cached_dependencies is None or not tf.executing_eagerly():
             return found
-        # A checkpoint is being restored. State that is made on first use would be missing in one written before that.
+        # A checkpoint is being restored. State that is made on first use would be missing if it was not made yet.
         if name == "iter":
             self._create_hypers()
             count, self._first_count = self.iterations, None
@@ -62,21 +63,21 @@ class Saving(SlowWeights):
         self, slot_variable_position: Any, slot_name: str, variable: Any, *shape: Any, **kwargs: Any
     ) -> Any:
         if slot_name in ("slow", "fast") and self._block.loaded_at != slot_variable_position.restore_uid:
-            # This is another checkpoint than the last one.
+            # This is another checkpoint than the last.
             self._block.loaded, self._block.loaded_at = {}, slot_variable_position.restore_uid
         if slot_name == "fast":
             return self._slot_to_load(variable) if tf.executing_eagerly() else None
-        # Only from TensorFlow 2.16 on is there a shape.
+        # The argument `shape` exists only from TensorFlow 2.16 on.
         slot = super()._create_or_restore_slot_variable(slot_variable_position, slot_name, variable, *shape, **kwargs)
         if slot_name == "slow":
             self._mark_restored()
         return slot
 
-    # A checkpoint that is written while the slow weights are in the model has the fast ones as slots. These are made
-    # when it is written or read, and are no state of the optimizer.
+    # A checkpoint that is written while the slow weights are in the model has the fast weights as slots. These slots
+    # are made when the checkpoint is written or read. They are no state of the optimizer.
 
     def get_slot_names(self) -> list[str]:
-        """Return the names of the slots: `"slow"`, and while the slow weights are in the model `"fast"`."""
+        """Return the names of the slots: `"slow"`, and `"fast"` while the slow weights are in the model."""
         return [*super().get_slot_names(), *(["fast"] if self._fast_weights() else [])]
 
     def get_slot(self, var: Any, slot_name: str) -> Any:
@@ -84,7 +85,7 @@ class Saving(SlowWeights):
 
         Args:
             var: The variable.
-            slot_name: `"slow"`, or while the slow weights are in the model `"fast"`, of which there is a copy.
+            slot_name: `"slow"`, or while the slow weights are in the model `"fast"`, for a copy of the fast weight.
 
         Raises:
             KeyError: if the variable has no such slot.
@@ -95,7 +96,7 @@ class Saving(SlowWeights):
 
     def _slot_to_save(self, variable: Any, value: Any) -> Any:
         if not tf.executing_eagerly():
-            # For a SavedModel TensorFlow asks twice: before it makes a graph, and in it.
+            # For a SavedModel TensorFlow asks twice: before it makes a graph, and in the graph.
             return self._slots_saved[id(variable)]
         slot = tf.Variable(value, trainable=False, name=f"{self._name}/{variable.name.partition(':')[0]}/fast")
         self._slots_saved[id(variable)] = slot
@@ -112,13 +113,13 @@ class Saving(SlowWeights):
         return self._loaded_fast_weights() or self._block.fast_weights()
 
     def _loaded_fast_weights(self) -> dict[int, Any]:
-        """Return the fast weights of the file that was loaded last, unless a step was made since."""
+        """Return the fast weights of the last loaded file, unless a step was made since."""
         if not self._block.loaded or to_int(self._capture_state) != RESTORED:
             return {}
         return {key: tf.convert_to_tensor(slot) for key, (_, slot) in self._block.loaded.items()}
 
     def _variables_with_slow_weight(self) -> list[Any]:
-        """Return the variables that have a slow weight, in the order in which `weights` has these."""
+        """Return the variables that have a slow weight, in the order of the slow weights in `weights`."""
         fast = {id(pair.slow): pair.fast for pair in self._pairs()}
         return [fast[id(weight)] for weight in self._weights if id(weight) in fast]
 
@@ -127,7 +128,7 @@ class Saving(SlowWeights):
         """The step count, the slow weights and the inner optimizer's state, in this order.
 
         With a `LossScaleOptimizer` around, the count of applied steps follows. While the slow weights are in the model,
-        copies of the fast ones are the last.
+        copies of the fast weights are last.
         """
         count = self._iterations
         own = [weight for weight in self._weights if weight is count or weight is not self._listed_count]
@@ -152,8 +153,8 @@ class Saving(SlowWeights):
         """Set all `weights`.
 
         Args:
-            weights: NumPy arrays in the order of `weights`. With a `LossScaleOptimizer` around, the last one may be
-                left out, as in files of TensorFlow Addons, which counted by `iterations`.
+            weights: List of NumPy arrays in the order of `weights`. With a `LossScaleOptimizer` around, the last array
+                may be left out. It is left out in files of TensorFlow Addons, which counted by `iterations`.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block.

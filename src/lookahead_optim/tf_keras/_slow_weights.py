@@ -1,7 +1,7 @@
-"""The slow weights: which variables have one, when they are captured, and the outer step for those that are due.
+"""The slow weights: which variables have a slow weight, when it is captured, and the outer step.
 
-A slow weight is the slot `"slow"` of its variable, as in TensorFlow Addons. Whether slow weights were captured is a
-variable of its own, that steps, restorations and changes of the period set.
+A slow weight is the slot `"slow"` of its variable, as in TensorFlow Addons. A variable of its own says whether slow
+weights were captured. Steps, restorations and changes of the period set it.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from lookahead_optim.tf_keras._order import appended
 
 __all__ = ["SlowWeights", "wrappers_in"]
 
-# What `SlowWeights._capture_state` says of the slow weights:
+# The values of `SlowWeights._capture_state`:
 #   NEVER      at the start, and while the period is 0. A step captures, for all variables that have a slot.
-#   RESTORED   after slots or weights came from a file. A step captures if the file's count is 0, and not otherwise.
+#   RESTORED   after slots or weights were loaded from a file. A step captures only if the file's count is 0.
 #   CAPTURED   after a step.
 NEVER, RESTORED, CAPTURED = range(3)
 
@@ -32,22 +32,23 @@ class SlowWeights(Counting):
     """An optimizer with slow weights, which it captures and synchronises when its protocol asks for it."""
 
     sync_period: int
-    # Variable with one of the three above. None before the first step or restoration, and in graphs of TensorFlow 1,
-    # where a restoration is not seen. Checkpoints are TensorFlow Addons' and lack it. A SavedModel has it, as a step
-    # may be in it.
+    # A variable with one of the three values above. It is `None` before the first step or restoration. It is also
+    # `None` in graphs of TensorFlow 1, where a restoration is not noticed. Checkpoints have TensorFlow Addons' format
+    # and lack it. A SavedModel has it, as it may contain a step.
     _capture_state: Any = None
 
     def __init__(self, name: str, **kwargs: Any) -> None:
         super().__init__(name, **kwargs)
-        # Variables by id: those that have a slow weight, and those whose slots are in their places in `weights`, not
-        # just restored. As in other optimizers, a model that is gone is not kept.
+        # Variables by `id`: first the variables that have a slow weight, then the variables whose slots were made in
+        # their places in `weights`, and not only restored. Weak references, as other optimizers do not keep a dropped
+        # model alive either.
         self._fast_variables: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._complete: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._placed: list[Any] = []
         self._block = Block(tf.convert_to_tensor, tf.identity, tf.reduce_all)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # The copy has slots for the same variables, as that of every legacy optimizer.
+        # The copy has slots for the same variables, like a copy of every legacy optimizer.
         for variables in (self._fast_variables, self._complete):
             memo[id(variables)] = copy.copy(variables)
         memo[id(self._block)] = Block(tf.convert_to_tensor, tf.identity, tf.reduce_all)
@@ -75,26 +76,26 @@ class SlowWeights(Counting):
         if self.sync_period:
             with contextlib.nullcontext() if is_complete else appended(self, self._placed):
                 for variable in var_list:
-                    # For a variable that is new after the first step, the initial value is its capture. In a graph of
-                    # TensorFlow 1 the variable need not have its value yet; there the first step captures it.
+                    # The initial value is the capture of a variable that is new after the first step. In a graph of
+                    # TensorFlow 1 the variable may not have its value yet. There the first step captures it.
                     self.add_slot(variable, "slow", initializer=variable if tf.executing_eagerly() else "zeros")
         self._complete.update({id(variable): variable for variable in var_list})
 
     def add_slot(self, var: Any, slot_name: str, initializer: Any = "zeros", shape: Any = None) -> Any:
-        """Return the slot of a variable, a new one if there is none.
+        """Return the slot of a variable, and make it if there is none.
 
         Args:
             var: The variable.
-            slot_name: Name of the slot; `"slow"` is that of the slow weights.
+            slot_name: String, the name of the slot. A slow weight is the slot `"slow"`.
             initializer: Initializer, or initial value, of a new slot. Defaults to `"zeros"`.
-            shape: Shape of a new slot. Defaults to that of the variable.
+            shape: Shape of a new slot. Defaults to the shape of the variable.
         """
         depth = len(list(wrappers_in(self._optimizer)))
-        # In HDF5 files variables have names, and the slots of two wrappers must not have the same.
+        # In HDF5 files variables have names. The slots of two wrappers must have different names.
         with tf.name_scope(f"{self._name}_{depth}") if depth else contextlib.nullcontext():
             slot = super().add_slot(var, slot_name, initializer, shape)
         if slot_name == "slow":
-            # Slots that are restored come here before the first step, too.
+            # Slots that are restored also come here, before the first step.
             self._fast_variables.setdefault(id(var), var)
         return slot
 
@@ -120,9 +121,9 @@ class SlowWeights(Counting):
         return not self.sync_period or to_int(self._capture_state) == CAPTURED
 
     def _is_due_to_capture(self, state: Any) -> Any:
-        """Whether the slow weights are to be captured.
+        """Return whether the slow weights must be captured.
 
-        Those that a file brought are captured ones, unless its count says that it was written before the first step.
+        Slow weights from a file count as captured, unless the file's step count is 0.
         """
         if tf.executing_eagerly():
             state = to_int(state)
@@ -131,40 +132,48 @@ class SlowWeights(Counting):
         return tf.equal(state, NEVER) | (tf.equal(state, RESTORED) & is_first)
 
     def _capture(self) -> Any:
-        """Capture the slow weights if they were not yet."""
+        """Capture the slow weights if they were not captured yet."""
         state = self._create_capture_state()
-        # An averaging wrapper around has a count of its own. What it loads does not come through `set_weights` here.
+        # An averaging wrapper around this optimizer has its own count. What it loads does not pass through
+        # `set_weights` here.
         if state is None or self._listed_count is None:
             return _outer_step_tensorflow.capture(self._steps, _is_first, self._pairs)
         return _outer_step_tensorflow.capture(state, self._is_due_to_capture, self._pairs)
 
     def _reset(self) -> None:
-        """Capture the slow weights anew, those of the wrappers inside too."""
+        """Capture the slow weights again, in wrappers inside too."""
         for wrapper in wrappers_in(self):
-            # Without any, the step count need not be made to ask for it.
+            # Without slow weights the step count is not needed, so it is not made.
             if wrapper._has_slow_weights():
                 _outer_step_tensorflow.capture(self._steps, lambda count: True, wrapper._pairs)
 
     def _synchronize(self, is_due: Callable[[Any], Any], trained: list[Any] | None = None) -> Any:
-        """Make the outer step if `is_due(count)`, for the variables `trained` in this step, or for all.
+        """Make the outer step if `is_due(count)`, for the variables `trained` in this step, or for all variables.
 
-        Others are frozen: they are not moved, and their slow weights start from them.
+        All others are frozen: they are not moved, and their slow weights are captured again from them.
 
         A variable of Keras 2 does not say whether it is frozen: `layer.trainable` belongs to the layer, and
-        `variable.trainable` never changes. Only the list of `apply_gradients` can say it. `fit` and `minimize` list all
-        that is trained, with `None` where there is no gradient. A loop that filters these pairs out cannot be told from
-        one that freezes. There are three rules for a variable that is not listed, and each is wrong for someone:
+        `variable.trainable` never changes. Only the list that `apply_gradients` gets can tell. `fit` and `minimize`
+        list all trained variables, with `None` for a missing gradient. A training loop that filters out pairs without a
+        gradient looks the same as a loop that freezes variables. There are three possible rules for a variable that is
+        not listed. Each is wrong in some case:
 
-        - To move it moves frozen weights, halfway back to what they were before other ones were loaded into them.
-        - To leave it and its slow weight alone, as TensorFlow Addons did, does the same later, when it is trained
-          again, to a slow weight of any age.
-        - To take it for frozen is wrong for a filtered variable, in a bounded way: in this cycle it goes where the
-          inner optimizer led it. That is the rule here.
+        - Move it. Then frozen weights move halfway back to their old values, even if other weights were loaded into
+          them since.
+        - Leave it and its slow weight alone, as TensorFlow Addons did. Then the same happens later, when the variable
+          is trained again: it moves towards an old slow weight.
+        - Treat it as frozen. This is wrong for a filtered variable, but the error is bounded: in this cycle the
+          variable stays where the inner optimizer moved it. This rule is used.
+
+        Args:
+            is_due: Function of the step count that returns whether the outer step is due.
+            trained: The variables that the step was given, or `None` for all.
         """
         if not self.sync_period:
             return None
         if self._applied_steps is not None:
-            # A loss scaler around filters, for every loop: here most variables that are not listed are not frozen.
+            # A loss scaler around this optimizer filters pairs for every loop. So here most variables that are not
+            # listed are not frozen.
             trained = None
 
         def pairs(are_trained: bool) -> list[Pair]:
@@ -180,7 +189,7 @@ class SlowWeights(Counting):
         if trained is not None:
             with after(done):
                 done = operations(done, _outer_step_tensorflow.capture(self._steps, is_due, lambda: pairs(False)))
-        # Wrappers inside restart too. Left as they are, their slow weights would draw the fast ones back.
+        # Wrappers inside restart too. Otherwise their slow weights would pull the fast weights back.
         for wrapper in wrappers_in(self._optimizer):
             with after(done):
                 done = _outer_step_tensorflow.capture(self._steps, is_due, wrapper._pairs)
@@ -188,7 +197,7 @@ class SlowWeights(Counting):
 
 
 def wrappers_in(optimizer: Any) -> Iterator[SlowWeights]:
-    """Yield an optimizer, if it is a `Lookahead`, and each that it wraps, from the outside in."""
+    """Yield an optimizer, if it is a `Lookahead`, and each `Lookahead` inside it, from the outside to the inside."""
     while isinstance(optimizer, SlowWeights):
         yield optimizer
         optimizer = optimizer._optimizer

@@ -17,20 +17,22 @@ __all__ = ["AdamW"]
 class AdamW(CheckedAdam):
     r"""Adam with decoupled weight decay. A drop-in for `tfa.optimizers.AdamW`.
 
-    Before Adam's step $\theta \leftarrow \theta - \lambda \theta$. The weight decay $\lambda$ is not multiplied by the
-    learning rate. Give both the same schedule, or set `scale_by_learning_rate`, as `keras.optimizers.AdamW` does.
+    The weight decay $\lambda$ comes before Adam's step: $\theta \leftarrow \theta - \lambda \theta$. It is not
+    multiplied by the learning rate. So give both the same schedule, or set `scale_by_learning_rate`, which multiplies
+    them as `keras.optimizers.AdamW` does.
 
     Args:
-        weight_decay: Float >= 0, schedule, its config, tensor or callable ($\lambda$).
-        learning_rate: Float >= 0, schedule, its config, tensor or callable. Defaults to 0.001.
-        beta_1, beta_2: Floats in [0, 1), the decay of the two moments. Default to 0.9 and 0.999.
-        epsilon: Float >= 0; 0 and `None` stand for `keras.backend.epsilon()`. Defaults to 1e-7.
+        weight_decay: Float >= 0, schedule, config of a schedule, tensor or callable ($\lambda$).
+        learning_rate: Float >= 0, schedule, config of a schedule, tensor or callable. Defaults to 0.001.
+        beta_1, beta_2: Floats in [0, 1), the decay rates of the first and the second moment. Default to 0.9 and 0.999.
+        epsilon: Float >= 0. 0 and `None` stand for `keras.backend.epsilon()`. Defaults to 1e-7.
         amsgrad: Boolean, whether the largest second moment so far is used. Defaults to `False`.
-        name: Name of the optimizer and its operations. Defaults to `"AdamW"`.
-        exclude_from_weight_decay: List of regular expressions. A variable in whose name, `dense/bias:0` say, one is
-            found does not decay. Defaults to `None`.
+        name: String, the name of the optimizer and of its operations. Defaults to `"AdamW"`.
+        exclude_from_weight_decay: List of regular expressions. A variable does not decay if an expression is found in
+            its name, for example in `dense/bias:0`. Defaults to `None`.
         scale_by_learning_rate: Boolean, whether `weight_decay` is multiplied by the learning rate. Defaults to `False`.
-        **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`; `lr` for `learning_rate`; `decay`, inverse-time, per step.
+        **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`; `lr`, another name of `learning_rate`; `decay`,
+            inverse-time decay of the learning rate, per step.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type or is unknown, or if a value is out of range.
@@ -77,19 +79,29 @@ class AdamW(CheckedAdam):
         decay_var_list: Any = None,
         tape: Any = None,
     ) -> Any:
-        """Compute gradients of `loss`, and make a step as `apply_gradients`."""
+        """Compute gradients of `loss`, and make a step as `apply_gradients`.
+
+        Args:
+            loss: Callable that returns the loss, or a tensor with the `tape` that computed it.
+            var_list: List of variables, or a callable that returns the list.
+            grad_loss: Tensor, the gradient of the loss. Defaults to ones.
+            name: String, the name of the operation. Defaults to the name of the optimizer.
+            decay_var_list: As for `apply_gradients`.
+            tape: The `tf.GradientTape` of a `loss` that is a tensor.
+        """
         grads_and_vars = self._compute_gradients(loss, var_list=var_list, grad_loss=grad_loss, tape=tape)
         return self.apply_gradients(grads_and_vars, name=name, decay_var_list=decay_var_list)
 
     def apply_gradients(
         self, grads_and_vars: Any, name: str | None = None, decay_var_list: Iterable[Any] | None = None, **kwargs: Any
     ) -> Any:
-        """Make a step, as every optimizer of Keras 2.
+        """Make a step.
 
         Args:
-            grads_and_vars: Pairs of a gradient, dense, sparse or `None`, and its variable.
-            name: Name of the operation. Defaults to that of the optimizer.
-            decay_var_list: The variables that decay in this step, in place of those not excluded. Defaults to `None`.
+            grads_and_vars: Pairs of a gradient (dense, sparse or `None`) and its variable.
+            name: String, the name of the operation. Defaults to the name of the optimizer.
+            decay_var_list: List of the variables that decay in this step. Defaults to `None`: all that are not
+                excluded.
             **kwargs: `experimental_aggregate_gradients`.
         """
         pairs, variables = list(grads_and_vars), [] if decay_var_list is None else list(decay_var_list)
@@ -110,7 +122,7 @@ class AdamW(CheckedAdam):
         if isinstance(decay, keras.optimizers.schedules.LearningRateSchedule):
             decay = tf.cast(decay(self.iterations), var_dtype)
         now["weight_decay"] = decay * now["lr_t"] if self.scale_by_learning_rate else tf.identity(decay)
-        # A replica has a variable of its own, but all replicas have one slot.
+        # A replica has its own variable, but all replicas share one slot.
         now["decayed"] = (
             None if self._decayed is None else {id(self.get_slot(variable, "m")) for variable in self._decayed}
         )
@@ -124,7 +136,7 @@ class AdamW(CheckedAdam):
             return super()._resource_apply_sparse(grad, var, indices, apply_state=apply_state)
 
     def _decay(self, var: Any, apply_state: Any, indices: Any = None) -> list[Any]:
-        """Decay a variable, or the rows `indices` of it, and return what the step waits for."""
+        """Decay a variable, or the rows `indices` of it; return the operations for which the step waits."""
         key = var.device, var.dtype.base_dtype
         now = (apply_state or {}).get(key) or self._fallback_apply_state(*key)
         name = re.sub(r"/replica_\d+(?=:\d+$)", "", var.name)
@@ -137,7 +149,7 @@ class AdamW(CheckedAdam):
 
     def get_config(self) -> dict[str, Any]:
         """Return the config, from which `from_config` makes the same optimizer, without its state."""
-        # TensorFlow Addons does not know the last one.
+        # TensorFlow Addons does not know `scale_by_learning_rate`.
         own = {"scale_by_learning_rate": True} if self.scale_by_learning_rate else {}
         return {
             **super().get_config(),

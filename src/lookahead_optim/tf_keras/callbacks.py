@@ -10,24 +10,28 @@ __all__ = ["SwapSlowWeights"]
 
 
 class SwapSlowWeights(Swapping, keras.callbacks.Callback):
-    """Evaluates and predicts on the slow weights of a `Lookahead` optimizer, and lets callbacks keep what was scored.
+    """Evaluates and predicts on the slow weights of a `Lookahead` optimizer, and lets callbacks keep the scored model.
 
-    `fit(validation_data=...)`, `evaluate` and `predict` see the slow weights. Afterwards the fast ones are back bit for
-    bit. It does what `lookahead_optim.keras.SwapSlowWeights` does in Keras 3.
+    `fit(validation_data=...)`, `evaluate` and `predict` use the slow weights. Afterwards the fast weights are back bit
+    for bit. The callback does the same as `lookahead_optim.keras.SwapSlowWeights` in Keras 3.
 
-    In `fit` the slow weights stay in the model from the validation until the next epoch begins. All callbacks find them
-    at the end of the epoch, before or after this one in `callbacks`: `ModelCheckpoint` saves the weights that were
-    scored, and `EarlyStopping(restore_best_weights=True)` restores them. Files with the optimizer's state have the fast
-    weights beside them. `fit` with this callback resumes from these, so that `BackupAndRestore` continues bit for bit.
+    In `fit` the slow weights stay in the model from the validation until the next epoch begins. All callbacks find the
+    slow weights at the end of the epoch, before or after this callback in `callbacks`. So `ModelCheckpoint` saves the
+    weights that were scored, and `EarlyStopping(restore_best_weights=True)` restores them. A file with the optimizer's
+    state has the fast weights too. `fit` with this callback resumes from the fast weights, so that `BackupAndRestore`
+    continues bit for bit.
+
+    While the slow weights are in the model, a copy of the fast weights takes the memory of one more set of weights.
 
     Args:
-        swap_on_epoch: Boolean, whether the slow weights also are in the model at the end of an epoch without a
-            validation. Give this callback then before those in `callbacks` that shall find them. Defaults to `False`.
+        swap_on_epoch: Boolean, whether the slow weights are also in the model at the end of an epoch without a
+            validation. If `True`, place this callback before the callbacks that need the slow weights. Defaults to
+            `False`.
 
     Raises:
         TypeError: when `fit`, `evaluate` or `predict` begins, for a model of Keras 3.
-        ValueError: at the first swap, when the model is not compiled with a `Lookahead` optimizer.
-        RuntimeError: right after a sync, when another callback has put weights into the model before this one.
+        ValueError: at the first swap, if the model is not compiled with a `Lookahead` optimizer.
+        RuntimeError: right after a sync, if another callback has put weights into the model before this callback.
 
     Example:
 
@@ -37,7 +41,8 @@ class SwapSlowWeights(Swapping, keras.callbacks.Callback):
     >>> history = model.fit(x, y, validation_data=(x, y), callbacks=[SwapSlowWeights()], verbose=0)
     """
 
-    # Private: there is no public way to say that the batch hooks need no numbers, for which Keras waits for the device.
+    # Private: it says that the batch hooks need no numbers. Otherwise Keras waits for the device. No public way says
+    # so.
     _supports_tf_logs = True
 
     def set_model(self, model: Any) -> None:
@@ -52,11 +57,11 @@ class SwapSlowWeights(Swapping, keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         super().on_train_begin(logs)
         # The fast weights must be back before any `on_train_end`, in which `EarlyStopping` restores the best weights.
-        # Keras 3 tells the optimizer of the end of a training before that; Keras 2 tells only its newer optimizers. Its
-        # `History`, which is the last callback of every `fit`, stands in for it.
+        # Before that, Keras 3 tells the optimizer that the training ends. Keras 2 tells only its newer optimizers. So
+        # the `History`, which is the last callback of every `fit`, is used in its place.
         history = self._history = getattr(self.model, "history", None)
         if history is None:
-            # A loop of the user's own calls the callbacks.
+            # A training loop of the user's calls the callbacks.
             return
         record = history.on_epoch_end
 
@@ -73,7 +78,7 @@ class SwapSlowWeights(Swapping, keras.callbacks.Callback):
             vars(self._history).pop("on_epoch_end", None)
 
     def _lookahead(self) -> Lookahead:
-        # Under mixed precision a `LossScaleOptimizer` is around it.
+        # Under mixed precision a `LossScaleOptimizer` is around the optimizer.
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         for candidate in (self.model.optimizer, optimizer):
             if isinstance(candidate, Lookahead):

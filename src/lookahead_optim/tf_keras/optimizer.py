@@ -2,16 +2,17 @@
 
 Where things happen:
 
-- a sync: `apply_gradients`, `SlowWeights._synchronize` in `_slow_weights.py`, `synchronize` in
-  `../_outer_step_tensorflow.py`. The arithmetic is `slow_step` there, and on a CPU `_slow_step_in_place`;
-- capture: of a new variable `SlowWeights._create_slots`, by the initial value of its slot. Of all variables, before the
-  first applied step, `SlowWeights._capture`, as long as `_capture_state` asks for it; `_mark_captured` ends that;
+- a sync: `apply_gradients`, `SlowWeights._synchronize` in `_slow_weights.py`, and `synchronize` in
+  `../_outer_step_tensorflow.py`. The arithmetic is in `slow_step` there, and on a CPU in `_interpolate_in_place`;
+- capture of a new variable: `SlowWeights._create_slots`, by the initial value of its slot;
+- capture of all variables, before the first applied step: `SlowWeights._capture`, as long as `_capture_state` asks for
+  it. `_mark_captured` ends that;
 - what is saved: `_saving.py`;
-- a skipped step: the period counts `_steps` of `_count.py`. That is `iterations`, or under a loss scaler
+- a skipped step: the period counts `_steps` of `_count.py`. That is `iterations`. Under a loss scaler it is
   `_applied_steps`, which `_count_and_mark` raises only after an update;
 - a frozen weight: `SlowWeights._synchronize`.
 
-An averaging wrapper around calls none of these. It makes its step by `_one_variable.py`.
+An averaging wrapper around this optimizer calls none of these. It makes its step by `_one_variable.py`.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ LegacyOptimizer = keras.optimizers.legacy.Optimizer
 
 
 def _clipping(name: str) -> property:
-    """Return the property for one kind of clipping: the wrapper's own if it has one, else the inner optimizer's."""
+    """Return the property for one kind of clipping: the wrapper's own value if there is one, else the inner one's."""
     own = getattr(LegacyOptimizer, name)
 
     def get(self: Any) -> Any:
@@ -64,47 +65,52 @@ def _clipping(name: str) -> property:
     return property(get, set_, doc=f"The wrapper's own `{name}` if it was given one, else the inner optimizer's.")
 
 
-# The protocol of Keras. Its bases, one on the other: `Saving` (files), `SlowWeights` (who has one, capture, sync) and
-# `Counting` (the step count).
+# The protocol of Keras. The base classes are `Saving` (files), on top of `SlowWeights` (which variables have slow
+# weights, capture, sync), on top of `Counting` (the step count).
 @keras.utils.register_keras_serializable(package="Addons")
 class Lookahead(Saving):
     r"""Lookahead: `k` steps forward, one step back. A drop-in for `tfa.optimizers.Lookahead`.
 
-    Wraps an optimizer, which moves the variables, the *fast* weights $\theta$. After every `sync_period` ($k$) of its
-    steps a second copy of them, the *slow* weights $\phi$, takes a step towards the fast ones, and these restart from
-    there:
+    The inner optimizer moves the variables. These are the *fast* weights $\theta$. A second copy of them is kept, the
+    *slow* weights $\phi$. After every `sync_period` ($k$) steps of the inner optimizer a *sync* moves the slow weights
+    towards the fast weights. The fast weights then restart from the slow weights:
 
     .. math:: \phi \leftarrow \phi + \alpha (\theta - \phi), \qquad \theta \leftarrow \phi.
 
-    The slow weights are captured from the variables immediately before their first step. Steps are counted by
-    `iterations`. A `LossScaleOptimizer` around adds the steps that it skips to `iterations`. The applied steps then
-    have a count of their own, the last of `weights`. At a sync every variable that the step was given takes part, with
-    or without a gradient. A variable that it was not given is frozen, and its slow weight starts anew from it. Under a
-    `LossScaleOptimizer`, which leaves variables out by itself, such a variable takes part. A constraint is applied to
-    the fast weight.
-    Weights, slots and checkpoints have the names and the order that they have in TensorFlow Addons, so that those
-    written there load here.
+    The slow weights are captured from the variables immediately before the first step. They take the memory of one more
+    copy of the variables. `iterations` counts the steps. A `LossScaleOptimizer` around this optimizer adds the steps
+    that it skips to `iterations`. In that case the applied steps have a count of their own, the last of `weights`.
 
-    A `Lookahead` may be inside another. Both count the steps of the innermost optimizer, and all weights restart from
-    those that the outer one has synchronised, the inner one's slow weights too.
+    At a sync every variable that the step was given takes part, with or without a gradient. A variable that the step
+    was not given is frozen: the sync does not move it, and its slow weight is captured again from it. Under a
+    `LossScaleOptimizer` such a variable takes part, as the scaler leaves variables out by itself. A constraint is
+    applied to the fast weight.
+
+    Weights, slots and checkpoints have the same names and the same order as in TensorFlow Addons. So files of
+    TensorFlow Addons load here.
+
+    A `Lookahead` may be inside another `Lookahead`. Both count the steps of the innermost optimizer. At a sync of the
+    outer wrapper all weights restart from the outer wrapper's slow weights, and so do the slow weights of the inner
+    wrapper.
 
     Args:
-        optimizer: The inner optimizer: a `keras.optimizers.legacy.Optimizer`, a name or config of one, or an
-            optimizer of Keras 2's newer kind, which is converted.
-        sync_period: Integer >= 0, inner steps per slow step ($k$). 0 switches Lookahead off: the wrapper then behaves
-            as the inner optimizer and holds no slow weights. Defaults to 6.
-        slow_step_size: Finite float >= 0, the slow step size ($\alpha$), or a scalar tensor or variable, which is not
-            checked. A schedule it cannot be. 1 recovers the inner optimizer. Above 1 there is a `UserWarning`. Defaults
-            to 0.5.
-        name: Name of the optimizer and its operations. Defaults to `"Lookahead"`.
-        **kwargs: `clipnorm`, `clipvalue` or `global_clipnorm`, finite and >= 0 as in Keras 2 (> 0 in Keras 3), by
-            which gradients are clipped, before the inner optimizer clips them by its own; `learning_rate` or `lr`, and
-            `decay` (inverse-time decay, per step), which are set on the inner optimizer.
+        optimizer: The inner optimizer: a `keras.optimizers.legacy.Optimizer`, a name or config of a legacy optimizer,
+            or an optimizer of Keras 2's newer kind, which is converted.
+        sync_period: Integer >= 0, the number of inner steps per sync ($k$). 0 switches Lookahead off: the wrapper then
+            behaves as the inner optimizer and holds no slow weights. Defaults to 6.
+        slow_step_size: Finite float >= 0, the slow step size ($\alpha$): the part of the way to the fast weights that
+            the slow weights move at a sync. 1 gives the inner optimizer. Above 1 there is a `UserWarning`. A scalar
+            tensor or variable is also possible, and its value is not checked. A schedule is not possible. Defaults to
+            0.5.
+        name: String, the name of the optimizer and of its operations. Defaults to `"Lookahead"`.
+        **kwargs: `clipnorm`, `clipvalue` or `global_clipnorm`, finite and >= 0 as in Keras 2 (> 0 in Keras 3). The
+            wrapper clips gradients with them, before the inner optimizer clips by its own settings. Also
+            `learning_rate` or `lr`, and `decay` (inverse-time decay, per step), which are set on the inner optimizer.
 
     Raises:
-        TypeError: if an argument has the wrong type, is unknown, or has another implementation's name, as Keras 2's
-            own optimizers raise it (Keras 3's raise `ValueError`).
-        ValueError: if a value is out of range, or the inner optimizer has no legacy form.
+        TypeError: if an argument has the wrong type, is unknown, or has another implementation's name. (Keras 2 raises
+            `TypeError` for an unknown keyword, Keras 3 `ValueError`.)
+        ValueError: if a value is out of range, or if the inner optimizer has no legacy form.
 
     Example:
 
@@ -147,7 +153,7 @@ class Lookahead(Saving):
         inner = self.__dict__.get("_optimizer")
         if inner is None:
             return super().__repr__()
-        # Keras' optimizers have Python's `repr`.
+        # Keras' optimizers have Python's default `repr`.
         shown = repr(inner) if isinstance(inner, Lookahead) else f"<{type(inner).__name__} {inner._name!r}>"
         settings = ", ".join(f"{name}={self._hyper[name]!r}" for name in ("sync_period", "slow_step_size"))
         return f"{type(self).__name__}({shown}, {settings})"
@@ -162,7 +168,7 @@ class Lookahead(Saving):
     clipvalue = _clipping("clipvalue")
 
     def __getattr__(self, name: str) -> Any:
-        # What the wrapper does not have: settings, attributes and methods of the inner optimizer.
+        # All that the wrapper lacks: settings, attributes and methods of the inner optimizer.
         inner = self.__dict__.get("_optimizer")
         if inner is None or name.startswith("_"):
             raise AttributeError(f"`{type(self).__name__}` has no attribute {name!r}")
@@ -184,13 +190,13 @@ class Lookahead(Saving):
             value = check_sync_period(value)
         elif name == "slow_step_size" and not tf.is_tensor(value):
             value = check_slow_step_size(value)
-            # Keras' `__setattr__`, and the one of this class, are between here and the user's line. In the constructor
-            # there are two calls, too.
+            # Keras' `__setattr__` and this class' own are between this line and the user's line. In the constructor
+            # there are also two calls.
             warn_if_over_relaxed(value, stacklevel=4)
         owner: Any = self._optimizer if name == "learning_rate" else super()
         owner._set_hyper(name, value)
         if name == "sync_period":
-            # Slots may have to be made now. Slow weights from before a time without any are none.
+            # Slots may have to be made now. Slow weights from before a period of 0 are no longer valid.
             self._complete.clear()
             self._block.note_period_set(self._count)
             if not value and self._capture_state is not None:
@@ -198,7 +204,7 @@ class Lookahead(Saving):
 
     @property
     def learning_rate(self) -> Any:
-        """The inner optimizer's learning rate."""
+        """The inner optimizer's learning rate. It can be set."""
         return self._optimizer.learning_rate
 
     @learning_rate.setter
@@ -207,7 +213,7 @@ class Lookahead(Saving):
 
     @property
     def lr(self) -> Any:
-        """The inner optimizer's learning rate."""
+        """The inner optimizer's learning rate. It can be set."""
         return self.learning_rate
 
     @lr.setter
@@ -220,12 +226,12 @@ class Lookahead(Saving):
         """Compute gradients and make a step.
 
         Args:
-            loss: Callable that returns the loss, or a tensor, with the `tape` that computed it.
-            var_list: List of variables, or a callable that returns it.
-            grad_loss: Tensor, the gradient of `loss`. Defaults to ones.
-            name: Name of the operation. Defaults to that of the optimizer.
-            tape: `tf.GradientTape` of a loss that is a tensor.
-            **kwargs: What the inner optimizer's `minimize` takes more.
+            loss: Callable that returns the loss, or a tensor with the `tape` that computed it.
+            var_list: List of variables, or a callable that returns the list.
+            grad_loss: Tensor, the gradient of the loss. Defaults to ones.
+            name: String, the name of the operation. Defaults to the name of the optimizer.
+            tape: The `tf.GradientTape` of a `loss` that is a tensor.
+            **kwargs: Other arguments of the inner optimizer's `minimize`.
 
         Returns:
             The operation, in a graph.
@@ -266,14 +272,14 @@ class Lookahead(Saving):
         experimental_aggregate_gradients: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Make a step.
+        """Let the inner optimizer make one step, then make a sync if it is due.
 
         Args:
-            grads_and_vars: Pairs of a gradient, dense, sparse or `None`, and its variable.
-            name: Name of the operation. Defaults to that of the optimizer.
-            experimental_aggregate_gradients: Whether gradients are summed over the replicas of a `tf.distribute`
-                strategy. Defaults to `True`.
-            **kwargs: What the inner optimizer's `apply_gradients` takes more.
+            grads_and_vars: Pairs of a gradient (dense, sparse or `None`) and its variable.
+            name: String, the name of the operation. Defaults to the name of the optimizer.
+            experimental_aggregate_gradients: Boolean, whether gradients are summed over the replicas of a
+                `tf.distribute` strategy. Defaults to `True`.
+            **kwargs: Other arguments of the inner optimizer's `apply_gradients`.
 
         Returns:
             The operation, in a graph.
@@ -284,14 +290,14 @@ class Lookahead(Saving):
             RuntimeError: inside a `slow_weights()` block, or in a cross-replica context.
         """
         check_outside_block(self._block.is_open, "apply_gradients(grads_and_vars)")
-        # Training goes on from the weights in the model. In `fit` the callback has put these back before.
+        # Training continues from the weights in the model. In `fit` the callback has put the fast weights back before.
         self._block.loaded = {}
         pairs = _check_pairs(grads_and_vars)
         if name is not None:
             kwargs["name"] = name
         variables = [variable for gradient, variable in pairs if gradient is not None]
         if not variables or tf.distribute.in_cross_replica_context():
-            # The inner optimizer raises its error.
+            # The inner optimizer raises its own error.
             return self._inner_step(pairs, experimental_aggregate_gradients, kwargs)
         with tf.name_scope(self._name):
             with tf.init_scope():
@@ -299,10 +305,10 @@ class Lookahead(Saving):
             captured = self._capture()
             with after(captured):
                 steps_before, iterations_before = tf.identity(self._steps), tf.identity(self.iterations)
-            # The reads come first in a graph of TensorFlow 1, too.
+            # The reads come first, in a graph of TensorFlow 1 too.
             with after(captured, steps_before, iterations_before):
                 applied = self._inner_step(pairs, experimental_aggregate_gradients, kwargs)
-            # A step that fails, at the end of a dataset say, ends here: the count comes after all updates.
+            # A step that fails, for example at the end of a dataset, ends here: the count comes after all updates.
             with after(applied):
                 marked = self._count_and_mark(iterations_before)
             with after(applied, *marked):
@@ -311,11 +317,11 @@ class Lookahead(Saving):
                 )
             if tf.compat.v1.executing_eagerly_outside_functions():
                 return applied
-            # Here nothing else makes the rest run.
+            # In a graph of TensorFlow 1 nothing else makes the other operations run.
             return tf.group(*operations(applied, *marked, synchronized))
 
     def _inner_step(self, pairs: list[Any], aggregate: bool, kwargs: dict[str, Any]) -> Any:
-        """Make the inner optimizer's step, by its own `apply_gradients`, after the wrapper's own clipping."""
+        """Make the inner optimizer's step by its own `apply_gradients`, after the wrapper's own clipping."""
         inner = self._optimizer
         clips = any(clip is not None for clip in (self._clipnorm, self._clipvalue, self._global_clipnorm))
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -329,7 +335,7 @@ class Lookahead(Saving):
         return inner.apply_gradients(pairs, **kwargs)
 
     def _transform_unaggregated_gradients(self, grads_and_vars: Any) -> Any:
-        # A `LossScaleOptimizer` around begins its step by this, and may then skip it.
+        # A `LossScaleOptimizer` around this optimizer begins its step with this call, and may then skip the step.
         with tf.init_scope():
             self._create_applied_steps()
         return self._optimizer._transform_unaggregated_gradients(grads_and_vars)
@@ -339,18 +345,18 @@ class Lookahead(Saving):
         return aggregate(grads_and_vars)
 
     def _count_and_mark(self, iterations_before: Any) -> list[Any]:
-        """Count an applied step, and mark the slow weights as captured, if the inner optimizer has counted one."""
+        """If the inner optimizer has counted a step, count an applied step and mark the slow weights as captured."""
         if tf.executing_eagerly() and self._applied_steps is None and self._is_captured():
             return []
         made = self.iterations - iterations_before
-        # Wrappers share the count of applied steps: the innermost one adds to it.
+        # Wrappers share the count of applied steps. The innermost wrapper adds to it.
         is_innermost = not isinstance(self._optimizer, Lookahead)
         counted = []
         if self._applied_steps is not None and is_innermost:
             counted.append(self._applied_steps.assign_add(made, read_value=False))
         return [*counted, *self._mark_captured(made)]
 
-    # Only averaging wrappers around call these three. `apply_gradients` above does not.
+    # Only averaging wrappers around this optimizer call these three methods. `apply_gradients` above does not.
 
     def _resource_apply_dense(self, grad: Any, var: Any, apply_state: Any = None) -> Any:
         return step_of_one_variable(self, "_dense_apply_args", "_resource_apply_dense", var, (grad, var), apply_state)
@@ -372,13 +378,13 @@ class Lookahead(Saving):
         return self._optimizer._prepare_local(var_device, var_dtype, apply_state)
 
     def sync(self) -> None:
-        """Synchronise now, for the end of a run that does not end on a sync. A second call changes nothing.
+        """Make a sync now, for the end of a run that does not end on a sync. A second call changes nothing.
 
-        Every variable that has a slow weight takes part. Before the first step there is none, and nothing happens.
+        Every variable that has a slow weight takes part. A call before the first step changes nothing.
 
-        There is a `UserWarning` if fewer steps than `sync_period` were applied, the slow step size is below 1, and
-        neither this method nor `reset_slow_weights` was called before. After a run this short the slow weights are
-        those from before the first step, so that this call takes back a part of all that was trained. In a
+        There is a `UserWarning` if all of this holds: fewer steps than `sync_period` were applied, the slow step size
+        is below 1, and neither `sync` nor `reset_slow_weights` was called before. The slow weights of such a short run
+        are still the weights with which training began, so the sync takes back a part of the training. In a
         `tf.function` there is no warning.
 
         Raises:
@@ -386,7 +392,7 @@ class Lookahead(Saving):
         """
         self._check_eager("sync()")
         self._end_block_of_callback("sync()")
-        # One that was just switched on has none before its next step, and restarts those inside nevertheless.
+        # A wrapper that was just switched on has no slow weights before its next step. Wrappers inside still restart.
         if any(wrapper._has_slow_weights() for wrapper in wrappers_in(self)):
             self._warn_if_within_first_cycle()
             self._capture()
@@ -399,9 +405,9 @@ class Lookahead(Saving):
             warn_if_within_first_cycle(self._count(), self.sync_period, slow_step_size, stacklevel=3)
 
     def reset_slow_weights(self) -> None:
-        """Capture the slow weights from the variables again, after restoring the best weights, say.
+        """Capture the slow weights from the variables again, for example after you restored the best weights.
 
-        Before the first step there are none, and nothing happens.
+        The next sync comes when it was due before. A call before the first step changes nothing.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block, or in a graph of TensorFlow 1.
@@ -413,15 +419,16 @@ class Lookahead(Saving):
 
     @contextlib.contextmanager
     def slow_weights(self) -> Iterator[None]:
-        """Context manager that runs a block, an evaluation or an export, with the slow weights in the model.
+        """Return a context manager that puts the slow weights into the model, for an evaluation or an export.
 
-        The fast weights come back bit for bit, whatever happens in the block; until then a copy of them takes the
-        memory of one more set of weights. A block inside a block changes nothing. Training in one is refused; a step
-        that was compiled before does not notice the block, and what it does is lost at its end.
+        At the end of the block the fast weights are back, bit for bit, also after an exception. Until then a copy of
+        the fast weights takes the memory of one more set of weights. A block inside a block changes nothing. Training
+        inside a block raises an error. A step that was compiled before the block cannot notice the block. Its changes
+        of the weights are lost when the block ends.
 
-        A model saved in the block has the slow weights. The fast ones are beside them: slots `"fast"` of a checkpoint,
-        the end of `weights` in an `.h5` file. `fit` with the callback `SwapSlowWeights` resumes from these, bit for
-        bit. Other training that resumes from such a file starts from the slow weights.
+        A model that is saved inside a block has the slow weights. The file has the fast weights too: as slots `"fast"`
+        in a checkpoint, and at the end of `weights` in an `.h5` file. `fit` with the callback `SwapSlowWeights` resumes
+        from the fast weights, bit for bit. Other training from such a file starts from the slow weights.
 
         Raises:
             RuntimeError: in a graph of TensorFlow 1.
@@ -435,12 +442,12 @@ class Lookahead(Saving):
         with self._block.run(self._pairs_to_swap(), self._count()):
             yield
 
-    # What the callback `SwapSlowWeights` asks for.
+    # The callback `SwapSlowWeights` calls these methods.
 
     def _end_block_of_callback(self, caller: str) -> None:
         """End the block of a `SwapSlowWeights`, which lasts until the next epoch. Inside another block raise an error.
 
-        A callback may have put other weights into the model at the end of the epoch. These stay.
+        Another callback may have put weights into the model at the end of the epoch. These weights stay.
         """
         if self._block.is_of_callback:
             self._leave_slow_weights()
@@ -470,7 +477,8 @@ class Lookahead(Saving):
         if loaded := self._loaded_fast_weights():
             slots = {id(pair.fast): pair.slow for pair in self._pairs()}
             variables = [variable for variable, _ in self._block.loaded.values()]
-            # Slots that a checkpoint restores in `fit` are made by its first step: there is nothing to compare with.
+            # If a checkpoint is restored in `fit`, the first step makes the slots. Until then there is nothing to
+            # compare with.
             self._block.put_back(loaded, [(slots.get(id(variable), variable), variable) for variable in variables])
         self._block.loaded = {}
 
@@ -486,7 +494,7 @@ class Lookahead(Saving):
         config = super().get_config()
         for name in ("clipnorm", "clipvalue", "global_clipnorm"):
             if self.__dict__[f"_{name}"] is None:
-                # It is the inner optimizer's.
+                # The value is the inner optimizer's.
                 config.pop(name, None)
         return {
             **config,
@@ -497,11 +505,11 @@ class Lookahead(Saving):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "Lookahead":
-        """Make an optimizer from its config, or that of TensorFlow Addons; the config is left as it is.
+        """Make an optimizer from its config, or from a config of TensorFlow Addons. The config is not changed.
 
         Args:
             config: Dictionary, as from `get_config`.
-            custom_objects: Dictionary of names to classes and functions that are not registered with Keras.
+            custom_objects: Dictionary from names to classes and functions that are not registered with Keras.
         """
         config = copy.deepcopy(config)
         config.pop("is_legacy_optimizer", None)
@@ -509,7 +517,7 @@ class Lookahead(Saving):
         if isinstance(optimizer, dict):
             optimizer = deserialize(optimizer, custom_objects)
         with warnings.catch_warnings():
-            # Who made the config was warned.
+            # The warning came when the config's optimizer was made.
             warnings.filterwarnings("ignore", OVER_RELAXATION)
             return cls(optimizer, **config)
 

@@ -16,9 +16,10 @@ _HYPERS = "weight_decay", "sma_threshold", "total_steps", "warmup_proportion", "
 
 @keras.utils.register_keras_serializable(package="Addons")
 class RectifiedAdam(CheckedAdam):
-    r"""Adam whose step waits until its second moment can be trusted. A drop-in for `tfa.optimizers.RectifiedAdam`.
+    r"""Adam that takes a plain momentum step until its second moment is reliable.
 
-    With Adam's moments without their bias, $\hat m$ and $\hat v$, and the number $\rho_t$ of gradients in $\hat v$,
+    A drop-in for `tfa.optimizers.RectifiedAdam`. $\hat m$ and $\hat v$ are Adam's moments with their bias removed, and
+    $\rho_t$ is the number of gradients in $\hat v$:
 
     .. math::
 
@@ -26,17 +27,20 @@ class RectifiedAdam(CheckedAdam):
         u = r_t \frac{\hat m}{\sqrt{\hat v} + \epsilon} \text{ if } \rho_t \ge \rho_\text{min}, \text{ else } \hat m.
 
     Args:
-        learning_rate: Float >= 0, schedule, its config, tensor or callable ($\eta$). Defaults to 0.001.
-        beta_1, beta_2: Floats in [0, 1), the decay of the two moments. Default to 0.9 and 0.999.
-        epsilon: Float >= 0; 0 and `None` stand for `keras.backend.epsilon()`. Defaults to 1e-7.
+        learning_rate: Float >= 0, schedule, config of a schedule, tensor or callable ($\eta$). Defaults to 0.001.
+        beta_1, beta_2: Floats in [0, 1), the decay rates of the first and the second moment. Default to 0.9 and 0.999.
+        epsilon: Float >= 0 ($\epsilon$). 0 and `None` stand for `keras.backend.epsilon()`. Defaults to 1e-7.
         weight_decay: As `learning_rate`, by which it is multiplied ($\lambda$). Defaults to 0.
         amsgrad: Boolean, whether the largest second moment so far is used. Defaults to `False`.
-        sma_threshold: Float >= 4 ($\rho_\text{min}$). Defaults to 5.
-        total_steps: Integer >= 0. If not 0, the learning rate rises from 0 in the first `warmup_proportion` of these
-            steps, and falls to `min_lr` in the others. Defaults to 0.
-        warmup_proportion, min_lr: Floats in [0, 1], and in [0, `learning_rate`]. Default to 0.1 and 0.
-        name: Name of the optimizer and its operations. Defaults to `"RectifiedAdam"`.
-        **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`; `lr` for `learning_rate`; `decay`, inverse-time, per step.
+        sma_threshold: Float >= 4, the number of gradients from which the step is rectified ($\rho_\text{min}$).
+            Defaults to 5.
+        total_steps: Integer >= 0, the number of training steps, or 0. If it is not 0, the learning rate rises from 0 in
+            the first `warmup_proportion` of these steps, and falls to `min_lr` in the others. Defaults to 0.
+        warmup_proportion: Float in [0, 1], the part of `total_steps` in which the learning rate rises. Defaults to 0.1.
+        min_lr: Float in [0, `learning_rate`], the learning rate after `total_steps`. Defaults to 0.
+        name: String, the name of the optimizer and of its operations. Defaults to `"RectifiedAdam"`.
+        **kwargs: `clipnorm`, `clipvalue`, `global_clipnorm`; `lr`, another name of `learning_rate`; `decay`,
+            inverse-time decay of the learning rate, per step.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type or is unknown, or if a value is out of range.
@@ -81,12 +85,13 @@ class RectifiedAdam(CheckedAdam):
     def _set_hyper(self, name: str, value: Any) -> None:
         super()._set_hyper(name, value)
         if name in ("weight_decay", "total_steps"):
-            # What is off takes no time.
+            # A setting that is off costs no time.
             self._active.discard(name) if isinstance(value, numbers.Real) and not value else self._active.add(name)
 
     def _prepare_local(self, var_device: Any, var_dtype: Any, apply_state: Any) -> None:
-        # In half precision the step count and 1 - beta_2 have too few digits. Float32 is not widened: rho is a small
-        # difference of large numbers, so that its rounding shows in all weights, as it does in the original.
+        # In half precision the step count and 1 - beta_2 have too few digits. Float32 is not widened, so that the
+        # results are equal to TensorFlow Addons'. There rho is a small difference of large numbers, and its rounding
+        # shows in all weights.
         dtype = tf.float32 if var_dtype.size < 4 else var_dtype
         step = tf.cast(self.iterations + 1, dtype)
         hypers = ("beta_1", "beta_2", "sma_threshold", "weight_decay")
