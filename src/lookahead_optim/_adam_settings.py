@@ -1,4 +1,4 @@
-"""Validation of the settings of `RectifiedAdam` and `AdamW`, the same in Keras 2 and Keras 3."""
+"""Checks of the settings of `RectifiedAdam` and `AdamW`, for Keras 2 and Keras 3."""
 
 import math
 import numbers
@@ -38,7 +38,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_keywords(keywords: dict[str, Any]) -> None:
-    """Raise `TypeError` or `ValueError` for a clipping or a decay that is no finite number >= 0."""
+    """Raise `TypeError` or `ValueError` if a clipping or a decay is no finite number >= 0."""
     for name in ("clipnorm", "clipvalue", "global_clipnorm", "decay", "weight_decay"):
         if keywords.get(name) is not None:
             check_setting(name, keywords[name])
@@ -77,7 +77,7 @@ def check_total_steps(total_steps: Any) -> int:
 
 
 def check_warm_up(total_steps: int, min_lr: Any, learning_rate: Any) -> None:
-    """Raise `ValueError` if the learning rate of a warm-up would rise where it is to fall."""
+    """Raise `ValueError` if the learning rate would rise after the warm-up, where it must fall."""
     are_numbers = isinstance(min_lr, numbers.Real) and isinstance(learning_rate, numbers.Real)
     if total_steps and are_numbers and min_lr > learning_rate:
         raise ValueError(

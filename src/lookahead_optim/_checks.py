@@ -1,4 +1,4 @@
-"""Checks that several front ends make, with the messages that they raise."""
+"""Checks that several front ends make, and the messages that they raise."""
 
 import functools
 import inspect
@@ -23,8 +23,8 @@ __all__ = [
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-# What others call the arguments: the paper's code, timm, pytorch_optimizer, torch_optimizer, Optax, PaddlePaddle,
-# keras-lookahead, Ranger, Ranger21, torchft's DiLoCo, MuLoCo and programs that were written after these.
+# Names of the arguments in other implementations: the paper's code, timm, pytorch_optimizer, torch_optimizer, Optax,
+# PaddlePaddle, keras-lookahead, Ranger, Ranger21, torchft's DiLoCo, MuLoCo and programs that were written after these.
 _PERIODS = (
     "inner_step",
     "inner_steps",
@@ -56,14 +56,14 @@ _INNER_OPTIMIZERS = ("base_opt", "base_optimizer", "fast_optimizer", "inner", "i
 def explain_other_names(
     inner: str, error: type[Exception] = TypeError
 ) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Return a decorator for what makes a `Lookahead`, `__init__` or a function.
+    """Return a decorator for an `__init__` or a function that makes a `Lookahead`.
 
-    It raises `error` for a keyword that is another implementation's name of an argument, before Python says that the
-    keyword is unknown or an argument is missing. The signature stays as it is.
+    The decorated function raises `error` for a keyword that is another implementation's name of an argument. Without
+    it, Python would only say that the keyword is unknown, or that an argument is missing. The signature stays as it is.
 
     Args:
-        inner: Name of the argument that is the inner optimizer.
-        error: Type of the error, the one that the framework raises for unknown keywords.
+        inner: Name of the argument for the inner optimizer.
+        error: Type of the error: the type that the framework raises for unknown keywords. Defaults to `TypeError`.
     """
     names = {**dict.fromkeys(_PERIODS, "sync_period"), **dict.fromkeys(_STEP_SIZES, "slow_step_size")}
     names |= {name: inner for name in _INNER_OPTIMIZERS if name != inner}
@@ -163,17 +163,17 @@ OVER_RELAXATION = "`slow_step_size` above 1"
 
 
 def warn_if_over_relaxed(slow_step_size: float, slow_momentum: float = 0.0, *, stacklevel: int) -> None:
-    """Warn of a slow step size above 1, with `UserWarning`. Slow momentum explains one.
+    """Warn of a slow step size above 1, with `UserWarning`. With slow momentum there is no warning.
 
-    On a quadratic the inner optimizer multiplies the error by a factor r in each cycle: c^k, if one of the cycle's k
-    updates multiplies it by c. The slow weights go `slow_step_size` of the way from error 1 to error r. So a cycle
-    multiplies their error by 1 - slow_step_size (1 - r), which is -1 at slow_step_size = 2 / (1 - r).
+    On a quadratic the inner optimizer multiplies the error by a factor r in each cycle. If each of the k updates
+    multiplies the error by c, r is c^k. The slow weights move `slow_step_size` of the way from error 1 to error r. So a
+    cycle multiplies their error by 1 - slow_step_size (1 - r), which is -1 at slow_step_size = 2 / (1 - r).
 
     Args:
         slow_step_size: A number that was checked.
-        slow_momentum: The slow momentum, a number that was checked.
-        stacklevel: As if the caller called `warnings.warn`. `explain_other_names` adds a call between an `__init__` and
-            the user's line, which is 3 there.
+        slow_momentum: The factor of the slow momentum, a number that was checked.
+        stacklevel: As if the caller called `warnings.warn`. In an `__init__` with `explain_other_names` it is 3, as the
+            decorator adds a call before the user's line.
     """
     if slow_step_size > 1 and not slow_momentum:
         warnings.warn(
@@ -188,12 +188,12 @@ def warn_if_over_relaxed(slow_step_size: float, slow_momentum: float = 0.0, *, s
 def warn_if_within_first_cycle(
     updates: int, sync_period: int | None, slow_step_size: float, *, stacklevel: int
 ) -> None:
-    """Warn, with `UserWarning`, of a `sync()` that takes the weights back towards where training began.
+    """Warn, with `UserWarning`, of a `sync()` that moves the weights back towards where training began.
 
     Args:
-        updates: How many updates were applied so far.
-        sync_period: The period, or `None` if only the caller knows that the first cycle has not ended.
-        slow_step_size: The slow step size. From 1 on nothing is taken back.
+        updates: The number of updates that were applied so far.
+        sync_period: The period. `None` if the caller knows only that the first cycle has not ended.
+        slow_step_size: The slow step size. From 1 on nothing is taken back, and there is no warning.
         stacklevel: As in `warn_if_over_relaxed`.
     """
     is_within = updates > 0 and (sync_period is None or updates < sync_period)

@@ -1,4 +1,4 @@
-"""Evaluation on the slow weights, for the two Keras: the block, and what a callback does with it."""
+"""Evaluation on the slow weights, for Keras 2 and Keras 3: the block, and how a callback uses it."""
 
 import contextlib
 import warnings
@@ -11,12 +11,12 @@ _EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10}
 
 
 class Block:
-    """Sets the fast weights aside while the slow ones are in the model.
+    """Keeps the fast weights while the slow weights are in the model.
 
     Args:
-        value_of: Returns the value of a variable as a tensor, of a dtype that may be given.
-        copy_of: Returns the value of a variable as a tensor of its own.
-        are_all: Returns whether a tensor of booleans is true everywhere.
+        value_of: Function that returns the value of a variable as a tensor, cast to a dtype if it is given.
+        copy_of: Function that returns a copy of the value of a variable, as a tensor.
+        are_all: Function that returns whether a tensor of booleans is true everywhere.
     """
 
     def __init__(
@@ -28,23 +28,24 @@ class Block:
         self._count = 0
         # Whether a callback has opened the block, and not a `with` statement.
         self.is_of_callback = False
-        # The number of steps at which a call, and no step, made fast and slow weights equal.
+        # The number of steps at which a call, and not a step, made fast and slow weights equal.
         self.made_equal_at: int | None = None
-        # The number of steps at which the sync period was set: whether the last of them was a sync, is not known then.
+        # The number of steps at which the sync period was set. It is then unknown whether the last of these steps was a
+        # sync.
         self.period_set_at: int | None = None
         # The fast weights of a file that was saved in a block: variable and value, by the `id` of the variable.
         self.loaded: dict[int, tuple[Any, Any]] = {}
-        # Which file: in Keras 3 its number of steps, in Keras 2 TensorFlow's number of the restoration.
+        # Which file it was: in Keras 3 its number of steps, in Keras 2 TensorFlow's number of the restoration.
         self.loaded_at: int | None = None
 
     def note_made_equal(self, count: Callable[[], int]) -> None:
-        """Note that a call has made fast and slow weights equal. In a function that is compiled it has no number."""
+        """Note that a call has made fast and slow weights equal. In a compiled function the count has no number."""
         self.loaded = {}
         with contextlib.suppress(Exception):
             self.made_equal_at = count()
 
     def note_period_set(self, count: Callable[[], int]) -> None:
-        """Note that the sync period was set. In a function that is compiled the count has no number."""
+        """Note that the sync period was set. In a compiled function the count has no number."""
         with contextlib.suppress(Exception):
             self.period_set_at = count()
 
@@ -62,7 +63,7 @@ class Block:
 
     @contextlib.contextmanager
     def run(self, pairs: Sequence[Any], count: int) -> Iterator[None]:
-        """Open a block, and end it unless it has been ended from outside."""
+        """Return a context manager that opens a block, and ends it unless it was ended from outside."""
         kept = self.copies(pairs)
         try:
             self.open(pairs, kept, count)
@@ -78,8 +79,8 @@ class Block:
         """Put the slow weights into the model.
 
         Args:
-            pairs: Sequences that begin with slow and fast variable. In place of a slow variable there may be None: the
-                block then only keeps the fast one.
+            pairs: Sequences that begin with a slow variable and its fast variable. If the slow variable is `None`, the
+                block only keeps the fast variable.
             kept: Copies of the fast weights.
             count: The number of steps so far.
         """
@@ -89,14 +90,14 @@ class Block:
                 fast.assign(self._copy_of(slow))
 
     def end(self) -> None:
-        """End the block with the weights that are in the model."""
+        """End the block, and leave the weights that are in the model."""
         self._pairs, self._kept = (), None
 
     def leave(self, count: int, averages: Mapping[int, Any], is_last: bool) -> None:
         """End a block from outside, as a callback does.
 
-        The fast weights come back, unless the model was trained meanwhile: then these would be lost. See `_settle` for
-        the other arguments.
+        The fast weights come back, unless the model was trained meanwhile: then the training would be lost. For the
+        other arguments see `_settle`.
         """
         if self.is_open and count != self._count:
             self.end()
@@ -109,14 +110,23 @@ class Block:
             self._settle(averages, is_last)
 
     def _settle(self, averages: Mapping[int, Any], is_last: bool) -> None:
-        """End a block in which others may have put weights into the model.
+        """End a block in which other callbacks may have put weights into the model.
 
-        What the slow weights have displaced belongs where they are now: in the model, or in the inner optimizer's
-        `averages` (by the `id` of the weight), with which `SwapEMAWeights` exchanges the model's weights. If they are
-        in neither, another callback has put other weights into the model. Either they are what it kept when it began,
-        before this block, or the weights with which training shall continue: then they stay. Or it began after this
-        block, and will put back the slow weights: then the block must stay open, for one more look, unless this one
-        `is_last`.
+        The slow weights have displaced the kept weights. The kept weights belong where the slow weights are now. There
+        are two such places: the model, and the inner optimizer's `averages`, with which `SwapEMAWeights` exchanges the
+        model's weights.
+
+        If the slow weights are in neither place, another callback has put other weights into the model. There are two
+        cases:
+
+        - The other callback began before this block, or training shall continue from its weights. Then the weights in
+          the model stay.
+        - The other callback began after this block, and will put the slow weights back. Then the block must stay open
+          for one more look, unless this look `is_last`.
+
+        Args:
+            averages: The averages, by the `id` of the weight.
+            is_last: Whether the block ends in any case.
         """
         entries = self._entries()
         averaged = [entry for entry in entries if id(entry[1]) in averages]
@@ -134,14 +144,14 @@ class Block:
             self.end()
 
     def _entries(self) -> list[tuple[Any, Any, Any]]:
-        """Return for each weight what the block shows in the model, its variable, and what the block keeps."""
+        """Return for each weight: its value that the block shows, its variable, and its value that the block keeps."""
         return [
             (kept if slow is None else slow, fast, kept)
             for (slow, fast, *_), kept in zip(self._pairs, self._kept or ())
         ]
 
     def is_undisturbed(self) -> bool:
-        """Return whether the block is open and nobody else has put weights into the model."""
+        """Return whether the block is open and nothing else has put weights into the model."""
         return self.is_open and all(self.are_equal(shown, fast) for shown, fast, _ in self._entries())
 
     def fast_weights(self) -> dict[int, Any]:
@@ -149,14 +159,14 @@ class Block:
         return {id(fast): kept for (slow, fast, *_), kept in zip(self._pairs, self._kept or ()) if slow is not None}
 
     def put_back(self, values: Mapping[int, Any], pairs: Sequence[Any]) -> None:
-        """Put the fast weights of a file into the model, if that has all slow weights of the file."""
+        """Put the fast weights of a file into the model, if the model has all slow weights of the file."""
         found = [(slow, fast) for slow, fast, *_ in pairs if slow is not None]
         if all(id(fast) in values and self.are_equal(slow, fast) for slow, fast in found):
             for _, fast in found:
                 fast.assign(values[id(fast)])
 
     def are_equal(self, one: Any, other: Any) -> bool:
-        """Return whether two variables or tensors are equal, in the dtype of the second, NaN to NaN too.
+        """Return whether two variables or tensors are equal, in the dtype of the second. NaN equals NaN.
 
         Nothing is copied to the host.
         """
@@ -164,9 +174,9 @@ class Block:
         return bool(self._are_all((one == other) | ((one != one) & (other != other))))
 
     def are_close(self, one: Any, other: Any, beside: Any) -> bool:
-        """Return whether two variables are equal but for an exchange with a third one, or back.
+        """Return whether two variables are equal, except for rounding in an exchange with a third variable and back.
 
-        On TensorFlow `SwapEMAWeights` adds and subtracts, which rounds.
+        On TensorFlow `SwapEMAWeights` exchanges by adding and subtracting, which rounds.
         """
         if self.are_equal(one, other):
             return True
@@ -176,24 +186,26 @@ class Block:
 
 
 class Swapping:
-    """The methods of a Keras callback that swaps; `_lookahead` returns the model's optimizer, or raises.
+    """The methods of a Keras callback that swaps. `_lookahead` returns the model's optimizer, or raises an error.
 
-    In `fit` the slow weights stay in the model from its validation until training goes on, so that all callbacks find
-    the weights that were scored at the end of the epoch, whatever their order.
+    In `fit` the slow weights stay in the model from its validation until training continues. So all callbacks find the
+    scored weights at the end of the epoch, whatever their order.
 
-    Keras calls the ends of callbacks in the order of their beginnings, so that two that swap do not nest. This one
-    therefore puts the slow weights into the model at the first batch of an evaluation, when all others have begun.
-    Those before it in the list then end before it, and those after it end after it:
+    Keras calls the ends of callbacks in the same order as their beginnings. So two callbacks that swap do not nest.
+    This callback therefore puts the slow weights into the model at the first batch of an evaluation, when all other
+    callbacks have begun. A callback before this callback in the list ends before it, and a callback after it ends after
+    it:
 
-    - a callback after it restores the weights that it kept when it began, the fast ones, after this one has put back
-      what it found: all is as it was;
-    - a callback before it does so first. This one sees that the slow weights are gone, and leaves the model alone.
+    - A callback after it restores the weights that it kept when it began: the fast weights. By then this callback has
+      put back what it found, so all is as it was.
+    - A callback before it restores these weights first. This callback then sees that the slow weights are gone, and
+      leaves the model alone.
 
-    Beside such a callback the slow weights leave the model at the end of the validation, and come back at the end of
-    the epoch, for the callbacks after this one.
+    Beside such a callback the slow weights leave the model at the end of the validation. They come back at the end of
+    the epoch, for the callbacks after this callback.
 
-    It cannot see whether slow weights are gone where the fast weights are equal to the slow ones, after a sync: then it
-    refuses to be second.
+    Right after a sync the fast weights equal the slow weights. Then this callback cannot see whether the slow weights
+    are gone, and refuses to come second.
     """
 
     _lookahead: Callable[[], Any]
@@ -202,7 +214,7 @@ class Swapping:
         super().__init__()
         self.swap_on_epoch = swap_on_epoch
         self._is_training = self._began_with_others = False
-        # An evaluation has begun, and its first batch has not.
+        # An evaluation has begun, but its first batch has not.
         self._is_due = False
         # The weights that this callback found when a validation began, until its first batch.
         self._found: list[Any] | None = None
@@ -215,13 +227,13 @@ class Swapping:
 
     def set_model(self, model: Any) -> None:
         super().set_model(model)  # type: ignore[misc]
-        # A `fit`, `evaluate` or `predict` begins; a validation is part of its `fit`. No callback has swapped yet.
+        # A `fit`, `evaluate` or `predict` begins, and no callback has swapped yet. (A validation is part of its `fit`.)
         self._is_training = False
         with contextlib.suppress(ValueError):
             self._began_with_others = self._has_others_after_sync(self._lookahead())
 
     def _has_others_after_sync(self, optimizer: Any) -> bool:
-        """Return whether the last change was a sync or a reset, but the model has other weights than the slow ones."""
+        """Return whether the last change was a sync or reset, but the model does not have the slow weights."""
         if not optimizer.sync_period:
             return False
         count = optimizer._count()
@@ -235,7 +247,7 @@ class Swapping:
         )
 
     def _is_free(self, optimizer: Any) -> bool:
-        # A block that is open is another callback's, which will end it.
+        # An open block belongs to another callback, which will end it.
         return not self._has_swapped and not optimizer._block.is_open and optimizer._has_slow_weights()
 
     def _check_is_first(self) -> None:
@@ -268,9 +280,9 @@ class Swapping:
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._is_scored = False
-        # A callback after this one may put the slow weights back. At the first batch it has.
+        # A callback after this callback may still put the slow weights back. By the first batch it has.
         self._swap_out(is_last=False)
-        # Only now has every callback loaded what it loads, in `on_train_begin`.
+        # Only now has every callback loaded its files, in `on_train_begin`.
         self._lookahead()._take_loaded_fast_weights()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -285,7 +297,7 @@ class Swapping:
         self._swap_out()
 
     def on_test_begin(self, logs: Any = None) -> None:
-        # An evaluation that was interrupted has not ended.
+        # An interrupted evaluation has not ended.
         self._swap_out()
         self._check_is_first()
         self._is_due, self._found = True, None
@@ -294,7 +306,8 @@ class Swapping:
             self._found = optimizer._block.copies(optimizer._pairs_to_swap())
 
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
-        # In later batches even to ask for the model would cost: on JAX Keras then takes its state out of the step.
+        # In later batches even asking for the model would cost time: on JAX Keras then takes the model's state out of
+        # the step.
         if not self._is_due:
             return
         self._is_due, optimizer = False, self._lookahead()

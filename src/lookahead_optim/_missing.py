@@ -1,4 +1,4 @@
-"""Says which extra of this package installs a framework that is missing."""
+"""An error message that says which extra of this package installs a missing framework."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,16 @@ BACKENDS = ("tensorflow", "jax", "torch")
 
 @contextlib.contextmanager
 def explain_missing(module: str, extra: str, *packages: str) -> Iterator[None]:
-    """Explain the `ModuleNotFoundError` of a block of imports, if one of some packages is what is missing."""
+    """Return a context manager for imports, which explains a `ModuleNotFoundError` of one of some packages.
+
+    Args:
+        module: Name of the module that does the imports.
+        extra: Name of the extra that installs the packages.
+        *packages: Names of the packages.
+
+    Raises:
+        ModuleNotFoundError: if a package is missing.
+    """
     try:
         yield
     except ModuleNotFoundError as error:

@@ -7,10 +7,15 @@ __all__ = ["rounded"]
 
 
 def rounded(value: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Return real numbers as a dtype of the same width or narrower has them, in their own dtype.
+    """Return real numbers rounded to a dtype of the same width or narrower, in their own dtype.
 
-    XLA may leave out a conversion there and back, as its programs may be more precise than they say. This operation it
-    keeps. It makes 0 of what is below the normal numbers of the narrower dtype, which are rounded by hand.
+    XLA may leave out a conversion to a dtype and back, as XLA may compute more precisely than the program says. XLA
+    keeps this operation. But the operation makes numbers 0 that are below the normal numbers of the narrower dtype.
+    Such numbers are rounded by hand.
+
+    Args:
+        value: Array of real numbers.
+        dtype: The dtype to whose numbers the array is rounded.
     """
     narrow, wide = jnp.finfo(dtype), jnp.finfo(value.dtype)
     if (narrow.nexp, narrow.nmant) == (wide.nexp, wide.nmant):

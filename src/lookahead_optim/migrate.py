@@ -1,4 +1,4 @@
-"""From the checkpoints of `tfa.optimizers.Lookahead` to models of Keras 3."""
+"""From checkpoints of `tfa.optimizers.Lookahead` to models of Keras 3."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from lookahead_optim.keras import Lookahead
 __all__ = ["load_checkpoint"]
 
 _ADAM = {"m": "_momentums", "v": "_velocities", "vhat": "_velocity_hats"}
-# What the state of an inner optimizer is called in Keras 2, and where Keras 3 keeps what means the same.
+# The names of an inner optimizer's state in Keras 2, and the attributes of Keras 3 that mean the same.
 _SLOTS: Mapping[str, Mapping[str, str]] = {
     "SGD": {"momentum": "momentums"},
     "Adam": _ADAM,
@@ -31,24 +31,25 @@ _SLOTS: Mapping[str, Mapping[str, str]] = {
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: keras.Model) -> None:
-    """Load a model stopped in training with `tfa.optimizers.Lookahead`, so that training goes on in Keras 3.
+    """Load a model whose training with `tfa.optimizers.Lookahead` was stopped, so that training resumes in Keras 3.
 
-    The weights, the slow weights, the step count and the inner optimizer's state are loaded; the optimizers' settings
-    are those of `model`. Save it afterwards as any Keras 3 model. The step count of Keras 2 includes the steps that a
-    loss scaler skipped. After such steps the first sync may come earlier than in the old run.
+    This loads the weights, the slow weights, the step count and the inner optimizer's state. The optimizers' settings
+    stay as they are in `model`. Save the model afterwards like any Keras 3 model. The step count of Keras 2 includes
+    the steps that a loss scaler skipped. After such steps the first sync may come earlier than in the old run.
 
     Args:
-        path: An `.h5` file that `model.save` wrote in Keras 2, or the prefix of a checkpoint (`.../ckpt`) that
-            `tf.train.Checkpoint(model=model, optimizer=optimizer)` wrote, or `model.save_weights` in TensorFlow's
-            format, or the folder of a SavedModel. TensorFlow is needed to read the latter three.
-        model: A Keras 3 model of the same architecture, `Sequential` or functional, whose layers own their weights
-            (recurrent ones may have them in their cell, for an `.h5` file). It is compiled with
-            `lookahead_optim.keras.Lookahead` around an optimizer of the same class and options: `SGD`, `Adam`,
+        path: The checkpoint. It may be an `.h5` file that `model.save` wrote in Keras 2; the prefix of a checkpoint
+            (`.../ckpt`) that `tf.train.Checkpoint(model=model, optimizer=optimizer)` or, in TensorFlow's format,
+            `model.save_weights` wrote; or the folder of a SavedModel. Reading a checkpoint or a SavedModel needs
+            TensorFlow.
+        model: A Keras 3 model of the same architecture, `Sequential` or functional, whose layers own their weights.
+            (For an `.h5` file, a recurrent layer may have them in its cell.) It must be compiled with
+            `lookahead_optim.keras.Lookahead` around an inner optimizer of the same class and options: `SGD`, `Adam`,
             `RMSprop` with momentum, `Adagrad`, `Adadelta`, `Adamax`, `Ftrl`, `AdamW`, or `RectifiedAdam` of
-            `lookahead_optim.keras`. `AdamW` of Keras 3 multiplies its `weight_decay` by the learning rate, TensorFlow
-            Addons' does not: divide by it. Those of other classes (`Nadam`), and `RMSprop` without momentum, are
-            refused, as it was not shown that they go on the same in Keras 3. Under mixed precision a
-            `LossScaleOptimizer` is around it, whose scale starts anew.
+            `lookahead_optim.keras`. Other classes (`Nadam`) and `RMSprop` without momentum are refused, as it was not
+            shown that they compute the same in Keras 3. Keras 3's `AdamW` multiplies its `weight_decay` by the learning
+            rate, TensorFlow Addons' does not. So divide the old `weight_decay` by the learning rate. Under mixed
+            precision a `LossScaleOptimizer` is around the `Lookahead`. Its scale starts again.
 
     Raises:
         TypeError: if `model` is not compiled with a `Lookahead`.
@@ -82,10 +83,10 @@ def load_checkpoint(path: str | os.PathLike[str], model: keras.Model) -> None:
     weights, iterations, state = read(path, model)
     if (shapes := [array.shape for array in weights]) != (wanted := [tuple(weight.shape) for weight in model.weights]):
         raise ValueError(f"`path` must have weights of the model's shapes, {wanted}. Received: {shapes}")
-    # Under a loss scaler, `lookahead_optim.tf_keras` writes how many of the steps were applied. In Keras 3 there is one
-    # count, which also places Adam's bias correction and the learning rate schedule.
+    # Under a loss scaler, `lookahead_optim.tf_keras` also writes the number of applied steps. In Keras 3 there is only
+    # one count, which Adam's bias correction and the learning rate schedule use too.
     state.pop("lookahead_step", None)
-    # A file that was written while the slow weights were in the model: training goes on from the fast ones.
+    # If the file was written while the slow weights were in the model, training resumes from its fast weights.
     fast = _arrays_of(state, "fast", variables) if "fast" in state else []
     state.pop("fast", None)
     arrays = {"slow": _arrays_of(state, "slow", variables)}
@@ -132,7 +133,10 @@ def _slots_of(inner: Any) -> Mapping[str, str]:
 
 
 def _check_layers(model: keras.Model) -> None:
-    """Raise `ValueError` for a layer of layers: Keras 2 and 3 list the weights of such in different orders."""
+    """Raise `ValueError` for a layer of layers.
+
+    Keras 2 and Keras 3 list the weights of such layers in different orders.
+    """
     for layer in model.layers:
         owners = [
             part for part in layer._flatten_layers() if part._trainable_variables or part._non_trainable_variables
@@ -158,7 +162,7 @@ def _arrays_of(state: Mapping[str, list[np.ndarray]], name: str, variables: list
 
 
 def _read_h5(path: str, model: keras.Model) -> tuple[list[np.ndarray], int, dict[str, list[np.ndarray]]]:
-    """Return weights in the model's order, step count, and the optimizer's arrays by slot."""
+    """Return the weights in the model's order, the step count, and the optimizer's arrays by slot."""
     import h5py
 
     def names(group: Any, attribute: str) -> list[str]:
@@ -175,7 +179,7 @@ def _read_h5(path: str, model: keras.Model) -> tuple[list[np.ndarray], int, dict
             weights |= {name: np.array(group[name]) for name in names(group, "weight_names")}
         group = file["optimizer_weights"]
         entries = {name.partition(":")[0]: np.array(group[name]) for name in names(group, "weight_names")}
-    # By name: an optimizer that was restored has its weights in another order.
+    # Arrays are found by name, as an optimizer that was restored has its weights in another order.
     state: dict[str, list[np.ndarray]] = {}
     for weight in weights:
         slot_of = re.compile(rf"(?:.*/)?{re.escape(weight.partition(':')[0])}/(\w+?)(?:_\d+)?")
@@ -224,7 +228,8 @@ def _read_checkpoint(path: str, model: keras.Model) -> tuple[list[np.ndarray], i
             slots = f"{key}/.OPTIMIZER_SLOT/{wrapper}/"
             for slot_key in sorted(keys):
                 if slot_key.startswith(slots):
-                    # With a wrapper in the wrapper there are two of the name "slow", which are refused as such.
+                    # With a wrapper inside the wrapper, two slots have the name "slow". The check of the slots then
+                    # refuses the checkpoint.
                     slot = slot_key.removeprefix(slots).rsplit("/", 1)[-1]
                     state.setdefault(slot, []).append(reader.get_tensor(slot_key + suffix))
     if f"{wrapper}/lookahead_step" in keys:
