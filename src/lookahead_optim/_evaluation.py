@@ -119,7 +119,7 @@ class Block:
         If the slow weights are in neither place, another callback has put other weights into the model. There are two
         cases:
 
-        - The other callback began before this block, or training shall continue from its weights. Then the weights in
+        - The other callback began before this block, or training will continue from its weights. Then the weights in
           the model stay.
         - The other callback began after this block, and will put the slow weights back. Then the block must stay open
           for one more look, unless this look `is_last`.

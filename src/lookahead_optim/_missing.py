@@ -10,12 +10,12 @@ BACKENDS = ("tensorflow", "jax", "torch")
 
 @contextlib.contextmanager
 def explain_missing(module: str, extra: str, *packages: str) -> Iterator[None]:
-    """Return a context manager for imports, which explains a `ModuleNotFoundError` of one of some packages.
+    """Return a context manager for imports, which explains the `ModuleNotFoundError` of a missing framework.
 
     Args:
         module: Name of the module that does the imports.
         extra: Name of the extra that installs the packages.
-        *packages: Names of the packages.
+        *packages: Names of the packages that the module needs.
 
     Raises:
         ModuleNotFoundError: if a package is missing.

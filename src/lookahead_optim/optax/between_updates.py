@@ -37,14 +37,14 @@ def slow_params(state: optax.OptState, params: optax.Params) -> optax.Params:
     Args:
         state: The state of an optimizer that has a `lookahead` at any depth: in `optax.chain`, `masked`, `partition`,
             `inject_hyperparams`, `MultiSteps` or `apply_if_finite`. Also the `opt_state` of a Flax `nnx.Optimizer`, or
-            a whole `TrainState`. If a `lookahead` is inside another, the slow weights of the outer one are returned,
-            unless it is switched off. `optax.flatten` and `optax.contrib.split_real_and_imaginary` must be inside the
-            `lookahead`.
+            a whole `TrainState`. If a `lookahead` is inside another `lookahead`, the slow weights of the outer
+            `lookahead` are returned, unless that is switched off. `optax.flatten` and
+            `optax.contrib.split_real_and_imaginary` must be inside the `lookahead`.
         params: Tree of the current parameters, as the optimizer gets them.
 
     Returns:
         A tree like `params`, with the parameters' shapes and dtypes, in new buffers. Slow weights of a wider dtype are
-        rounded. A parameter without a slow weight, for example a masked one, is returned as in `params`.
+        rounded. A parameter without a slow weight, for example a masked parameter, is returned as in `params`.
 
     Raises:
         ValueError: if `state` has no `lookahead`, or a `lookahead` of other parameters.

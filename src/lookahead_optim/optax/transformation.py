@@ -58,7 +58,7 @@ __all__ = ["LookaheadTransformation", "lookahead"]
 
 
 class LookaheadTransformation(optax.GradientTransformationExtraArgs):
-    """The `optax.GradientTransformationExtraArgs` that `lookahead` returns, with one function more."""
+    """The `optax.GradientTransformationExtraArgs` that `lookahead` returns. It also has `apply_gradients`."""
 
     def __repr__(self) -> str:
         rule = getattr(self.update, "__self__", None)
@@ -156,8 +156,8 @@ def lookahead(
     Parameters and updates are plain trees, as for any transformation. Read the slow weights with `slow_params`. It
     finds them in the state of any optimizer that contains this transformation. The slow weights are captured from the
     parameters immediately before the first update, and again before the first update after each sync. After a sync they
-    equal the parameters to which the updates lead, bit for bit. This also holds if another transformation, behind this
-    one in an `optax.chain`, has changed the updates. The slow weights take the memory of one more copy of the
+    equal the parameters to which the updates lead, bit for bit. This also holds if a transformation behind the
+    `lookahead`, in an `optax.chain`, has changed the updates. The slow weights take the memory of one more copy of the
     parameters. Slow momentum takes the memory of another copy.
 
     Only applied updates count. These updates do not count: gradients that `optax.MultiSteps` inside only accumulates,
@@ -179,8 +179,8 @@ def lookahead(
         inner: The inner transformation, or an `optax.MultiSteps`. Transformations that change its updates belong
             inside: `lookahead(optax.chain(...))`.
         sync_period: Integer >= 0, the number of inner updates per sync ($k$). 0 switches Lookahead off: the
-            transformation then behaves as the inner one. A period of 2^31 or more is never due. An array may be traced,
-            and its value is not checked. Defaults to 6.
+            transformation then behaves as the inner transformation. A period of 2^31 or more is never due. An array may
+            be traced, and its value is not checked. Defaults to 6.
         slow_step_size: Finite float >= 0, the slow step size ($\alpha$): the part of the way to the fast weights that
             the slow weights move at a sync. 1, without slow momentum, gives the inner transformation. Above 1, without
             slow momentum, there is a `UserWarning`. It may also be an Optax schedule, a function of the number of syncs

@@ -48,7 +48,7 @@ LegacyOptimizer = keras.optimizers.legacy.Optimizer
 
 
 def _clipping(name: str) -> property:
-    """Return the property for one kind of clipping: the wrapper's own value if there is one, else the inner one's."""
+    """Return the property for one kind of clipping: the wrapper's own value if set, else the inner optimizer's."""
     own = getattr(LegacyOptimizer, name)
 
     def get(self: Any) -> Any:

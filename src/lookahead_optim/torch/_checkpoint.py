@@ -89,7 +89,7 @@ def split(state_dict: StateDict, groups: list[Group], names: Names, is_innermost
                     if entries.get(name) is not None:
                         by_parameter[parameter] = _like(parameter, entries[name], kind, index)
             # The innermost wrapper removes the entries of all wrappers. An optimizer may take a parameter's entry that
-            # is not empty for a complete one of its own.
+            # is not empty for a complete entry of its own.
             own = (names.slow, names.slow_momentum)
             not_of_inner = {name for name in entries if (is_slow_weight(name) if is_innermost else name in own)}
             not_of_inner |= {FAST} if not_of_inner else set()

@@ -20,7 +20,7 @@ def check_equal_on_all_ranks(groups: list[Group], names: Names) -> None:
     All that is known of the processes is that they belong to one run. Each may have another part of a model, or make
     its first step much later. So there is no collective operation, which would wait for all processes. Instead each
     process asks the run's key-value store once, under a key made of its parameters' shapes. The first process stores
-    its settings there. The others compare their settings with the stored ones.
+    its settings there. The other processes compare their settings with the stored settings.
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return

@@ -79,7 +79,7 @@ class State(_View):
         return state
 
     def __getitem__(self, key: Any) -> Any:
-        # A key without an entry gets a new one, as in PyTorch's own state. But reading a slow weight must not make an
+        # A key without an entry gets a new entry, as in PyTorch's own state. But reading a slow weight must not make an
         # entry for the inner optimizer, which may take it for its own.
         entries = {} if key in self.slow_by_parameter and key not in self.inner else self.inner[key]
         # Some optimizers keep values that belong to no parameter beside the entries of the parameters.
