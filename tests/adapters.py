@@ -1,9 +1,8 @@
 """Adapters by which the front ends join the conformance suite.
 
-Arrays are NumPy's, copied in and out.
-
-With `KERAS_BACKEND` set, that of Keras 3 joins, as it has one backend per process; otherwise all others do that are
-installed. They run on `DEVICE`. JAX and Keras take a GPU if there is one.
+Arrays are NumPy's, copied in and out. If `KERAS_BACKEND` is set, only the adapter of Keras 3 joins, as Keras has one
+backend per process. Otherwise all other front ends that are installed join. They run on `DEVICE`. JAX and Keras use a
+GPU if there is one.
 """
 
 import copy
@@ -55,7 +54,7 @@ class Adapter:
 
     @staticmethod
     def without_gradient(gradient):
-        """Return what stands for a gradient that is missing."""
+        """Return the value that stands for a missing gradient."""
         return
 
     def load_fast(self, weights):
@@ -146,7 +145,7 @@ if _joins("torch"):
 
         def slow(self):
             states = [self.optimizer.state[parameter] for parameter in self.parameters]
-            # That of the outermost wrapper.
+            # The value of the outermost wrapper.
             name = max(key for key in states[0] if key.startswith("slow") and "momentum" not in key)
             return [state[name].cpu().numpy().copy() for state in states]
 
@@ -170,7 +169,7 @@ if _joins("torch"):
     class TorchCapturable(Torch):
         implementation: ClassVar = {"foreach": True, "capturable": True}
 
-    # On the CPU PyTorch has a loop over the weights, which the others are compared with elsewhere.
+    # On the CPU PyTorch has a loop over the weights. Other tests compare the other implementations with it.
     ADAPTERS += [Torch] if ON_CPU else [Torch, TorchFused, TorchCapturable]
 
 if _joins("optax"):
@@ -267,7 +266,7 @@ if _joins("tf_keras") or (_joins("tensorflow") and importlib.metadata.version("t
             self.optimizer._create_all_weights(self.variables)
 
         def apply(self, gradients):
-            # With `None`, as `fit` does: a variable that is not in the list is one that is not trained.
+            # With `None`, as `fit` does: a variable that is not in the list counts as frozen.
             tensors = [None if one is None else tf.constant(one) for one in gradients]
             self.optimizer.apply_gradients(zip(tensors, self.variables))
 

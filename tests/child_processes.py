@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def start(module, *arguments, options=(), output=subprocess.PIPE, **environment):
-    """Start `python -m` with a module of these tests. What it prints, errors too, goes to `output`."""
+    """Start `python -m` with a module of these tests. Its output and its errors go to `output`."""
     return subprocess.Popen(
         [sys.executable, *options, "-m", module.__name__, *map(str, arguments)],
         cwd=ROOT,
@@ -32,7 +32,7 @@ def finish(process, timeout):
 
 
 def run_together(module, run, directory, world_size, timeout):
-    """Run processes of `torch.distributed`, and check that all ended well: if one does not, the others are killed.
+    """Run processes of `torch.distributed`, and check that all ended well. If one fails, the others are killed.
 
     Each gets RUN, DIRECTORY, its rank and their number, and prints to a file in the directory.
     """
@@ -60,7 +60,7 @@ def run_together(module, run, directory, world_size, timeout):
 
 
 def kill_when_reached(process, path, timeout):
-    """Kill a process as soon as a file is there that it makes."""
+    """Kill a process as soon as it has made a certain file."""
     deadline = time.monotonic() + timeout
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

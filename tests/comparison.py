@@ -1,4 +1,4 @@
-"""Comparison bit for bit, of what any framework calls an array."""
+"""Comparison bit for bit of arrays of any framework."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ def _bits(array):
     if hasattr(array, "detach"):
         import torch
 
-        # NumPy has not all dtypes of PyTorch.
+        # NumPy lacks some dtypes of PyTorch.
         dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
         return dtype, shape, array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     array = np.asarray(array)

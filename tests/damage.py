@@ -19,7 +19,7 @@ def damaged(data, count, seed=0):
 
 
 def check(data, count, load, is_as_before, is_as_saved):
-    """Load damaged copies, and return how often what came of it, by the kind of damage.
+    """Load damaged copies, and return how often each result came, by the kind of damage.
 
     `load(data)` loads, or raises. After an error everything must be as it was before.
     """

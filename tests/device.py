@@ -1,4 +1,4 @@
-"""The device of the tests that are marked `gpu` and of the conformance suite: `LOOKAHEAD_DEVICE`, or the CPU."""
+"""The device of the conformance suite and of the tests with the mark `gpu`: `LOOKAHEAD_DEVICE`, or the CPU."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""How long the state machines of random operations run: bounded in the tests, for `FUZZ_SECONDS` in `make fuzz`.
+"""The run time of the state machines of random operations: bounded in the tests, `FUZZ_SECONDS` in `make fuzz`.
 
 A machine is a `hypothesis.stateful.RuleBasedStateMachine` whose rules are made with `operation`, which counts them.
 """
@@ -17,7 +17,7 @@ _counts: collections.Counter[str] = collections.Counter()
 
 
 def operation(**arguments):
-    """Return a decorator like `hypothesis.stateful.rule`, whose rule is counted."""
+    """Return a decorator like `hypothesis.stateful.rule` that also counts the rule."""
 
     def decorate(function):
         @functools.wraps(function)
@@ -31,7 +31,7 @@ def operation(**arguments):
 
 
 def run(machine, examples, steps):
-    """Run a machine: `examples` times up to `steps` operations, always the same ones.
+    """Run a machine: `examples` times, up to `steps` operations each, always the same operations.
 
     If `FUZZ_SECONDS` is set, run it that long instead, with other operations in each round, and print their number.
     """

@@ -6,15 +6,15 @@ With slow momentum it is the outer step of SNOO (arXiv 2510.15830) and, on one w
     oracle.apply(gradients)
 
 `weights` and `gradients` are lists of arrays; a gradient may be `None`. Afterwards the fast weights are in
-`oracle.weights`, the slow ones in `oracle.slow`. The inner optimizer may be another `Lookahead`, all of whose weights
-restart from those that the outer one has synchronised.
+`oracle.weights`, and the slow weights in `oracle.slow`. The inner optimizer may be another `Lookahead`. At a sync of
+the outer `Lookahead` all weights of the inner one restart too.
 """
 
 import numpy as np
 
 
 class Optimizer:
-    """Updates `weights` one by one with the `update` of a subclass."""
+    """Updates `weights` one after the other with the `update` of a subclass."""
 
     def start(self, weights):
         self.weights = [np.array(weight, "float64") for weight in weights]
@@ -94,7 +94,7 @@ class Lookahead:
         self.t_of_sync = self.t
 
     def restart(self, weights):
-        """Go on from weights that a wrapper around has synchronised. The momentum stays."""
+        """Continue from the weights to which a wrapper around has synchronised. The momentum stays."""
         self.slow = [weight.copy() for weight in weights]
         self.inner.restart(weights)
         self.t_of_sync = self.t
@@ -106,7 +106,7 @@ class Lookahead:
             self.outer_step()
 
     def sync(self):
-        """Make the outer step now. Without an update since the last one there is nothing to do."""
+        """Make the outer step now. Without an update since the last sync there is nothing to do."""
         if self.t != self.t_of_sync:
             self.outer_step()
 

@@ -1,4 +1,4 @@
-"""RectifiedAdam and AdamW in float64, written to be read: the papers' algorithms with TensorFlow Addons' settings."""
+"""RectifiedAdam and AdamW in float64, written for readers: the papers' algorithms with TensorFlow Addons' settings."""
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def rectified_adam(
     warmup_proportion=0.1,
     min_lr=0.0,
 ):
-    """Return the weight after each step, an array of one row a step."""
+    """Return the weight after each step, an array with a row for each step."""
     weight = np.asarray(weight, "float64")
     m = v = largest = np.zeros_like(weight)
     rows = []
@@ -53,7 +53,7 @@ def rectified_adam(
 
 
 def adamw(weight, gradients, weight_decay, learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-7):
-    """Return the weight after each step, an array of one row a step. Its decay is not multiplied by the rate."""
+    """Return the weight after each step, an array with a row for each step. The decay is not multiplied by the rate."""
     weight = np.asarray(weight, "float64")
     m = v = np.zeros_like(weight)
     rows = []

@@ -1,4 +1,4 @@
-"""The benchmark suite measures in turn, tells what failed, and makes the docs' tables of its results alone."""
+"""The benchmark suite measures in turn and reports failures, and the docs' tables are made from its results alone."""
 
 import dataclasses
 import importlib
@@ -23,7 +23,7 @@ from timing import Program, in_turn, limit, quartiles, ratios
 
 ROOT = Path(__file__).parent.parent
 
-# Those of the docs. Measuring on another machine makes a file of its own.
+# The results in the docs. Measuring on another machine makes another file.
 RESULTS = [
     ROOT / "benchmarks" / "results" / f"{name}.json"
     for name in ("amd_epyc", "amd_epyc_designs", "intel_xeon_processor")
@@ -67,7 +67,7 @@ def test_ratios_are_of_the_same_turn_and_the_limit_is_that_of_the_bytes():
 
 
 def made(command, cores=2, results=()):
-    """Return a run of cases and their results."""
+    """Return a run of cases and its results."""
     machine = {"processor": "any", "cores": cores, "accelerator": "none", "system": "Linux"}
     results = [{"case": dataclasses.asdict(case), "result": result} for case, result in results]
     return {"command": command, "date": "today", "commit": "abc", "machine": machine, "results": results}
@@ -102,7 +102,7 @@ def test_an_aim_is_met_missed_or_open_as_far_as_the_median_is_known():
     quarter = (1.1, 1.2, 1.3)
     assert report.verdict(quarter, 100, aim=1.25) == "1.20 / 1.25 yes"
     assert report.verdict(quarter, 100, aim=1.15) == "1.20 / 1.15 no"
-    # 1.82 times 0.2 over 2 is 0.182.
+    # 1.82 times 0.2 divided by 2 is 0.182.
     assert report.verdict(quarter, 4, aim=1.02) == "1.20 / 1.02 open"
     assert report.verdict(quarter, 4, aim=1.01) == "1.20 / 1.01 no"
     assert report.verdict(quarter, 4, aim=1.01, at_least=True) == "1.20 / 1.01 yes"
@@ -140,7 +140,7 @@ def test_the_tables_of_the_docs_are_made_of_the_committed_results(tmp_path):
     for pattern in ("**/*.md", "**/*.svg"):
         names = [{path.relative_to(folder) for path in folder.glob(pattern)} for folder in (tmp_path, docs)]
         assert names[0] == names[1]
-    # Plots depend on the version of Matplotlib, so that they are compared by name alone.
+    # Plots depend on the version of Matplotlib, so only their names are compared.
     for path in tmp_path.glob("**/*.md"):
         assert (docs / path.relative_to(tmp_path)).read_text() == path.read_text(), path.name
 
@@ -176,7 +176,7 @@ def test_what_is_measured_on_a_gpu_can_be_measured_on_the_cpu_and_shown(tmp_path
 
 
 def test_the_command_for_a_gpu_runs_on_the_cpu(tmp_path):
-    # The tests that it runs too are in the suites of their front ends.
+    # The tests that it also runs belong to the suites of their front ends.
     parts = ["--only", "torch_waits", "--only", "keras_steps torch", "--only", "jax_training"]
     command = [sys.executable, gpu.FOLDER / "gpu.py", "--device", "cpu", "--output", tmp_path / "out.json", *parts]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -200,7 +200,7 @@ def test_a_part_of_the_gpu_that_fails_or_takes_too_long_does_not_stop_the_others
     assert len(json.loads((tmp_path / "out.json").read_text())) == 2
 
 
-# Rows of the README's table, and whose figures they have.
+# Rows of the README's table, and the results that they show.
 README = {
     "ten weights of 1024 x 1024 on a CPU: PyTorch": ("PyTorch, foreach", OURS),
     "Keras on TensorFlow, graph": ("Keras, TensorFlow graph", OURS),
@@ -216,7 +216,7 @@ README = {
 
 
 def rows_of_the_readme():
-    """Return the cells of its tables by their first one."""
+    """Return the cells of the README's tables by the first cell of their row."""
     lines = [line.strip("|\n ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines()]
     return {line[0]: line[1:] for line in lines}
 

@@ -1,4 +1,4 @@
-"""One suite for all front ends: each joins with an adapter and is held to the oracle and to closed forms."""
+"""One suite for all front ends. Each joins with an adapter and is compared with the oracle and with closed forms."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tests.comparison import assert_same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:`slow_step_size` above 1:UserWarning")
 
-# Settings that every framework's own optimizers have, under the oracle's names.
+# Settings that all frameworks' own optimizers have, under the oracle's names.
 INNER = {
     "sgd": (reference.SGD, {"learning_rate": 0.1}),
     "momentum": (reference.SGD, {"learning_rate": 0.05, "momentum": 0.9}),
@@ -199,8 +199,8 @@ def test_resume_at_every_position_of_a_cycle_is_bit_for_bit(adapter, inner, posi
     [(0.1, 5, 0.5), (0.5, 5, 0.5), (0.1, 20, 0.2)],
 )
 def test_noisy_quadratic_has_the_stationary_variance_of_the_closed_form(adapter, step, sync_period, slow_step_size):
-    # Loss (x - c)^2 / 2 with c ~ N(0, 1), for many independent x at once. The variance of the slow weights over that
-    # of SGD is alpha (1 + r^k) / (2 - alpha (1 - r^k)), r = 1 - step (arXiv 1907.08610, Proposition 2).
+    # Loss (x - c)^2 / 2 with c ~ N(0, 1), for many independent x at once. The variance of the slow weights divided by
+    # the variance of SGD is alpha (1 + r^k) / (2 - alpha (1 - r^k)), r = 1 - step (arXiv 1907.08610, Proposition 2).
     count, cycles = 4_000, 2_400 // sync_period
     rng = np.random.default_rng(0)
     run = adapter(
@@ -220,8 +220,8 @@ def test_noisy_quadratic_has_the_stationary_variance_of_the_closed_form(adapter,
 
 
 def test_heavy_ball_converges_at_the_spectral_radius(adapter):
-    # Quadratic with curvature l, momentum b, step g: B maps (velocity, weight). Lookahead averages the weight and
-    # leaves the velocity alone.
+    # Quadratic with curvature l, momentum b, step g: B maps (velocity, weight). Lookahead averages the weight and does
+    # not change the velocity.
     b, curvature, g, k, alpha = 0.9, 3.0, 0.1, 5, 0.5
     one_step = np.array([[1 - g * curvature, b], [-g * curvature, b]])
     cycle = np.diag([alpha, 1]) @ np.linalg.matrix_power(one_step, k) + np.diag([1 - alpha, 0])
@@ -236,7 +236,7 @@ def test_heavy_ball_converges_at_the_spectral_radius(adapter):
         run.apply([gradient])
         oracle.apply([curvature * oracle.weights[0]])
         norms.append(np.hypot(*oracle.weights[0], *oracle.inner.state[0]["v"]))
-    # Averaged over 100 cycles the phase of the complex eigenvalue hardly counts.
+    # Averaged over 100 cycles, the phase of the complex eigenvalue hardly matters.
     rate = (norms[-1] / norms[20 * k - 1]) ** (1 / (100 * k))
     assert rate == pytest.approx(expected, abs=2e-3)
     assert abs(run.fast()[0][0] - oracle.weights[0][0]) < 1e-4 * norms[-1]
@@ -260,8 +260,8 @@ def test_bilinear_game_converges_or_diverges_as_the_closed_form_says(adapter, sy
 @pytest.mark.parametrize("r", [0.9**5, 0.0])
 @pytest.mark.parametrize("part_of_the_limit", [0.75, 0.99, 1.0, 1.01])
 def test_over_relaxation_converges_below_the_limit_that_the_warning_names(adapter, r, part_of_the_limit):
-    # SGD on a quadratic multiplies the error by r in a cycle, so that the slow weights' is multiplied by
-    # 1 - slow_step_size (1 - r). Beyond 2 / (1 - r) that is less than -1.
+    # SGD on a quadratic multiplies the error by r in a cycle. So a cycle multiplies the error of the slow weights by 1
+    # - slow_step_size (1 - r). Beyond 2 / (1 - r) that is less than -1.
     slow_step_size = part_of_the_limit * 2 / (1 - r)
     run = scalar_run(adapter, {"learning_rate": 1 - r ** (1 / 5)}, 5, slow_step_size)
     for _ in range(20 * 5):
@@ -272,8 +272,8 @@ def test_over_relaxation_converges_below_the_limit_that_the_warning_names(adapte
 
 
 def test_nested_wrappers_have_the_product_rate(adapter):
-    # Gradient w and step 0.1 multiply w by r = 0.9. The outer period, 30 updates, is six of the inner one, and all
-    # weights restart from the outer sync: each 30 updates multiply w by 1/2 + (1/2 + r^5 / 2)^6 / 2.
+    # Gradient w and step 0.1 multiply w by r = 0.9. The outer period, 30 updates, is six inner periods. All weights
+    # restart from the outer sync, so each 30 updates multiply w by 1/2 + (1/2 + r^5 / 2)^6 / 2.
     weights = [np.ones(1, "float32")]
     run = adapter.nested(weights, "sgd", {"learning_rate": 0.1}, periods=(5, 30), slow_step_sizes=(0.5, 0.5))
     for cycle in range(1, 4):
@@ -415,9 +415,9 @@ def test_slow_weight_of_a_constant_gradient(with_momentum, slow_nesterov, expect
 def test_noisy_quadratic_with_momentum_has_the_stationary_variance_of_the_closed_form(
     with_momentum, step, sync_period, slow_step_size, outer, expected
 ):
-    # As above. With p = 1 - eta (1 - r) and r = (1 - step)^k the variance of the slow weights over that of SGD is
-    # eta (1 + r) ((1 + 2 mu + 2 mu^2) (1 + mu p) - 2 mu (1 + mu)^2 p) / ((1 - mu p) (1 + p (1 + 2 mu))).
-    # With the heavy ball it is eta (1 + r) (1 + mu) / ((1 - mu) (2 + 2 mu - eta (1 - r))).
+    # As above. With p = 1 - eta (1 - r) and r = (1 - step)^k, the variance of the slow weights divided by the variance
+    # of SGD is eta (1 + r) ((1 + 2 mu + 2 mu^2) (1 + mu p) - 2 mu (1 + mu)^2 p) / ((1 - mu p) (1 + p (1 + 2 mu))). With
+    # heavy ball it is eta (1 + r) (1 + mu) / ((1 - mu) (2 + 2 mu - eta (1 - r))).
     r, mu, eta = (1 - step) ** sync_period, outer["slow_momentum"], slow_step_size
     p = 1 - eta * (1 - r)
     if outer.get("slow_nesterov", True):

@@ -30,7 +30,7 @@ def run(*arguments, code=None):
 
 
 def run_here(*arguments):
-    """Run the demo in this process, which takes less time to start."""
+    """Run the demo in this process, which starts faster than a new process."""
     app = typer.Typer(add_completion=False)
     app.command()(program.main)
     return CliRunner().invoke(app, [str(one) for one in ("--epochs", 1, "--seeds", 1, *arguments)], env=ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""Every experiment runs, agrees with its closed form, and its committed tables are made of its committed results."""
+"""Every experiment runs and agrees with its closed form. Its committed tables are made from its committed results."""
 
 import importlib
 import itertools
@@ -47,7 +47,7 @@ NAMES = [
 
 
 def run_script(name, *arguments):
-    """Run an experiment as its users do, and return what it printed."""
+    """Run an experiment as its users do, and return its output."""
     found = subprocess.run(
         [sys.executable, FOLDER / f"{name}.py", *map(str, arguments)], capture_output=True, text=True, timeout=300
     )
@@ -136,7 +136,7 @@ def test_stationary_variances_of_cycles_are_the_closed_forms():
 
     assert variance(0.0, 30, 0.7, 0.6, True) == pytest.approx(1.310041384665, rel=1e-11)
     assert variance(0.0, 48, 1.0, 0.5, False) == pytest.approx(1.504756880813, rel=1e-11)
-    # Of heavy ball inside, an autoregression of second order: g a (1 + b) / ((1 - b) (2 (1 + b) - g a)).
+    # With heavy ball inside, an autoregression of second order: g a (1 + b) / ((1 - b) (2 (1 + b) - g a)).
     of_heavy_ball = 0.1 * 1.9 / (0.1 * (3.8 - 0.1))
     assert variance(0.9, 1, 1.0, 0.0, True) * noisy.variance_sgd(0.1) == pytest.approx(of_heavy_ball, rel=1e-11)
     found = module.expected_losses((0.0, 5, 0.5, 0.0, True), 0.3, range(0, 201, 4))
@@ -147,7 +147,7 @@ def test_losses_of_slow_momentum_follow_the_recursion(quick, monkeypatch):
     module = importlib.import_module("slow_momentum_risk")
     for one in results_of(quick, "slow_momentum_risk")["curves"]:
         np.testing.assert_allclose(one["measured"], one["expected"], rtol=0.01)
-    # From the minimum there is the noise alone.
+    # From the minimum there is only the noise.
     monkeypatch.setattr(module, "START", 0.0)
     for way in (module.WAYS["0.7/0.9/30 (DiLoCo)"], module.WAYS["heavy ball, 0.9"], (0.0, 6, 0.7, 0.6, False)):
         cycles = 60 // way[1]
@@ -234,7 +234,7 @@ def test_workers_in_processes_make_the_steps_of_simulated_ones(quick):
     results = results_of(quick, "workers")
     processes = results["processes"]
     assert processes["difference"] < 1e-10
-    # Headers of messages, too.
+    # Headers of messages count too.
     assert processes["bytes_expected"] < processes["bytes_of_a_sync"] < 1.05 * processes["bytes_expected"]
     for one in results["ways"]:
         (curve,) = one["curves"]
@@ -275,7 +275,7 @@ def test_both_players_synchronise_after_an_iteration_as_in_algorithm_1():
 def test_adversarial_training_is_tuned_apart_and_compared_at_its_end():
     module = importlib.import_module("adversarial")
     early, late = [9.0] * 15 + [1.0] * 5, [1.0] * 15 + [3.0] * 5
-    # The first rate is better with the seeds to tune, the second with the others.
+    # The first rate is better with the seeds for tuning, the second with the others.
     tuning = [
         {"way": "bare", "rate": 0.1, "curves": {"bare": [early]}},
         {"way": "bare", "rate": 0.2, "curves": {"bare": [late]}},
@@ -299,7 +299,7 @@ def test_the_character_model_learns(quick):
 
 
 def trained_by_pytorch(name, setting, params, batches, smoothing):
-    """Train as one of the contenders of `label_noise` with PyTorch's own means; return the weights to evaluate."""
+    """Train a contender of `label_noise` with PyTorch's own tools; return the weights to evaluate."""
     layers = [torch.nn.Linear(*layer["w"].shape) for layer in params]
     for layer, values in zip(layers, params):
         layer.weight.data = torch.tensor(np.array(values["w"]).T)
@@ -359,7 +359,7 @@ def test_the_best_of_some_tries_is_expected_as_counted():
 def test_a_share_of_labels_is_replaced():
     module = importlib.import_module("label_noise")
     for share in module.NOISES:
-        # All labels are 10, which no random label is.
+        # All labels are 10. No random label is 10.
         found = module.replace(np.full(1000, 10), jax.random.key(0), share)
         assert np.sum(np.asarray(found) != 10) == 1000 * share
 
@@ -389,7 +389,8 @@ def test_sensitivities_differ_where_the_sides_do():
     bare = np.array([[[0.0, 2.0], [10.0, 10.0], [0.0, 2.0]]])
     same = module.measured(module.task("a", "b", [0.01, 0.1, 1.0], 5, "points", bare, bare))
     assert same["own, difference"] == same["both, difference"] == [0, 0, 0]
-    # The wrapped side is flatter and lower: more is close to its own best, less to the best of both.
+    # The wrapped side is flatter and lower. So more of its points are close to its own best, and fewer are close to the
+    # best of both.
     one = module.measured(module.task("a", "b", [0.01, 0.1, 1.0], 5, "points", bare, bare / 2 + 1))
     assert one["own, difference"][0] > 0 > one["both, difference"][0]
     assert (one["cut, bare"], one["cut, wrapped"]) == ([False, False], [True, True])
@@ -455,7 +456,7 @@ def test_committed_tables_are_made_of_the_committed_results(tmp_path, name):
     content = json.loads((FOLDER / "results" / f"{name}.json").read_text())
     assert "--quick" not in content["command"]
     module = importlib.import_module(name)
-    # Whoever imports an experiment has other programs in the same process.
+    # A program that imports an experiment has other code in the same process.
     assert not jax.config.jax_enable_x64
     common.draw(module, content, tmp_path)
     drawn = ROOT / "docs" / "experiments" / "drawn"
@@ -538,7 +539,7 @@ def test_cifar_refuses_other_files(tmp_path):
 
 
 def test_crops_and_flips_keep_rows_and_values():
-    # The value says row and column, so that a crop or flip can be read off.
+    # The value encodes row and column, so that a crop or flip can be seen.
     image = (torch.arange(32)[:, None] * 100 + torch.arange(32) + 1.0).expand(1, 3, 32, 32)
     moved = set()
     for seed in range(200):

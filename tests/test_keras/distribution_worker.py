@@ -30,7 +30,7 @@ def adam(**kwargs):
 
 
 def outer(**kwargs):
-    """Slow weights and momentum are made as those of a wider dtype are, and may be compared to rounding."""
+    """Slow weights and momentum are made like slow weights of a wider dtype, and may be compared to rounding."""
     settings = {"slow_momentum": 0.6, "slow_dtype": "float32"}
     return Lookahead(keras.optimizers.SGD(0.05, momentum=0.9, **kwargs), SYNC_PERIOD, 0.7, **settings)
 
@@ -39,7 +39,7 @@ OPTIMIZERS = {"momentum": momentum, "adam": adam, "outer": outer}
 
 
 def momentum_of(optimizer, variables):
-    """Return the slow momentum, a list that is empty if there is none."""
+    """Return the slow momentum, a list that is empty without momentum."""
     return [optimizer.get_slot(one, "slow_momentum") for one in variables] if optimizer.slow_momentum else []
 
 
@@ -51,11 +51,11 @@ def batches():
 class History(keras.callbacks.Callback):
     """Records fast weights, slow weights and slow momentum of every step.
 
-    It checks that after a sync the fast weights are the slow ones, bit for bit.
+    It checks that after a sync the fast weights equal the slow weights, bit for bit.
 
     Args:
-        copies: Function from a list of variables to a list of lists of arrays, one for each of the devices on which
-            all these variables are held in full. They must be the same bits everywhere.
+        copies: Function from a list of variables to a list of lists of arrays, a list for each device on which all
+            these variables are held in full. Their bits must be the same everywhere.
     """
 
     def __init__(self, copies=lambda variables: [values(variables)]):
@@ -81,7 +81,7 @@ class History(keras.callbacks.Callback):
         self.record(self.model, optimizer if isinstance(optimizer, Lookahead) else optimizer.inner_optimizer)
 
     def until(self, step):
-        """Return a history that starts with the steps before this one."""
+        """Return a history that starts with the steps before `stop`."""
         beginning = History(self.copies)
         beginning.fast, beginning.slow, beginning.momentum = self.fast[:step], self.slow[:step], self.momentum[:step]
         return beginning
@@ -185,7 +185,7 @@ def jax_fit(distribution, result):
 
 
 def jax_narrow(check_layouts):
-    """Train a model in bfloat16 with wide slow weights, laid out as the narrow ones are."""
+    """Train a model in bfloat16 with wide slow weights, which have the layout of their weights."""
     keras.config.set_dtype_policy("bfloat16")
     model, history = mlp(), History(plain_numpy)
     model.compile(outer(), loss="mse")
@@ -241,7 +241,10 @@ def torch_steps(model, optimizer, history, start, stop, rank):
 
 
 def tensorflow_loop(strategy, model, optimizer, history, start=0, stop=BATCHES, graph=True):
-    """Train on the batches from `start` to `stop` with a custom loop, each replica on its part of every batch."""
+    """Train on the batches from `start` to `stop` with a custom loop.
+
+    Each replica trains on its part of every batch.
+    """
     import tensorflow as tf
 
     def replica_step(x, y):

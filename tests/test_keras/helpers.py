@@ -1,4 +1,4 @@
-"""What the Keras tests share: small models and data, and comparison bit for bit."""
+"""Helpers for the Keras tests: small models and data, and comparison bit for bit."""
 
 import keras
 import numpy as np
@@ -97,8 +97,8 @@ def assert_is_slow_step(new, slow, fast, slow_step_size, variables):
 def assert_lookahead(run, make_model, make_optimizer, sync_period=3, slow_step_size=0.5, counts=None):
     """Check every step of a training with `Lookahead` against the bare inner optimizer, bit for bit.
 
-    The bare one is trained on the same batches, with its weights, not its state, set to the slow ones after each
-    sync. It then must make every step that the inner optimizer made, and end with the same state.
+    The bare optimizer is trained on the same batches. After each sync its weights, not its state, are set to the slow
+    weights. It must make every step that the inner optimizer made, and end with the same state.
     `run(model, optimizer, resets)` trains and returns a `Recorder`; `counts` are the applied updates expected after
     each step, by default one each. Returns the model trained with `Lookahead` and the records of both runs.
     """
@@ -129,7 +129,7 @@ def assert_lookahead(run, make_model, make_optimizer, sync_period=3, slow_step_s
 
 
 def assert_lookahead_in_fit(make_model, make_optimizer, x, y, sync_period=3, slow_step_size=0.5, counts=None, **kwargs):
-    """`assert_lookahead` for `train(model, optimizer, x, y, **kwargs)`."""
+    """Do `assert_lookahead` for `train(model, optimizer, x, y, **kwargs)`."""
 
     def run(model, optimizer, resets):
         return train(model, optimizer, x, y, resets, **kwargs)

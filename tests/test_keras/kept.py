@@ -19,7 +19,7 @@ from tests.test_keras.helpers import BACKEND, data, find_lookahead, mlp, values
 
 # Every epoch ends in mid-cycle, where fast and slow weights differ.
 BATCHES, SYNC_PERIOD, EPOCHS, KILLED_IN = 7, 5, 4, 2
-# Of another task than the training: the loss on it rises in every epoch.
+# From another task than the training: the loss on this data rises in every epoch.
 VALIDATION = data(40, seed=1)
 
 
@@ -45,7 +45,10 @@ def make_model(optimizer=adam, **compile_args):
 
 
 def callbacks(order, directory, mode="min"):
-    """Return callbacks by their names. "min" stops after the second epoch, the first being the best; "max" never."""
+    """Return callbacks by their names.
+
+    "min" stops after the second epoch, as the first is the best; "max" never stops.
+    """
     made = {
         "model": lambda: keras.callbacks.ModelCheckpoint(directory / "best.keras", mode=mode, save_best_only=True),
         "weights": lambda: keras.callbacks.ModelCheckpoint(
@@ -86,7 +89,7 @@ class LastBatch(keras.callbacks.Callback):
 
 
 class Die(keras.callbacks.Callback):
-    """Ends the process in the middle of an epoch, without any clearing up."""
+    """Ends the process in the middle of an epoch, without cleaning up."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch
@@ -97,7 +100,7 @@ class Die(keras.callbacks.Callback):
 
 
 def scores(directory):
-    # For who has the weights alone, without an optimizer.
+    # For a program that has only the weights, without an optimizer.
     model = mlp(seed=3)
     model.compile(loss="mse")
     found = {}

@@ -17,7 +17,7 @@ EPOCHS, BATCHES = 40, 3
 
 
 def fit(model, first_epoch=0, callbacks=()):
-    """Train up to the last epoch. An epoch has three updates, a sync comes every fourth."""
+    """Train up to the last epoch. An epoch has three updates. A sync comes after every fourth update."""
     x, y = data(resuming.BATCH * BATCHES)
     rest = {"epochs": EPOCHS, "initial_epoch": first_epoch, "shuffle": False, "verbose": 0}
     model.fit(x, y, batch_size=resuming.BATCH, callbacks=list(callbacks), **rest)
@@ -25,7 +25,10 @@ def fit(model, first_epoch=0, callbacks=()):
 
 
 class Save(keras.callbacks.Callback):
-    """Says which epoch ended, and then saves: a process that waits for the file kills in the middle of a save."""
+    """Reports which epoch ended, and then saves.
+
+    A process that waits for the report kills this process during a save.
+    """
 
     def __init__(self, directory, source):
         super().__init__()
@@ -60,8 +63,8 @@ def main(directory, source):
         model.optimizer.build(model.trainable_variables)
         model.load_weights(directory / "run.weights.h5")
     if source == "backup":
-        # `BackupAndRestore` writes weights and epoch one after the other, both in place. A process that is killed there
-        # leaves an epoch that is empty or one behind. The count in the weights is right.
+        # `BackupAndRestore` writes weights and epoch one after the other, both in place. If the process is killed
+        # there, the epoch is empty or behind by one. The count in the weights is right.
         (directory / "backup" / "training_metadata.json").unlink(missing_ok=True)
     else:
         shutil.rmtree(directory / "backup", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the tests of the outer step share: training beside the oracle in `fit`, and steps on variables of any dtype."""
+"""Helpers for the tests of the outer step: training beside the oracle in `fit`, and steps on variables of any dtype."""
 
 import keras
 import numpy as np
@@ -8,7 +8,7 @@ from tests import reference
 from tests.comparison import assert_same_bits
 from tests.test_keras.helpers import BACKEND, find_lookahead, values
 
-# How a step runs. PyTorch compiles none.
+# How a step runs. On PyTorch no step is compiled.
 STEPS = {"jax": ["eager", "jit"], "tensorflow": ["eager", "graph", "xla"], "torch": ["eager"]}[BACKEND]
 # The same for `fit`. XLA on TensorFlow takes seconds for each model.
 FIT = {
@@ -58,7 +58,7 @@ def tensors(arrays, variables):
 
 
 class Oracle(reference.Lookahead):
-    """The oracle with frozen weights. A sync does not move them, and starts their slow weights and momentum anew."""
+    """The oracle with frozen weights. A sync does not move them, and their slow weights and momentum start again."""
 
     frozen = frozenset()
 
@@ -89,7 +89,7 @@ class Beside:
     def __init__(self, mode, levels, micro_steps=1, is_scaled=False):
         keras.utils.set_random_seed(0)
         self.model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1)])
-        # Frozen ones, too, which a model does not call trainable.
+        # Frozen weights too, which a model does not call trainable.
         self.variables = list(self.model.trainable_variables)
         optimizer = keras.optimizers.SGD(
             0.05, momentum=0.5, gradient_accumulation_steps=micro_steps if micro_steps > 1 else None
@@ -191,9 +191,9 @@ class Beside:
         self.model.compile(self.model.optimizer, **self.settings)
 
     def run(self, *operations):
-        """Run operations one after the other: a number of batches, a name of a method, or a tuple of it and arguments.
+        """Run operations in turn: a number of batches, a name of a method, or a tuple of a name and arguments.
 
-        After every one the run and the oracle are compared.
+        After every operation the run and the oracle are compared.
         """
         for operation in operations:
             if isinstance(operation, int):

@@ -94,7 +94,7 @@ def read(path):
 
 
 class Wait(keras.callbacks.Callback):
-    """Waits, in the batch of the number `KILLED_AT` over all epochs, to be killed."""
+    """Waits to be killed in batch number `KILLED_AT`, counted over all epochs."""
 
     def __init__(self, directory):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the constructor and the members take, what they refuse, and with which message."""
+"""Arguments of the constructor and of the members: which are accepted, which are refused, and with which message."""
 
 import keras
 import numpy as np

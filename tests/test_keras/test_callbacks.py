@@ -12,7 +12,7 @@ from tests.test_keras.helpers import BACKEND, data, differ, values
 
 
 class UserSwap(keras.callbacks.Callback):
-    """Keeps the weights, sets others, and puts back what it kept."""
+    """Keeps the weights, sets others, and puts the kept weights back."""
 
     def __init__(self, on_epoch=False):
         super().__init__()
@@ -104,12 +104,12 @@ BESIDE_A_USERS_OWN = [
 
 
 def comes_after_another(callbacks):
-    """Return whether a callback of ours is not before all others."""
+    """Return whether a callback of this package is not before all others."""
     return "ours" in " ".join(itertools.dropwhile(lambda name: name.startswith("ours"), callbacks))
 
 
 def allowed(combinations):
-    """Return the combinations with the numbers of batches with which they are not refused."""
+    """Return the combinations, with the numbers of batches for which they are not refused."""
     return [
         (callbacks, batches)
         for callbacks, batches in itertools.product(combinations, BATCHES)
@@ -151,7 +151,7 @@ class UntilLastEpoch(keras.callbacks.Callback):
 
 
 class AtEnd(keras.callbacks.Callback):
-    """Compares the weights in the model with the slow ones at the end of every epoch."""
+    """Compares the weights in the model with the slow weights at the end of every epoch."""
 
     def __init__(self):
         super().__init__()
@@ -175,7 +175,7 @@ def test_an_evaluation_leaves_the_model_as_without_it(callbacks, method, batches
     arguments = data(8) if method == "evaluate" else data(8)[:1]
     model, _ = train(batches=batches, epochs=1)
     other, _ = train(batches=batches, epochs=1)
-    # `fit` has put the average into the model. The fast weights be others.
+    # `fit` has put the average into the model. Set other fast weights.
     for one in (model, other):
         one.set_weights([weight + 1 for weight in one.get_weights()])
     getattr(model, method)(*arguments, callbacks=list(map(make, callbacks)), verbose=0)
@@ -202,7 +202,10 @@ FIRST = "`SwapSlowWeights` must come before the other callbacks in `callbacks`"
 
 @pytest.mark.parametrize("callbacks", REFUSED, ids=str)
 def test_where_fast_and_slow_weights_are_equal_it_refuses_to_be_second_before_anything_is_lost(callbacks):
-    """At the end of each epoch: nobody could tell then whether the other callback has put the fast weights back."""
+    """This is at the end of each epoch.
+
+    There nothing tells whether the other callback has put the fast weights back.
+    """
     use_ema = any("ema" in callback for callback in callbacks)
     made = list(map(make, callbacks))
     models = []
@@ -210,7 +213,7 @@ def test_where_fast_and_slow_weights_are_equal_it_refuses_to_be_second_before_an
         train([Keep(models), *made], use_ema=use_ema, batches=5)
     other, _ = train(use_ema=use_ema, batches=5, epochs=1)
     optimizer, right = models[0].optimizer, other.optimizer.slow_variables
-    # The fast weights are those of the sync that has just been, and the other callback has them too.
+    # The fast weights are the weights of the last sync, and the other callback has them too.
     assert_same_bits(optimizer.slow_variables, right)
     kept = [one.kept for one in made if isinstance(one, UserSwap)]
     if kept:
@@ -223,7 +226,7 @@ def test_where_fast_and_slow_weights_are_equal_it_refuses_to_be_second_before_an
 
 
 class Keep(keras.callbacks.Callback):
-    """Keeps the model for after an error."""
+    """Keeps the model for use after an error."""
 
     def __init__(self, models):
         super().__init__()

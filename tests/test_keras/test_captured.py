@@ -1,4 +1,4 @@
-"""Captured is a state of its own, and what a step, a setting and a name are is the inner optimizer's."""
+"""`captured` is a state of its own. What counts as a step, settings and names belong to the inner optimizer."""
 
 import gc
 import weakref
@@ -285,7 +285,7 @@ def test_callbacks_change_the_learning_rates_of_a_multi_optimizer_inside(nested)
     plateau = keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=0, min_delta=1e6)
     model.fit(*data(8), epochs=2, callbacks=[halve, plateau], verbose=0)
     rates = [float(one.learning_rate) for one in optimizer.inner_optimizer.optimizers]
-    # The first epoch is the best one.
+    # The first epoch is the best.
     np.testing.assert_allclose(rates, 0.01 / 2**3, rtol=1e-6)
 
 
@@ -332,7 +332,7 @@ OPTIMIZERS = [
 
 @keras.saving.register_keras_serializable("named_like_one_of_keras")
 class Adam(keras.optimizers.SGD):
-    """Registered under a name that Keras has, too."""
+    """Registered under a name that Keras uses too."""
 
 
 @pytest.mark.parametrize("kind", [*OPTIMIZERS, Adam])

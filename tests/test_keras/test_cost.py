@@ -1,4 +1,4 @@
-"""What the mechanism must not do: copy, read, wait or recompile where it need not."""
+"""Costs that must not appear: copies, reads, waits and compilations that are not needed."""
 
 import keras
 import numpy as np
@@ -42,8 +42,8 @@ class TestJAX:
 
         weights = [variable.value for variable in variables]
         state = [variable.value for variable in optimizer.variables]
-        # JAX gives donated buffers to outputs in order: a step that returned its arguments in another order than it
-        # takes them would exchange them by copying.
+        # JAX gives donated buffers to outputs in order. A step that returned its arguments in another order would
+        # exchange them by copying.
         step = jax.jit(
             lambda weights, state, gradients: optimizer.stateless_apply(state, gradients, weights),
             donate_argnums=(0, 1),
@@ -145,7 +145,8 @@ class TestTensorFlow:
             if captured & {tensor.name for tensor in operation.inputs}
         ]
         assert {one.type for one in users} == {"If"}
-        # With this TensorFlow takes a conditional apart, and passes every weight through its parts at each step.
+        # With this operation TensorFlow takes a conditional apart, and passes every weight through its parts at each
+        # step.
         assert not any("_lower_using_switch_merge" in one.node_def.attr for one in users)
 
 

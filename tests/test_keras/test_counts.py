@@ -1,4 +1,4 @@
-"""Inner optimizers that count otherwise than by one in each step, or step by methods of their own."""
+"""Inner optimizers that do not count by one in each step, or that step by methods of their own."""
 
 import keras
 import numpy as np
@@ -19,7 +19,7 @@ class Twice(keras.optimizers.SGD):
 
 
 class ByTwo(keras.optimizers.SGD):
-    """Counts its update as two, by one assignment."""
+    """Counts its update as two, by a single assignment."""
 
     def apply(self, grads, trainable_variables=None):
         count = keras.ops.convert_to_tensor(self._iterations) + 2
@@ -28,7 +28,7 @@ class ByTwo(keras.optimizers.SGD):
 
 
 class ByHand(keras.optimizers.SGD):
-    """Counts by two, and does without Keras' `apply`."""
+    """Counts by two, and does not use Keras' `apply`."""
 
     def apply(self, grads, trainable_variables=None):
         for gradient, variable in zip(grads, trainable_variables or self._trainable_variables):
@@ -37,7 +37,7 @@ class ByHand(keras.optimizers.SGD):
 
 
 class Sometimes(keras.optimizers.SGD):
-    """Makes every second step without an update."""
+    """Makes no update in every second step."""
 
     calls = 0
 
@@ -48,7 +48,7 @@ class Sometimes(keras.optimizers.SGD):
 
 
 class OwnCount(keras.optimizers.SGD):
-    """Keeps another count than Keras', from ten."""
+    """Has another count than Keras', which starts at ten."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -66,7 +66,7 @@ class OwnCount(keras.optimizers.SGD):
 
 
 def expected(updates_and_counts, start_count=0):
-    """Return the fast weight after each step of a constant gradient of one, from a weight of one, in float64."""
+    """Return the fast weight after each step with a constant gradient of 1, from a weight of 1, in float64."""
     slow = fast = 1.0
     count, path = start_count, []
     for updates, counted in updates_and_counts:
@@ -127,7 +127,7 @@ def test_an_overridden_count_is_the_one_that_counts():
 
 
 class OwnMinimize(keras.optimizers.SGD):
-    """Has a `minimize`, which Keras' optimizers have not, and lowers the loss twice in it."""
+    """Has a `minimize`, which Keras' optimizers lack, and lowers the loss twice in it."""
 
     def minimize(self, loss, var_list):
         assert callable(loss)

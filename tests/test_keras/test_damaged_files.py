@@ -1,4 +1,4 @@
-"""Saved models with flipped bits or cut off: an error, or nothing lost, or a stated limit. Loading runs no code."""
+"""Saved models with flipped bits or cut off: an error, no loss, or a documented limit. Loading runs no code."""
 
 import json
 import os
@@ -149,7 +149,7 @@ def test_own_variables_are_loaded_all_or_none(wrong):
     optimizer.save_own_variables(store)
     before = values(optimizer.variables)
     damaged = {name: value + 1 for name, value in store.items()}
-    # The last one that is read.
+    # The last entry that is read.
     damaged[list(damaged)[-1]] = wrong
     with pytest.raises(ValueError, match=r"`load_own_variables\(store\)` needs an array"):
         optimizer.load_own_variables(damaged)

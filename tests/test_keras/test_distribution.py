@@ -1,4 +1,4 @@
-"""Training on several devices and in several processes is training on one, to rounding."""
+"""Training on several devices and in several processes equals training on one device, to rounding."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ if BACKEND == "tensorflow":
 
 
 def run_children(tmp_path, commands, environments):
-    """Run the worker once per command, at the same time, and return the files they wrote."""
+    """Run the worker once per command, at the same time, and return the files that they wrote."""
     children = []
     for number, (command, environment) in enumerate(zip(commands, environments)):
         result = tmp_path / f"result{number}.npz"
@@ -154,7 +154,7 @@ def copies(variables):
 
 @pytest.fixture(scope="module")
 def strategy():
-    # One for all tests: the collectives of several strategies in a process have the same keys, and mix.
+    # One strategy for all tests: the collectives of several strategies in a process have the same keys, and mix.
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
@@ -379,7 +379,7 @@ def test_mirrored_callback_validates_on_the_slow_weights(strategy):
 
 
 class _Interrupt(keras.callbacks.Callback):
-    """Interrupts the third epoch, whose weights before it are in a backup."""
+    """Interrupts the third epoch. A backup has the weights from before it."""
 
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == kept.KILLED_IN:

@@ -1,4 +1,4 @@
-"""Training with `fit`: every mode of it, and everything the inner optimizer does beside its update."""
+"""Training with `fit`: every mode of `fit`, and everything that the inner optimizer does beside its update."""
 
 import contextlib
 import functools
@@ -51,7 +51,7 @@ def output(y_true, y_pred):
 
 
 def one_weight():
-    """A model whose output is its only weight, 1.0, for the input 1: the gradient of `output` is 1."""
+    """A model whose output for the input 1 is its only weight, 1.0. The gradient of `output` is 1."""
     return keras.Sequential(
         [keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="ones", name="weight")]
     )
@@ -280,7 +280,7 @@ def embedding():
 @EVERY_TRACED_MODE
 def test_embedding_is_synchronised_in_rows_without_gradient_too(mode, optimizer_class, clipnorm):
     rng = np.random.default_rng(0)
-    # The last batches, so the sync steps too, do not use the rows 6 to 8.
+    # The last batches, and so the sync steps too, do not use the rows 6 to 8.
     x = np.concatenate([rng.integers(0, 9, (16, 3)), rng.integers(0, 6, (40, 3))]).astype("int32")
     y = rng.normal(size=(56, 1)).astype("float32")
     _, record, _ = assert_lookahead_in_fit(

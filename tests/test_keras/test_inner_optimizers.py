@@ -1,4 +1,4 @@
-"""Every optimizer that Keras ships as inner one: itself between syncs, the oracle's step at syncs."""
+"""Every optimizer of Keras as inner optimizer: unchanged between syncs, and the oracle's step at syncs."""
 
 import keras
 import numpy as np
@@ -29,7 +29,7 @@ OPTIMIZERS = {
     "schedule_free_adamw": lambda: keras.optimizers.ScheduleFreeAdamW(0.05, weight_decay=0.1),
 }
 if not hasattr(keras.optimizers, "ScheduleFreeAdamW"):
-    # A Keras without it, whose Muon does not take TensorFlow's variables.
+    # A Keras without Muon, or whose Muon does not take TensorFlow's variables.
     del OPTIMIZERS["schedule_free_adamw"], OPTIMIZERS["muon"]
 MODES = {"tensorflow": ["eager", "graph", "xla"], "jax": ["eager", "jit"], "torch": ["eager"]}[BACKEND]
 SHAPES = [(6, 4), (5,), (3, 2, 2)]

@@ -14,7 +14,7 @@ from tests.test_keras import kept, resuming
 from tests.test_keras.helpers import BACKEND, differ, find_lookahead, mlp, values
 
 TIMEOUT = 300
-# All orders of the four, with an early stop. Without it the best weights are those of the last epoch.
+# All orders of the four, with an early stop. Without it the best weights would be the last epoch's.
 ORDERS = [
     *(("min", order) for order in itertools.permutations(["weights", "stopping", "backup", "swap"])),
     *(("max", order) for order in itertools.permutations(["model", "stopping", "swap"])),
@@ -65,7 +65,7 @@ def test_whatever_the_order_of_callbacks_the_scored_weights_are_kept_and_trainin
 
 @pytest.fixture(scope="module")
 def resumed_runs(tmp_path_factory):
-    """Return the directory of trainings that died in mid-epoch and were resumed, each in a process of its own."""
+    """Return the directory of trainings that died in mid-epoch and were resumed, each in its own process."""
     directory = tmp_path_factory.mktemp("resumed")
     processes = [start("killed", directory, order) for order in KILLED]
     for process in processes:
@@ -137,7 +137,7 @@ def test_training_goes_on_from_weights_that_a_callback_puts_into_the_model_at_th
 
 
 def stopped(directory, make=kept.adam, **compile_args):
-    """Return a model in mid-cycle, saved with the slow weights in it, and how its training would go on."""
+    """Return a model in mid-cycle, saved with the slow weights in it, and how its training would continue."""
     model, last = kept.make_model(make, **compile_args), kept.LastBatch()
     kept.fit(model, [last], 2)
     with find_lookahead(model.optimizer).slow_weights():
@@ -164,7 +164,7 @@ def test_a_file_saved_in_a_block_has_the_slow_weights_and_resumes_with_the_callb
         loaded = kept.make_model(make)
         loaded.load_weights(tmp_path / form)
     assert_same_bits(loaded.trainable_variables, last.slow[1])
-    # None of this is training: it sees the slow weights, and leaves the fast ones where they are.
+    # None of this is training: it uses the slow weights, and does not move the fast weights.
     with find_lookahead(loaded.optimizer).slow_weights():
         assert_same_bits(loaded.trainable_variables, last.slow[1])
     assert kept.score(loaded) == loaded.evaluate(
@@ -267,7 +267,7 @@ def test_a_file_that_lacks_a_part_of_the_fast_weights_is_another_optimizers(tmp_
         model.optimizer.load_own_variables(store)
     del before[len(model.weights)]
     after = resuming.state(model)
-    # The slow weights start anew.
+    # The slow weights are captured again.
     assert after.pop(len(model.weights)) == 0
     assert_same_bits(after, before)
 

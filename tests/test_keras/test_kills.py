@@ -21,7 +21,7 @@ def start(directory, source):
 
 
 def kill_after(process, directory, epoch, delay):
-    """Kill a process some time after it has said that an epoch ended, and return the last epoch of which it said so."""
+    """Kill a process some time after it has reported the end of an epoch; return the last epoch that it reported."""
     deadline, path = time.monotonic() + TIMEOUT, directory / "epoch.txt"
     while not path.exists() or int(path.read_text()) < epoch:
         assert process.poll() is None, process.communicate()[0][-3000:]

@@ -128,7 +128,7 @@ def batch_normalized():
 
 
 def stateless_step(model, optimizer):
-    """Return one training step, a function of `(state, x, y)` whose state is that of `stateless_variables`."""
+    """Return one training step: a function of `(state, x, y)`, with the state of `stateless_variables`."""
     import jax
 
     def compute(trainable, other, x, y):
@@ -217,13 +217,13 @@ def test_fast_and_slow_weights_share_no_buffer_that_would_be_donated_twice(betwe
         getattr(optimizer, between)()
     state = tuple(map(native, stateless_variables(model, optimizer)))
     trainable, _, variables = jax.jit(stateless_step(model, optimizer), donate_argnums=0)(state, x[:8], y[:8])
-    # Whether they were captured, four slow weights, the two settings, the count.
+    # `captured`, four slow weights, the two settings, the count.
     assert int(variables[7]) == (4 if between == "apply" else 5)
     assert differ(trainable, variables[1:5])
 
 
 def quadratic(weights):
-    """A loss whose gradient is the weight itself, in every bit."""
+    """A loss whose gradient is the weight itself, bit for bit."""
     return sum(keras.ops.sum(0.5 * weight.value * weight.value) for weight in weights)
 
 
@@ -289,7 +289,7 @@ def test_minimize_of_a_model_in_a_loop(make_model):
         recorder = Recorder(resets)
         recorder.set_model(model)
         x, y = map(keras.ops.convert_to_tensor, data(56))
-        # The bare optimizer has no `minimize`: one that never synchronises stands for it.
+        # The bare optimizer has no `minimize`. A wrapper that never synchronises stands for it.
         wrapper = optimizer if isinstance(optimizer, Lookahead) else Lookahead(optimizer, 0)
         for batch in range(7):
             rows = slice(8 * batch, 8 * batch + 8)
@@ -355,7 +355,7 @@ def test_layer_frozen_in_mid_cycle_does_not_move_at_a_sync():
     for _ in range(5):
         step()
     assert_same_bits(first.weights, frozen)
-    # Otherwise the first sync after it is trained again would draw it back.
+    # Otherwise the first sync after it is trained again would pull it back.
     assert_same_bits(optimizer.slow_variables[:2], frozen)
     assert_same_bits(last.weights, optimizer.slow_variables[2:])
     assert int(optimizer.iterations) == 6
@@ -499,7 +499,7 @@ def test_eager_steps_list_no_weights_before_a_sync_is_due(monkeypatch):
     monkeypatch.setattr(slow_weights, "pairs", lambda: listed.append(int(optimizer.iterations)) or pairs())
     for _ in range(7):
         optimizer.apply([keras.ops.ones(3)], [weight])
-    # The first time to capture.
+    # The first capture.
     assert sorted(set(listed)) == [0, 3, 6]
 
 

@@ -75,7 +75,7 @@ def test_a_loss_scaled_run_of_keras_2_goes_on(kind, is_in_block, tmp_path):
     inner = Lookahead2(keras_2.optimizers.legacy.Adam(0.01), 3)
     old.compile(keras_2.mixed_precision.LossScaleOptimizer(inner, initial_scale=64.0), "mse")
     batches = list(zip(DATA["x"], DATA["y"]))
-    # Keras 2 counts them for the inner optimizer. As many as a cycle has leave the next sync where it was.
+    # Keras 2 counts skipped steps for the inner optimizer. A whole cycle of skipped steps does not move the next sync.
     for _ in range(3):
         old.train_on_batch(batches[0][0], np.full_like(batches[0][1], np.inf))
     for x, y in batches[:4]:
@@ -208,7 +208,7 @@ def frozen(layer):
 
 
 ARCHITECTURES = {
-    # A bias before it would have gradients of rounding errors alone.
+    # A bias before this layer would only have gradients of rounding errors.
     "batch norm": lambda keras: [
         keras.layers.Dense(4, use_bias=False),
         keras.layers.BatchNormalization(),

@@ -1,4 +1,4 @@
-"""Training in other precisions than float32, with loss scaling where Keras does it."""
+"""Training in other precisions than float32, with loss scaling where Keras uses it."""
 
 import keras
 import numpy as np
@@ -28,7 +28,7 @@ def accumulating():
 
 
 def overflowing_data(batches, overflows):
-    """Batches of eight rows; in those named in `overflows` the targets make float16 gradients infinite."""
+    """Batches of eight rows. In the batches in `overflows` the targets make float16 gradients infinite."""
     x, y = data(8 * batches)
     y *= 0.1
     for batch in overflows:
@@ -40,7 +40,7 @@ def overflowing_data(batches, overflows):
 def test_steps_that_overflow_in_mixed_float16_do_not_count(mode):
     keras.config.set_dtype_policy("mixed_float16")
     x, y = overflowing_data(10, [0, 4, 7])
-    # The first step is skipped, then one right after a sync, then one where a sync would be next.
+    # Skipped are the first step, a step right after a sync, and a step at which a sync would be next.
     counts = [0, 1, 2, 3, 3, 4, 5, 5, 6, 7]
     model, record, _ = assert_lookahead_in_fit(mlp, adam, x, y, counts=counts, **mode)
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
@@ -55,7 +55,7 @@ def test_steps_that_overflow_in_mixed_float16_do_not_count(mode):
 def test_overflow_between_accumulated_gradients_does_not_count():
     keras.config.set_dtype_policy("mixed_float16")
     x, y = overflowing_data(11, [1, 6])
-    # Applied after the second, fourth, ... finite batch: those with the numbers 2, 4, 7, 9.
+    # Applied after the second, fourth, ... finite batch: the batches 2, 4, 7, 9.
     counts = [0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4]
     assert_lookahead_in_fit(mlp, accumulating, x, y, counts=counts, sync_period=2)
 

@@ -1,4 +1,4 @@
-"""Optimizers around Lookahead and inside of it."""
+"""Optimizers around Lookahead and inside it."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Slow momentum in `fit`, beside the oracle, and what users do on the way."""
+"""Slow momentum in `fit`, compared with the oracle, and user actions in between."""
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ from tests.test_keras.outer import FIT, OUTER, QUICK, STEPS, Beside, Oracle, ass
 every_outer = pytest.mark.parametrize("outer", OUTER.values(), ids=OUTER)
 every_mode = pytest.mark.parametrize("mode", STEPS)
 
-# In a cycle of three updates. What a run does is said in `Beside.run`.
+# In a cycle of three updates. `Beside.run` explains the operations of a run.
 RUNS = {
     "nothing else": [10],
     "sync before the first step": ["sync", "sync", 4],
@@ -27,7 +27,7 @@ RUNS = {
 }
 EVERYTHING = [operation for run in RUNS.values() for operation in run]
 if BACKEND != "torch":
-    # Every model is compiled for itself.
+    # Every model is compiled separately.
     RUNS = {"all": EVERYTHING}
 
 
@@ -98,7 +98,7 @@ def test_a_weight_without_gradient_coasts_in_fit(outer):
     model.compile(optimizer, loss=["mse", None], **FIT[QUICK])
     x, y = np.ones((8, 2), "float32"), np.ones((8, 1), "float32")
     model.fit(x, y, batch_size=4, verbose=0)
-    # Its momentum is that of a move before.
+    # Its momentum comes from an earlier move.
     kernel, start = unused.kernel, np.full((2, 2), 0.25, "float32")
     optimizer.get_slot(kernel, "slow_momentum").assign(start)
     before, b = values([kernel])[0].astype("float64"), start.astype("float64")
@@ -114,7 +114,7 @@ def test_a_weight_without_gradient_coasts_in_fit(outer):
 @every_outer
 def test_micro_steps_of_accumulation_change_neither_slow_weights_nor_momentum(outer):
     beside = Beside(QUICK, [(2, 0.7, outer)], micro_steps=3)
-    # A micro-step after a sync is no update, so that another sync has nothing to do.
+    # A micro-step after a sync is no update, so another sync has nothing to do.
     beside.run(5, "sync", "sync", 1, "sync", 1, "sync", 6, {"sync_period": 1}, 5)
     assert int(beside.lookahead.iterations) == 6
 
@@ -122,7 +122,7 @@ def test_micro_steps_of_accumulation_change_neither_slow_weights_nor_momentum(ou
 @every_outer
 def test_steps_that_a_loss_scaler_skips_change_neither_slow_weights_nor_momentum(outer):
     beside = Beside(QUICK, [(3, 0.7, outer)], is_scaled=True)
-    # The first step, one right before a sync and one right after a sync.
+    # The first step, a step right before a sync and a step right after a sync.
     beside.run(("fit", 9, (0, 3, 5)), "sync", ("fit", 1, (0,)), "sync", ("fit", 6, (1, 2)))
     assert int(beside.lookahead.iterations) == 10
 
@@ -167,7 +167,7 @@ def test_repr_has_momentum_and_dtype_where_they_are_set():
     assert repr(optimizer) == f"Lookahead(<SGD 'mine'>, {settings})"
 
 
-# What is not finite.
+# Values that are not finite.
 
 
 def test_momentum_that_is_poisoned_stays_so_until_a_reset():
@@ -177,7 +177,7 @@ def test_momentum_that_is_poisoned_stays_so_until_a_reset():
     for count in range(4):
         bad = keras.ops.convert_to_tensor(np.array([np.nan, 1.0], "float32"))
         optimizer.apply([bad if count == 1 else good], [weight])
-    # Better weights do not mend it.
+    # Better weights do not repair it.
     weight.assign([1.0, 2.0])
     optimizer.slow_variables[0].assign([1.0, 2.0])
     for _ in range(2):

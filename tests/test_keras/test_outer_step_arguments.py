@@ -40,7 +40,7 @@ def test_a_slow_dtype_that_does_not_hold_the_values_of_a_weight_is_refused_befor
         assert not inner.built
         assert len(optimizer.variables) == before
         assert values([weight])[0] == 2
-    # With other weights it is as if nothing had been.
+    # With other weights nothing remains of the error.
     optimizer.apply([keras.ops.ones(1, slow_dtype)], [wide_enough])
     assert int(optimizer.iterations) == 1
 

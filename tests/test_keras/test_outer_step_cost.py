@@ -1,4 +1,4 @@
-"""What slow momentum must not do: copy, read, wait or recompile where it need not; and what no momentum costs."""
+"""Costs of slow momentum that must not appear: copies, reads, waits, compilations. And the cost of no momentum."""
 
 import re
 
@@ -44,7 +44,7 @@ def test_without_momentum_there_are_the_variables_of_before():
     assert names[0] == names[1]
 
 
-# XLA of the oldest supported releases computes in float32 what is bfloat16 on a CPU, with copies.
+# XLA of the oldest supported releases computes bfloat16 in float32 on a CPU, with copies.
 IS_OLD = keras.__version__.startswith("3.10.")
 with_narrow_weights = pytest.mark.parametrize(
     ("dtype", "outer"),
@@ -223,7 +223,7 @@ class TestTorch:
         assert int(optimizer.iterations) == 8
 
     def allocated(self, optimizer, variables, gradients):
-        """Return how many bytes a `sync` allocates."""
+        """Return the number of bytes that a `sync` allocates."""
         import torch
 
         for _ in range(3):

@@ -14,7 +14,7 @@ from tests.test_keras.outer import FIT, OUTER, QUICK, STEPS, momenta, stepper, t
 every_mode = pytest.mark.parametrize("mode", STEPS)
 SETTINGS = {"plain": {}, **OUTER}
 every_outer = pytest.mark.parametrize("outer", SETTINGS.values(), ids=SETTINGS)
-# Elsewhere every model is compiled for itself.
+# Elsewhere every model is compiled separately.
 IN_FIT = SETTINGS if BACKEND == "torch" else {"nesterov": SETTINGS["nesterov"]}
 in_fit = pytest.mark.parametrize("outer", IN_FIT.values(), ids=IN_FIT)
 UNIT = 2.0**-7  # of bfloat16 from 1 to 2
@@ -23,7 +23,7 @@ NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.fl
 
 
 def variables_of(dtypes=DTYPES, seed=0, constraint=None):
-    """Return variables of these dtypes, with a constraint if there is one."""
+    """Return variables of these dtypes, with a constraint if it is given."""
     rng = np.random.default_rng(seed)
     made = []
     for dtype in dtypes:
@@ -39,7 +39,7 @@ def rounded(arrays, variables):
 
 
 def moved_by_units(units, slow_step_size, slow_dtype, mode):
-    """Return the slow weight, from 1, after cycles of one step that moves the weight by so many units."""
+    """Return the slow weight, from 1, after cycles of one step that moves the weight by `units` units."""
     weight = keras.Variable([1.0], dtype="bfloat16")
     optimizer = Lookahead(keras.optimizers.SGD(1.0), 1, slow_step_size, slow_dtype=slow_dtype)
     step = stepper(optimizer, [weight], mode)
@@ -67,7 +67,8 @@ def test_moves_are_measured_from_the_restart_point(mode):
 @every_mode
 @pytest.mark.parametrize("slow_momentum", [0.0, 0.9])
 def test_a_weight_that_does_not_move_leaves_its_wide_slow_weight_alone_bit_for_bit(slow_momentum, mode):
-    # The last ones are below the normal numbers of float16. The very last lies halfway between two of them.
+    # The last values are below the normal numbers of float16. The very last value lies halfway between two float16
+    # numbers.
     numbers = np.array([1.001, -3.002, 3e-5, -4.3e-6, 2.0**-24 * 2.5, 1e-9, 0.0, 65503.0], "float32")
     variables = [keras.Variable(np.ones(8), dtype=dtype) for dtype in ("bfloat16", "float16", "float32")]
     optimizer = Lookahead(keras.optimizers.SGD(0.1), 1, 0.3, slow_momentum=slow_momentum, slow_dtype="float32")
@@ -162,7 +163,7 @@ def test_a_step_size_that_becomes_1_makes_wide_slow_weights_copies_of_the_fast_o
         step(tensors([rng.normal(size=(4, 3)) for _ in variables], variables))
         fast = [one.astype("float32") for one in values(variables)]
         if count == 2:
-            # From here the slow weights are no numbers of the narrow dtypes.
+            # From here on the slow weights are no numbers of the narrow dtypes.
             assert any((one != other).any() for one, other in zip(values(optimizer.slow_variables), fast))
             optimizer.slow_step_size = 1.0
     assert_same_bits(values(optimizer.slow_variables), fast)
@@ -180,7 +181,7 @@ def test_nested_wrappers_of_different_dtypes_restart_from_the_same_rounded_weigh
             assert_same_bits(rounded(values(inner.slow_variables), variables), values(variables))
         if count % 4 == 0:
             assert_same_bits(values(optimizer.slow_variables), values(variables))
-            # Captured anew from the restarted weights.
+            # Captured again from the restarted weights.
             assert_same_bits(values(inner.slow_variables), [one.astype("float32") for one in values(variables)])
 
 
@@ -200,7 +201,7 @@ def test_float32_weights_with_a_slow_dtype_of_float32_are_as_without():
 
 
 def make_model(outer, sync_period=kept.SYNC_PERIOD):
-    """Return a model whose first layer is in bfloat16 and whose last one is in float32."""
+    """Return a model whose first layer is in bfloat16 and whose last layer is in float32."""
     keras.utils.set_random_seed(0)
     layers = [keras.layers.Dense(8, activation="tanh", dtype="bfloat16"), keras.layers.Dense(1, dtype="float32")]
     model = keras.Sequential([keras.Input((4,)), *layers])
@@ -266,7 +267,7 @@ def test_a_sync_by_hand_rounds_and_a_reset_captures_the_fast_weights(outer):
     state = values([*weights, *optimizer.variables])
     assert_same_bits(values(weights), rounded(values(optimizer.slow_variables), weights))
     if outer:
-        # Without momentum, a sync of a weight that did not move is none.
+        # Without momentum, a sync does not change a weight that did not move.
         assert any(one.any() for one in momenta(optimizer, weights))
     optimizer.sync()
     assert_same_bits(values([*weights, *optimizer.variables]), state)

@@ -1,4 +1,4 @@
-"""Slow momentum and wide slow weights in every format, and files with and without momentum into each other."""
+"""Slow momentum and wide slow weights in every format, and loading files with momentum without it and the reverse."""
 
 import functools
 
@@ -110,7 +110,7 @@ def test_a_run_resumes_bit_for_bit_from_every_format_at_every_position_of_a_cycl
     end = straight.steps(len(positions), 9).state()
     resumed = Training(make, dtype, seed=1)
     for position in positions:
-        # Into an optimizer that has trained, and that has another momentum.
+        # Into an optimizer that has trained and has another momentum.
         resumed.steps(0, 4)
         resumed.load(form, tmp_path / str(position), saved[position][0])
         assert_same_bits(resumed.state(), saved[position][1])
@@ -138,7 +138,7 @@ def test_after_a_resume_a_sync_does_what_it_would_have_done(stop, tmp_path):
     before = straight.state()
     for one in (straight, resumed):
         one.optimizer.sync()
-    # After a sync it is nothing: it would coast.
+    # After a sync it does nothing. It would coast otherwise.
     assert (values(straight.variables)[0].tobytes() == before[0].tobytes()) == (stop % PERIOD == 0)
     if stop:
         assert_same_bits(resumed.state(), straight.state())
@@ -154,7 +154,7 @@ def test_weights_that_were_loaded_between_build_and_the_first_update_are_capture
     assert not any(one.any() for one in momenta(other.optimizer, other.variables))
 
 
-# Files of before there was momentum, and files with it into optimizers without.
+# Files from before slow momentum existed, and files with momentum into optimizers without.
 
 STORED = ["model.weights.h5", *(["checkpoint"] if BACKEND == "tensorflow" else [])]
 
@@ -176,7 +176,7 @@ def test_a_file_without_momentum_begins_with_a_momentum_of_0(trained, stop, form
     inner, plain_inner = (one.optimizer.inner_optimizer.variables for one in (resumed, plain))
     assert_same_bits(values(inner), values(plain_inner))
     assert not any(one.any() for one in momenta(resumed.optimizer, resumed.variables))
-    # The first outer step is Nesterov's first one, of the pseudo-gradient of the cycle in which the file was made.
+    # The first outer step is Nesterov's first step, with the pseudo-gradient of the cycle in which the file was made.
     start = values(plain.optimizer.slow_variables) if stop else values(plain.variables)
     next_sync = PERIOD * (stop // PERIOD + 1)
     plain.optimizer.slow_step_size = 1.0

@@ -23,7 +23,7 @@ def halving(syncs):
 
 SCHEDULES = {
     "exponential": (keras.optimizers.schedules.ExponentialDecay(0.8, 2, 0.5), lambda syncs: 0.8 * 0.5 ** (syncs / 2)),
-    # Up to the boundary, and with it, it is the value before.
+    # Up to and including the boundary it is the value before.
     "piecewise": (
         keras.optimizers.schedules.PiecewiseConstantDecay([0, 2], [0.25, 1.0, 0.0]),
         lambda syncs: [0.25, 1.0, 1.0, 0.0][min(syncs, 3)],
@@ -66,7 +66,7 @@ def test_at_a_sync_of_step_size_1_the_weights_are_the_inner_optimizers_bit_for_b
         bare_step(gradients)
         assert_same_bits(values(variables), values(bare))
     start = values(variables)
-    # The second one has a step size of 0.
+    # The second sync has a step size of 0.
     for _ in range(2):
         step(gradients)
     assert_same_bits(values(variables), start)
@@ -103,7 +103,7 @@ def test_levels_of_a_nested_wrapper_have_schedules_of_their_own():
 
 
 def test_the_syncs_are_counted_by_updates_that_were_applied():
-    """Micro-steps and skipped steps are none."""
+    """Micro-steps and skipped steps do not count."""
     accumulating = Beside(QUICK, [(2, 0.5, {"slow_momentum": 0.5})], micro_steps=2)
     model = accumulating.model
     model.compile(

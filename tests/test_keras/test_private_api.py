@@ -1,4 +1,4 @@
-"""What is used of Keras 3 that is not public, so that a release which changes it is named here."""
+"""The private parts of Keras 3 that the package uses, so that a release that changes a part is named here."""
 
 import inspect
 
@@ -8,11 +8,11 @@ import pytest
 
 from tests.test_keras.helpers import BACKEND
 
-# Methods and properties of every optimizer. Of a wrapper Keras takes the same.
+# Methods and properties of every optimizer. Keras uses the same of a wrapper.
 METHODS = {
-    # No public method takes a variable from an optimizer.
+    # No public method removes a variable from an optimizer.
     "_untrack_variable": ("variable",),
-    # None tells for which variables an optimizer was built.
+    # No public method tells for which variables an optimizer was built.
     "_var_key": ("variable",),
     "_get_variable_index": ("variable",),
     "_check_variables_are_known": ("variables",),
@@ -25,7 +25,7 @@ ATTRIBUTES = [
     "_iterations",
     # Keras' callbacks and constructor read and set it, on a wrapper too.
     "_learning_rate",
-    # `SwapEMAWeights` takes the averages by this name. There is no public one.
+    # `SwapEMAWeights` takes the averages by this name. There is no public name.
     "_model_variables_moving_average",
 ]
 

@@ -31,13 +31,14 @@ LEVELS = st.fixed_dictionaries(
 )
 RATES = st.sampled_from([0.0, 0.05, 0.1])
 SEEDS = st.integers(0, 2**16)
-# A `Sequential` model that Keras loads from .h5 has an optimizer for no variables, the bare one too.
+# A `Sequential` model that Keras loads from .h5 has an optimizer for no variables. A bare optimizer has the same
+# problem.
 FORMATS = ["arrays", "weights.h5", "keras", "tree"] + (["checkpoint"] if BACKEND == "tensorflow" else [])
 SHAPES = [(3, 2), (2,), (2, 1), (1,)]
 
 
 class Model:
-    """The same in float64. `levels` are the wrappers, from the inside out."""
+    """The same in float64. `levels` are the wrappers, from the inside to the outside."""
 
     def __init__(self, weights, momentum, rate, levels):
         self.weights = [np.asarray(weight, "float64") for weight in weights]
@@ -141,7 +142,7 @@ class Machine(stateful.RuleBasedStateMachine):
         return [variable for layer in self.keras_model.layers for variable in (layer.kernel, layer.bias)]
 
     def wrappers(self):
-        """Return the wrappers from the inside out."""
+        """Return the wrappers from the inside to the outside."""
         found = [self.lookahead]
         while isinstance(found[0].inner_optimizer, Lookahead):
             found.insert(0, found[0].inner_optimizer)

@@ -17,7 +17,7 @@ from tests.test_keras.test_inner_optimizers import MODES, make_step
 OPTIMIZERS = Path(__file__).parent.parent / "test_tf_keras" / "recordings" / "optimizers"
 TRAJECTORIES = np.load(OPTIMIZERS / "trajectories.npz")
 INPUTS = np.load(OPTIMIZERS.parent / "trajectories.npz")
-# In Keras 3 a weight decay is no schedule.
+# In Keras 3 a weight decay cannot be a schedule.
 RUNS = [
     entry
     for entry in json.loads((OPTIMIZERS / "index.json").read_text())["trajectories"]
@@ -31,7 +31,7 @@ GRADIENTS = [[RNG.normal(size=shape).astype("float32") for shape in SHAPES] for 
 
 
 def train(optimizer, gradients=GRADIENTS, mode="eager", start=START, dtype="float32"):
-    """Return the weights after each step, flat, one row a step."""
+    """Return the weights after each step, flat, a row for each step."""
     variables = [keras.Variable(weight, dtype=dtype) for weight in start]
     step, rows = make_step(mode, optimizer, variables), []
     for one in gradients:
@@ -126,7 +126,7 @@ def test_gradients_are_accumulated(mode):
 
 
 def test_total_steps_are_batches_where_gradients_are_accumulated():
-    """As in every schedule of Keras."""
+    """This is so for every schedule of Keras."""
     optimizer = RectifiedAdam(0.1, total_steps=4, warmup_proportion=1.0, gradient_accumulation_steps=2)
     (*_, first, _, second) = train(optimizer, [[np.ones(1, "float32")]] * 4, start=[np.zeros(1, "float32")])[:, 0]
     np.testing.assert_allclose([first, second], [-0.05, -0.15], rtol=1e-5)

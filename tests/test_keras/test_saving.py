@@ -1,4 +1,4 @@
-"""Save, load and go on: in new processes, on other backends; configs, copies and foreign checkpoints."""
+"""Saving, loading and continuing: in new processes, on other backends; configs, copies and foreign checkpoints."""
 
 import copy
 import importlib.util
@@ -17,7 +17,7 @@ from tests.test_keras.helpers import BACKEND, find_lookahead, mlp, values
 
 OTHERS = sorted({"jax", "tensorflow", "torch"} - {BACKEND})
 if not hasattr(keras.optimizers, "MultiOptimizer"):
-    # Keras 3.10 compiles its models on PyTorch, which fails in old versions of that.
+    # Keras 3.10 compiles its models on PyTorch. That fails in old versions of PyTorch.
     OTHERS = [name for name in OTHERS if name != "torch"]
 SAVED_AT = {"momentum": [4, 5, 6, 7], "outer": [6, 7, 8], "accumulated": [5, 6]}
 MOVED = ["momentum", "outer"]
@@ -33,7 +33,7 @@ def start(*arguments, backend=BACKEND):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Where the runs were saved and resumed, and the final states of those that never stopped."""
+    """The directory where the runs were saved and resumed, and the final states of runs that never stopped."""
     directory = tmp_path_factory.mktemp("saving")
     killed = start("killed", directory)
     try:
@@ -136,7 +136,7 @@ def test_loading_needs_the_import_and_says_so(directory):
 @pytest.mark.parametrize("name", ["momentum", "accumulated"])
 @pytest.mark.parametrize("way", ["load_weights", "set_weights", "assign"])
 def test_loading_into_a_model_that_trained_on_replaces_its_whole_state(tmp_path, name, way):
-    """On PyTorch the host keeps the step count in mind, and must read it anew."""
+    """On PyTorch the host remembers the step count, and must read it again."""
     model = resuming.fit(resuming.make_model(name), end=5)
     model.save_weights(tmp_path / "model.weights.h5")
     weights, optimizer_weights = model.get_weights(), model.optimizer.get_weights()
@@ -352,7 +352,7 @@ def test_a_copy_of_a_new_optimizer_trains_as_the_original(way):
 @pytest.mark.filterwarnings("ignore:Skipping:UserWarning")
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_of_a_trained_optimizer_is_new_as_that_of_a_bare_one(way):
-    """Keras copies an optimizer through its file format, and its state only into one that is built."""
+    """Keras copies an optimizer through its file format. It copies state only into an optimizer that is built."""
     bare = trained(keras.optimizers.Adam(0.02)).optimizer
     model = trained(Lookahead(keras.optimizers.Adam(0.02), 4))
     before = resuming.state(model)
@@ -368,7 +368,7 @@ def test_a_copy_of_a_trained_optimizer_is_new_as_that_of_a_bare_one(way):
 
 
 def slow_start(model):
-    """Return the weights from which the next update will start the slow ones: check that it does."""
+    """Return the weights from which the next update will start the slow weights; check that it does."""
     start = values(model.trainable_variables)
     resuming.fit(model, end=1)
     assert_same_bits(model.optimizer.slow_variables, start)
@@ -377,7 +377,7 @@ def slow_start(model):
 
 FOREIGN = {
     "adam": lambda: keras.optimizers.Adam(0.02),
-    # As many variables as Lookahead itself has, and of the same shapes.
+    # As many variables as Lookahead has, and of the same shapes.
     "momentum and schedule": lambda: keras.optimizers.SGD(schedule(), momentum=0.9),
 }
 
@@ -395,7 +395,7 @@ def test_after_a_bare_optimizers_checkpoint_the_slow_weights_start_from_its_weig
         model.load_weights(tmp_path / "model.weights.h5")
     messages = [str(warning.message) for warning in caught]
     assert any("The slow weights start anew, from the model's weights." in message for message in messages)
-    # The inner optimizer's state is that from before, its count too.
+    # The inner optimizer's state is unchanged, and so is its count.
     assert int(model.optimizer.iterations) == trained_before
     assert_same_bits(slow_start(model), saved.trainable_variables)
 

@@ -1,4 +1,4 @@
-"""Settings that are changed between steps, also between steps that are compiled; and what is said about them."""
+"""Settings that change between steps, also between compiled steps; and their messages."""
 
 import pickle
 import warnings
@@ -11,7 +11,7 @@ from lookahead_optim.keras import Lookahead, SwapSlowWeights
 from tests.comparison import assert_same_bits
 from tests.test_keras.helpers import BACKEND, Recorder, find_lookahead, mlp, values
 
-# Without the default of `compile`, "auto", which XLA compiles on a GPU alone. `torch.compile` takes seconds.
+# Without the default of `compile`, "auto", which uses XLA only on a GPU. `torch.compile` takes seconds.
 MODES = {"eager": {"run_eagerly": True}, "graph": {"jit_compile": False}, "xla": {"jit_compile": True}}
 if BACKEND != "tensorflow":
     del MODES["xla" if BACKEND == "torch" else "graph"]
@@ -44,7 +44,7 @@ def weight_of(model):
 
 
 class ByHand:
-    """What the weight is."""
+    """The expected weight."""
 
     def __init__(self, sync_period, slow_step_size):
         self.sync_period, self.slow_step_size = sync_period, slow_step_size
@@ -156,12 +156,12 @@ def test_they_stay_as_they_were_given_beside_the_variables():
 
 
 STEP_SIZES = [0.0, 0.3, 0.5, 1.0, 1.5]
-# Ends of what a slow and a fast weight can be.
+# The largest and smallest values of a slow and a fast weight.
 ENDS = [0.0, -0.0, 1.5, -2.25, 3e38, -3e38, np.inf, -np.inf, np.nan]
 
 
 def pairs(dtype, size):
-    """Return slow weights and fast ones: each end with each, and random numbers."""
+    """Return slow weights and fast weights: all pairs of extreme values, and random numbers."""
     ends = np.array([(slow, fast) for slow in ENDS for fast in ENDS]).T
     if dtype == "float16":
         ends = np.where(np.isinf(ends), ends, np.clip(ends, -6e4, 6e4))
@@ -180,7 +180,7 @@ def test_a_variable_gives_the_bits_of_a_number_on_tensorflow(size, jit_compile, 
 
     from lookahead_optim._outer_step_tensorflow import OuterStep, Pair, synchronize
 
-    # Weights that are finite have a kernel of their own.
+    # Finite weights have a kernel of their own.
     of_both = pairs(dtype, size), np.where(np.isfinite(pairs(dtype, size)), pairs(dtype, size), -0.0) % 1e3
     of_both[1][:, :2] = [[-0.0, -0.0], [1.0, -1.0]]
     setting = tf.Variable(size, dtype="float64" if dtype == "float64" else "float32")

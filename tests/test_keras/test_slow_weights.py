@@ -45,7 +45,7 @@ def gradients(model):
 
 
 def evaluator(like):
-    """Return a function from weights to the validation loss of a model that is given them."""
+    """Return a function from weights to the validation loss of a model with these weights."""
     model = compiled("sgd", like.run_eagerly, dtype=like.layers[0].dtype_policy)
 
     def loss_with(weights):

@@ -1,4 +1,4 @@
-"""A Lookahead in the open: what `lookahead` must do to any transformation, written next to the bare one."""
+"""Lookahead written out: what `lookahead` must do with any transformation, written next to the bare one."""
 
 import functools
 
@@ -60,7 +60,7 @@ def make_params(seed=0, dtype="float32"):
 
 
 def make_grads(step, params):
-    """Return normal random gradients: the same for the same step."""
+    """Return normal random gradients, the same for the same step."""
     rng = np.random.default_rng(1000 + step)
     return jax.tree.map(lambda param: jnp.array(rng.normal(size=param.shape), param.dtype), params)
 

@@ -80,12 +80,12 @@ def train_all(runs, end=STEPS):
     return {name: train(name, run, end) for name, run in runs.items()}
 
 
-# With momentum, one weight in half precision, and its slow one in float32.
+# With momentum: one weight is in half precision, and its slow weight is in float32.
 SHARDED = lookahead(optax.adam(0.05), 4, 0.3, slow_momentum=0.6, slow_dtype="float32")
 
 
 def on_all_devices(tree):
-    """Place arrays in equal parts on all devices, and scalars on each."""
+    """Place arrays in equal parts on all devices, and scalars on each device."""
     mesh = Mesh(jax.devices(), "device")
     sharding = {False: PartitionSpec(), True: PartitionSpec("device")}
     return jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, sharding[leaf.ndim > 0])), tree)
@@ -106,7 +106,7 @@ def train_sharded(params, state, steps):
 
 
 def saved_leaves(tree):
-    """Return the leaves as NumPy saves them: it has no bfloat16."""
+    """Return the leaves as NumPy saves them: NumPy has no bfloat16."""
     return [np.asarray(leaf, "float32" if leaf.dtype == "bfloat16" else None) for leaf in jax.tree.leaves(tree)]
 
 
@@ -120,13 +120,13 @@ def write(path, tree):
 
 
 def read(path, tree):
-    """Restore a tree that is like another one."""
+    """Restore a tree with the structure of another tree."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, like(tree))
 
 
 class Notes(ocp.CheckpointHandler):
-    """Writes a file beside the arrays, and comes to a stop in one save."""
+    """Writes a file beside the arrays, and stops during one save."""
 
     def save(self, directory, args):
         path = directory / "notes.txt"

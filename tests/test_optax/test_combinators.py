@@ -28,7 +28,7 @@ def wrapped(inner=MOMENTUM, sync_period=SYNC_PERIOD, slow_step_size=SLOW_STEP_SI
 
 
 def run(optimizer, steps, params=None, state=None, gradients=None):
-    """Train; yield the number of each step, and parameters and state after it."""
+    """Train; yield the number of each step, and the parameters and state after it."""
     params = make_params() if params is None else params
     state = optimizer.init(params) if state is None else state
     step = stepper(optimizer)
@@ -147,7 +147,7 @@ def test_after_a_sync_slow_are_the_parameters_that_a_transformation_behind_in_ch
     ids=["tree", "prefix", "function"],
 )
 def test_masked_out_parameters_have_no_lookahead(mask):
-    # What is masked out takes the gradients as updates: scaled here, ahead of the mask.
+    # Masked parameters take the gradients as updates. Here these are scaled before the mask.
     optimizer = optax.chain(optax.scale(-0.1), optax.masked(wrapped(optax.scale(1.5)), mask))
     hand_w, hand_b = by_hand(optax.sgd(0.15)), by_hand(optax.sgd(0.1), sync_period=100)
     for number, params, state in run(optimizer, 2 * SYNC_PERIOD + 1):
@@ -221,7 +221,7 @@ BAD_STEPS = {1, 3, 4, 8}
 
 
 def gradient_of_bad_batches(params, number):
-    """Return real gradients; those of some batches are not finite, as there is no number in an input."""
+    """Return real gradients. The gradients of some batches are not finite, as an input is NaN."""
     inputs, targets = make_batch(number)
     if number in BAD_STEPS:
         inputs = inputs.at[0, 0].set(jnp.nan)
@@ -272,7 +272,7 @@ def test_gradient_that_is_no_number_leaves_the_slow_parameters_alone_until_a_syn
 
 
 def settings_by_hand(settings, steps):
-    """Train with momentum and a slow step by hand, with the period and the step size of each step."""
+    """Train with momentum and a slow step by hand, with a period and a step size for each step."""
     hand = by_hand(MOMENTUM, sync_period=10**6)
     slow = hand.params
     for number in range(1, steps + 1):
@@ -358,7 +358,7 @@ def test_real_and_imaginary_parts_may_be_split_inside_or_around(side):
             assert_close(slow_params(state, params), hand.slow)
 
 
-# Wrappers of `optax.contrib` around.
+# Wrappers of `optax.contrib` around `lookahead`.
 
 
 def test_plateau_behind_scales_the_updates_of_lookahead_and_the_slow_parameters_follow():
@@ -387,7 +387,7 @@ def test_plateau_behind_scales_the_updates_of_lookahead_and_the_slow_parameters_
     ids=["schedule_free", "mechanize"],
 )
 def test_wrappers_that_move_other_parameters_than_they_pass_run_around_lookahead(wrap):
-    """No slow step by hand exists: they take the difference to the slow parameters for an inner update."""
+    """No slow step by hand exists: these wrappers take the difference to the slow parameters for an inner update."""
     bare, _ = last_of(wrap(optax.sgd(0.1)), SYNC_PERIOD - 1)
     before, _ = last_of(wrap(wrapped(optax.sgd(0.1))), SYNC_PERIOD - 1)
     assert_close(before, bare)
@@ -568,7 +568,7 @@ def test_a_reset_reaches_a_lookahead_that_sees_other_parameters():
         grads = make_grads(number, best)
         updates, state = optimizer.update(grads, state, best)
         best = optax.apply_updates(best, updates)
-        # The inner one syncs at steps 2 and 4 in all.
+        # The inner `lookahead` syncs at steps 2 and 4 in all.
         oracle.inner.sync_period = 1 if number in (1, 3) else 0
         oracle.apply(jax.tree.leaves(grads))
     assert_close(jax.tree.leaves(best), oracle.weights)

@@ -1,4 +1,4 @@
-"""Checkpoints with flipped bits or cut off: an error, or nothing lost, or a stated limit of the format."""
+"""Checkpoints with flipped bits or cut off: an error, no loss, or a documented limit of the format."""
 
 import collections
 import io
@@ -42,7 +42,7 @@ def is_same(one, other):
 
 
 def outcomes(data, load, saved, count=COUNT):
-    """Loading is a function that returns a new state, so that an error changes nothing."""
+    """Loading returns a new state, so an error changes nothing."""
     loaded = {}
     return check(data, count, lambda data: loaded.update(load(data)), lambda: True, lambda: is_same(loaded, saved))
 
@@ -64,12 +64,12 @@ def test_damaged_msgpack_is_an_error_if_it_is_cut_off_but_has_no_checksum(saved)
     like = jax.tree.map(jnp.zeros_like, saved)
     found = outcomes(serialization.to_bytes(saved), lambda data: serialization.from_bytes(like, data), saved)
     assert found["cut", "error"] == COUNT // 4
-    # The limit that the docs state.
+    # The limit that the docs name.
     assert found["flip", "changed"] > 0
 
 
 def test_a_damaged_orbax_checkpoint_is_an_error_or_unharmed(tmp_path):
-    # In a process of its own: Orbax leaves reads that it has begun when one of them fails.
+    # In its own process: if a read fails, Orbax does not finish other reads that it has begun.
     finish(start(sys.modules[__name__], tmp_path), timeout=300)
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 PERIOD = 3
 INNER = {"momentum": lambda: optax.sgd(0.05, 0.9), "adamw": lambda: optax.adamw(0.05, eps=1e-3)}
-# Of float32 the rounding of a few operations; in half precision a sync may round to the other side.
+# In float32 the rounding of a few operations. In half precision a sync may round to the other side.
 TOLERANCES = {"float32": 1e-6, "float16": 2e-2, "bfloat16": 1e-1, "float64": 1e-14}
 forms = pytest.mark.parametrize("form", FORMS)
 inners = pytest.mark.parametrize("inner", INNER)
@@ -72,7 +72,7 @@ def test_nothing_is_moved_between_host_and_device_in_steps_with_syncs(form):
     step = jax.jit(whole_step(optimizer, form))
     params = make_params()
     state, grads = optimizer.init(params), make_grads(0, params)
-    # What the constructor and the first trace make of numbers is moved once.
+    # Numbers that the constructor and the first trace convert are moved once.
     params, state = step(params, state, grads)
     with jax.transfer_guard("disallow"):
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""In training programs of Flax Linen, Flax NNX and Equinox, and with all kinds of trees of parameters."""
+"""Training programs of Flax Linen, Flax NNX and Equinox, and all kinds of parameter trees."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ class LinenModel(linen.Module):
 
 
 def jitted_linen(model):
-    """Return functions that compute the gradient of a model's parameters, and that train a donated state."""
+    """Return two functions: the gradient of a model's parameters, and training with a donated state."""
 
     @jax.jit
     def gradient(params, batch):
@@ -137,7 +137,7 @@ def test_slow_params_of_an_nnx_optimizer_can_be_put_into_a_model(wrt):
     assert_same_bits(nnx.state(model, wrt), fast)
     nnx.update(model, slow)
     assert_close(nnx.state(model, wrt), hand.slow, 1e-5)
-    # Of all parameters, those that are not optimized are as in the model.
+    # Among all parameters, the parameters that are not optimized are as in the model.
     everything = nnx.state(model, nnx.Param)
     assert jax.tree.structure(slow_params(optimizer, everything)) == jax.tree.structure(everything)
     assert_same_bits(nnx.filter_state(slow_params(optimizer, everything), nnx.Not(wrt)), untouched)
@@ -426,7 +426,7 @@ def test_equinox_model_filtered_otherwise_at_update_than_at_init(form, at_init, 
     if at_init is everything and has_state:
         pytest.skip("A bare optimizer with state takes no functions either.")
     optimizer = lookahead(bare, SYNC_PERIOD, SLOW_STEP_SIZE)
-    # Nor does it take integers without gradients.
+    # It does not take integers without gradients either.
     model = equinox_model(jnp.zeros(3) if at_init is ARRAYS and has_state else jnp.arange(3))
     params, static = eqx.partition(model, INEXACT)
     hand = by_hand(params, bare)
@@ -474,7 +474,7 @@ def test_parameters_that_the_state_does_not_have_move_as_with_the_bare_optimizer
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_weight_that_gets_no_gradient_for_a_while_keeps_its_slow_one_until_a_sync(form):
-    """At a sync it is not moved, and its slow weight is its own value from then on."""
+    """A sync does not move it. From then on its slow weight is its own value."""
     optimizer, hand = lookahead(optax.sgd(0.1), 3), ByHand(optax.sgd(0.1), {"w": jnp.ones(2)}, 3)
     params = {"w": jnp.ones(2), "frozen": jnp.ones(2)}
     state = optimizer.init(params)
@@ -534,7 +534,7 @@ def test_an_ensemble_of_whole_equinox_models_trains_as_its_members(form):
     assert_close(slow_params(ensemble[1], eqx.filter(ensemble[0], INEXACT)), stacked, 1e-5)
 
 
-# With momentum on the pseudo-gradient, by numbers and by a transformation.
+# With momentum on the pseudo-gradient, by settings and by a transformation.
 
 ETA, MU = 0.7, 0.6
 OUTERS = {

@@ -1,4 +1,4 @@
-"""Every optimizer of Optax, and the main ones of `optax.contrib`, as inner transformation."""
+"""Every optimizer of Optax, and the main optimizers of `optax.contrib`, as inner transformation."""
 
 import functools
 import inspect
@@ -76,7 +76,7 @@ LINE_SEARCHES = {
     "zoom": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_zoom_linesearch(10)),
     "lbfgs": lambda: optax.lbfgs(memory_size=3),
 }
-# Their updates ask for more than gradients and parameters.
+# Their updates need more than gradients and parameters.
 WITH_EXTRA_ARGUMENTS = {
     "polyak_sgd": (lambda: optax.polyak_sgd(0.3, f_min=0.5), "value"),
     "momo": (lambda: contrib.momo(0.5), "value"),
@@ -115,7 +115,7 @@ value_and_gradient = jax.jit(jax.value_and_grad(objective))
 
 
 def excess(params):
-    """Return the objective above its minimum."""
+    """Return the objective minus its minimum."""
     inputs = np.column_stack([BATCH[0], np.ones(len(BATCH[0]))])
     best = np.linalg.lstsq(inputs, np.asarray(BATCH[1]), rcond=None)[0]
     return objective(params) - objective({"w": best[:3], "b": [best[3]]})
@@ -142,7 +142,7 @@ def test_lookahead_is_the_bare_optimizer_and_a_slow_step(make_inner):
     inner, first = make_inner(), make_params()
     optimizer = lookahead(inner, SYNC_PERIOD, SLOW_STEP_SIZE)
     hand = by_hand(inner)
-    # Nothing is rounded differently where XLA sees one operation at a time.
+    # XLA sees one operation at a time, so nothing is rounded differently.
     hand.update, exact_step = inner.update, optimizer.apply_gradients
     exact = compiled = first, optimizer.init(first)
     compiled_step = stepper(optimizer)
@@ -195,7 +195,7 @@ def test_private_sgd_takes_gradients_by_example():
 
 
 def line_search_run(optimizer, form, steps=STEPS):
-    """Yield parameters, state and what `optax.value_and_grad_from_state` finds for them, before every step."""
+    """Before every step, yield parameters, state and what `optax.value_and_grad_from_state` finds for them."""
     value_and_grad = jax.jit(optax.value_and_grad_from_state(objective))
     step = stepper(optimizer, form, value_fn=objective)
     params = make_params()
@@ -248,7 +248,7 @@ def test_value_and_gradient_of_a_line_search_are_not_reused_after_a_sync_by_call
 def test_adversarial_steps_of_sam_do_not_count(steps_of_sam):
     inner = optax.sgd(0.2, momentum=0.5)
     sam = functools.partial(contrib.sam, adv_optimizer=adversary(), sync_period=steps_of_sam)
-    # The slow step is due when SAM has put the parameters back, which is at the end of each of its cycles.
+    # The slow step is due when SAM has put the parameters back, at the end of each of its cycles.
     hand = by_hand(sam(inner), SYNC_PERIOD * steps_of_sam)
     optimizers = {
         "inside": lookahead(sam(inner), SYNC_PERIOD, SLOW_STEP_SIZE),

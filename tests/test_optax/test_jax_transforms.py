@@ -1,4 +1,4 @@
-"""Under `jit`, with donated buffers, `scan`, `vmap`, `grad`, `eval_shape`, and without any of them."""
+"""`lookahead` under `jit`, with donated buffers, `scan`, `vmap`, `grad` and `eval_shape`, and without any of these."""
 
 import functools
 import itertools
@@ -47,7 +47,7 @@ def by_hand(inner, sync_period, slow_step_size, params, steps):
 
 
 class Compilations(list):
-    """Lists what XLA compiles meanwhile."""
+    """Records what XLA compiles meanwhile."""
 
     def __enter__(self):
         jax.monitoring.register_event_duration_secs_listener(self.listen)
@@ -97,7 +97,7 @@ def test_step_is_compiled_once_for_all_values_of_traced_hyperparameters(form):
 def test_sync_reset_and_slow_params_leave_the_step_compiled_once(jitted):
     optimizer = lookahead(INNER["momentum"](), 3, 0.25)
     functions = [sync, reset_slow_params, slow_params]
-    # New functions: JAX shares the programs of all that are compiled from one.
+    # New functions, as JAX shares compiled programs between all copies of a function.
     sync_, reset, slow = [jax.jit(functools.partial(one)) for one in functions] if jitted else functions
     step = jax.jit(whole_step(optimizer))
     hand = ByHand(INNER["momentum"](), make_params(), 3, 0.25)

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere, saved by Orbax or as bytes, and resumed, ends bit for bit as one never stopped."""
+"""A run that is stopped anywhere, saved by Orbax or as bytes and resumed, ends like a run that never stopped."""
 
 import pickle
 
@@ -35,7 +35,7 @@ def saved():
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, saved):
-    """Where the runs were saved by this process, or a killed one, and resumed by new ones."""
+    """The directory where this process or a killed process saved the runs, and new processes resumed them."""
     directory = tmp_path_factory.mktemp("orbax")
     killed = start("killed", directory)
     try:
@@ -74,7 +74,7 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_from_its_last_whole_checkp
 
 @pytest.mark.parametrize("devices", [2, 1])
 def test_a_run_saved_from_four_devices_goes_on_with_the_same_numbers_on_fewer(directory, devices):
-    # To rounding: for another number of devices XLA compiles another program, which may round otherwise.
+    # To rounding: for another number of devices XLA compiles another program, which may round differently.
     finish(start("resharded", directory, devices), TIMEOUT)
     params, state = orbax_worker.train_sharded(*orbax_worker.start_sharded(), range(15))
     assert {len(leaf.addressable_shards) for leaf in jax.tree.leaves((params, state.slow_params))} == {4}

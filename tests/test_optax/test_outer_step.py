@@ -20,7 +20,7 @@ forms = pytest.mark.parametrize("form", FORMS)
 
 
 def train(optimizer, params, steps, state=None, form="update", grads=make_grads):
-    """Return parameters and state after the given steps, which determine the gradients."""
+    """Return parameters and state after the given steps. The step numbers determine the gradients."""
     state = optimizer.init(params) if state is None else state
     step = jitted(optimizer, form)
     for number in steps:
@@ -190,7 +190,7 @@ def test_complex_parameters_have_momentum_in_both_parts(form):
     assert_close([np.real(leaf) for leaf in jax.tree.leaves(params)], oracle.weights)
 
 
-# What there is without momentum.
+# The state without momentum.
 
 
 def test_momentum_0_has_no_state_and_the_program_of_the_default():
@@ -202,7 +202,7 @@ def test_momentum_0_has_no_state_and_the_program_of_the_default():
     for form in FORMS:
         programs = [jax.make_jaxpr(whole_step(one, form))(params, state, params) for one in (default, zero)]
         assert str(programs[0]) == str(programs[1])
-    # In float32 a wider dtype is none.
+    # With float32 weights, float32 is no wider dtype.
     assert jax.tree.structure(lookahead(INNER, slow_dtype="float32").init(params)) == jax.tree.structure(state)
 
 
@@ -280,7 +280,7 @@ def test_a_compiled_step_copies_no_weight_between_syncs_and_updates_all_in_place
     # A transformation gets all pseudo-gradients at once, at a sync.
     temporary = size(params) if kind == "outer" else 2 * 512 * 512 * 4 if kind.startswith("wide") else 0
     if kind == "half precision" and jax.__version_info__ >= (0, 12):
-        # This XLA holds fast and slow weights in float32, of one weight at a time.
+        # This XLA keeps fast and slow weights in float32, for one weight at a time.
         temporary = 2 * 512 * 512 * 4
     assert memory.temp_size_in_bytes < temporary + 2**16
     assert size((params, state)) - memory.alias_size_in_bytes < 32
@@ -547,7 +547,7 @@ def test_wide_slow_weights_are_those_of_the_formula_from_the_restart_point(kind)
                 slow[name] = slow[name] - eta * (pseudo_gradient + mu * b[name])
                 if dtype != jnp.float32:
                     assert_close(state.slow_params[name], slow[name])
-            # Both go on from the same numbers.
+            # Both continue from the same numbers.
             fast = params
 
 
@@ -588,7 +588,7 @@ def test_a_step_size_of_1_copies_to_wide_slow_weights():
 def test_moved_and_reset_parameters_are_captured_in_the_wider_dtype():
     optimizer = lookahead(optax.sgd(0.05), 2, 0.3, slow_dtype="float32", slow_momentum=MU)
     params, state = train(optimizer, mixed_params(), range(2))
-    # One weight is moved by something else after the sync.
+    # Something else moves one weight after the sync.
     params["bfloat16"] = params["bfloat16"].at[0].add(1.0)
     slow = state.slow_params["bfloat16"]
     _, moved = train(optimizer, params, [2], state)
@@ -607,7 +607,7 @@ def test_sync_by_hand_is_as_one_that_is_due():
     other, other_state = sync(*train(never, mixed_params(), range(3), form="apply_gradients")[::-1])
     assert_same_bits(other, params)
     assert_same_bits(other_state.outer_state.slow_momentum, state.outer_state.slow_momentum)
-    # XLA rounds sums and products once where it fuses them.
+    # XLA rounds a sum and a product only once if it fuses them.
     assert_close(other_state.slow_params["bfloat16"], state.slow_params["bfloat16"])
 
 
@@ -622,7 +622,7 @@ def test_float64_slow_weights_of_float32_parameters():
         assert_same_bits(state.slow_params["w"].astype("float32"), params["w"])
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -730,7 +730,7 @@ OF_PERIODS = {
 @pytest.mark.parametrize("is_traced", [False, True])
 @pytest.mark.parametrize("make", OF_PERIODS.values(), ids=OF_PERIODS)
 def test_a_period_of_0_drops_the_momentum(make, is_traced):
-    # Five steps with period 2, three with 0, six with 4: syncs after steps 2, 4 and 12, the last one with s = b = 1.
+    # Five steps with period 2, three with 0, six with 4: syncs after steps 2, 4 and 12. At the last sync s = b = 1.
     params = {"w": jnp.ones(1)}
     state = make(2).init(params)
     for period, gradients in ((2, range(1, 6)), (0, range(1, 4)), (4, range(1, 7))):
@@ -747,7 +747,7 @@ def test_a_period_of_0_drops_the_momentum(make, is_traced):
 
 
 def test_an_outer_transformation_may_return_its_state_in_another_dtype():
-    # With its momentum in an array `optax.sgd` makes float32 of the momentum of a weight in bfloat16.
+    # If its momentum factor is an array, `optax.sgd` makes float32 of the momentum of a weight in bfloat16.
     outer = optax.inject_hyperparams(optax.sgd)(0.7, momentum=0.9)
     params = {"w": jnp.ones(3, jnp.bfloat16), "v": jnp.ones(3)}
     optimizer = lookahead(optax.sgd(0.1), 2, outer=outer)
@@ -780,7 +780,7 @@ NESTEROV_REPR = repr(optax.with_extra_args_support(NESTEROV))
 
 
 def test_inner_moments_can_be_reset_at_a_sync():
-    """The recipe of the docs."""
+    """The recipe in the docs."""
     params, state = train(MOMENTUM, make_params(), range(PERIOD))
     assert state.captured == 0
     reset = state._replace(inner_state=INNER.init(params))

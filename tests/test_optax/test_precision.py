@@ -1,4 +1,4 @@
-"""Rounding in the slow step: low and double precision, complex parameters, long runs, and next to `optax.lookahead`."""
+"""Rounding in the slow step: low and double precision, complex parameters, long runs, and `optax.lookahead`."""
 
 import functools
 
@@ -29,9 +29,9 @@ def normal_like(key, params):
 
 @functools.cache
 def trajectory(form, kind):
-    """Return the slow parameters before every step, the bare optimizer's step from there, and both kinds after it.
+    """Return the slow parameters before every step, the bare optimizer's step from there, and both after it.
 
-    There is a tuple of these for each of the parameters.
+    The last two are the fast and the slow parameters. There is a tuple of these values for each parameter.
     """
     inner = INNER[kind]
     optimizer = lookahead(inner, SYNC_PERIOD, SLOW_STEP_SIZE)
@@ -65,8 +65,8 @@ def start(kind):
 INNER = {
     "bfloat16": optax.adam(0.01, eps=1e-3, mu_dtype=jnp.float32),
     "float16": optax.adam(0.01, eps=1e-3, mu_dtype=jnp.float32),
-    # Updates of about 4: the spacing of float32 is 8 near 1e8. Products with powers of two are exact. So a compiler may
-    # fuse them with the additions that follow, or not: the sums are the same bits.
+    # Updates of about 4: the spacing of float32 is 8 near 1e8. Products with powers of two are exact. So the sums have
+    # the same bits, whether or not a compiler fuses the products with the additions that follow.
     "float32": optax.sgd(4.0, momentum=0.5),
 }
 kinds = pytest.mark.parametrize("kind", INNER)
@@ -98,7 +98,7 @@ def test_a_sync_is_off_by_no_more_than_one_rounding_of_each_number_it_computes(f
         slow, fast, params = slow[SYNCS], fast[SYNCS], params[SYNCS]
         product = SLOW_STEP_SIZE * (fast - slow)
         target = slow + product
-        # That to the dtype, and those of the float32 difference and product.
+        # The rounding to the dtype, and the roundings of the float32 difference and product.
         roundings = SLOW_STEP_SIZE * spacing(fast - slow, "float32") + spacing(product, "float32")
         roundings += spacing(target, dtype)
         if form == "update":
@@ -355,7 +355,7 @@ LARGE = ["float32", "bfloat16", "float16", "float8_e5m2", "complex64"]
 
 
 def far_apart(dtype):
-    """Return slow weights and fast ones, so large that their differences overflow or nearly so, and of both signs."""
+    """Return slow and fast weights of both signs, so large that their differences overflow or nearly overflow."""
     large = 0.875 * float(jnp.finfo(dtype).max)
     slow, fast = np.array([large, -large, large, 1.0]), np.array([-large, large, large / 2, -1.0])
     if dtype == "complex64":
@@ -435,7 +435,7 @@ def test_infinite_weights_leave_the_derivatives_of_the_others_alone(form, slow_s
 def test_rounding_without_a_conversion_is_that_of_the_conversion(dtype):
     rng = np.random.default_rng(0)
     values = rng.normal(size=2000) * 10.0 ** rng.integers(-12, 6, 2000)
-    # Halfway between two numbers, at both ends of the range, and what is no number.
+    # Halfway between two numbers, at both ends of the range, and NaN.
     ends = [0.0, -0.0, 65504, 65519, 65520, 2**-14, 2**-14 * (1 - 2**-12), 2**-24, 1.5 * 2**-24, 2**-25, np.inf, np.nan]
     values = np.concatenate([values, ends]).astype("float32")
     with np.errstate(over="ignore"):

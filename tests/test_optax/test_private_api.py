@@ -1,4 +1,4 @@
-"""What the package needs of Optax and JAX that their documentation does not promise.
+"""Parts of Optax and JAX that the package needs and that their documentation does not promise.
 
 A failure here says what a new version changed, and where.
 """

@@ -76,7 +76,7 @@ class Plain:
             name: slow[name] - slow_step_size * (pseudo_gradients[name] + factor * momentum[name]) for name in names
         }
         if self.outer == "momentum":
-            # Those of frozen weights.
+            # The momentum of frozen weights.
             momentum |= {name: 0.0 * one for name, one in momentum.items() if name not in names}
         self.fast, self.slow_momentum[level] = self.fast | moved, momentum
         self.captured[: level + 1] = [False] * (level + 1)
@@ -129,12 +129,12 @@ def make(structure, has_momentum, outer, settings):
     }[structure]()
 
 
-# Twice the one that has most states.
+# Twice, as this structure has the most states.
 STRUCTURES = ["alone", "chain", "masked", "partition", "nested", "nested", "injected"]
 STRUCTURES += [f"{wrapper}_{side}" for wrapper in ("multi_steps", "finite") for side in ("inside", "around")]
-# Those whose outermost transformation is a `lookahead`.
+# Structures whose outermost transformation is a `lookahead`.
 WITH_APPLY_GRADIENTS = ["alone", "nested", "multi_steps_inside", "finite_inside"]
-# Of several `lookahead`s, the parameters that each has; else one has all.
+# With several `lookahead`s: the parameters of each. Otherwise one has all.
 PARTS = {"masked": ["w"], "partition": ["w", "b"]}
 
 
@@ -209,12 +209,12 @@ class Operations(stateful.RuleBasedStateMachine):
     )
     def start(self, structure, has_momentum, outer, settings, is_jitted, is_traced):
         self.structure, self.has_momentum, self.is_jitted, self.outer = structure, has_momentum, is_jitted, outer
-        # What `sync` and `reset_slow_params` need.
+        # Arguments that `sync` and `reset_slow_params` need.
         self.given = {"outer": OUTERS[outer]["outer"]} if outer == "outer" else {}
         self.is_traced, self.settings = is_traced, settings
         weights = {"w": np.array([1.0, -2.0]), "b": np.array([0.5])}
         self.params = {name: jnp.array(one, "float32") for name, one in weights.items()}
-        # With a period that is not 0: a state that is made with that has no room for slow parameters.
+        # With a period that is not 0, as a state that is made with 0 has no room for slow parameters.
         self.optimizer = make(structure, has_momentum, outer, [(max(period, 1), size) for period, size in settings])
         self.state = self.optimizer.init(self.params)
         parts = PARTS.get(structure, [NAMES])
@@ -241,7 +241,7 @@ class Operations(stateful.RuleBasedStateMachine):
         form = form if self.structure in WITH_APPLY_GRADIENTS else "update"
         leaves = {name: None if one is None else jnp.array(one, "float32") for name, one in grads.items()}
         key, arguments = (self.structure, self.has_momentum, self.outer, form), (self.params, self.state, leaves)
-        # An injected one has its settings in the state.
+        # With `inject_hyperparams` the settings are in the state.
         settings = ((1, 0.5), (1, 0.5)) if self.structure == "injected" else self.settings
         if not self.is_jitted:
             made = jax.tree.map(jnp.asarray, settings) if self.is_traced else settings
@@ -325,7 +325,7 @@ class Operations(stateful.RuleBasedStateMachine):
 
     @operation(seed=st.integers(0, 3), is_loaded=st.booleans())
     def reset(self, seed, is_loaded):
-        """Capture the slow parameters anew, also from other parameters."""
+        """Capture the slow parameters again, also from other parameters."""
         if is_loaded:
             self.load_weights(seed)
         self.state = reset_slow_params(self.state, self.params, **self.given)
@@ -362,7 +362,7 @@ class Operations(stateful.RuleBasedStateMachine):
     @stateful.precondition(lambda self: self.saved is None)
     @operation()
     def keep(self):
-        """Keep a state to which the run returns later: nothing may change it."""
+        """Keep a state to which the run returns later. Nothing may change it."""
         kept = self.params, self.state, self.parts, self.settings, self.accumulated
         self.saved = jax.tree.map(jnp.copy, (self.params, self.state)), kept[:2], copy.deepcopy(kept[2:])
 

@@ -1,4 +1,4 @@
-"""What is refused, with which message; and what is right before the first step, after a reset, or with period 0."""
+"""Refused arguments and their messages; and what holds before the first step, after a reset, with period 0."""
 
 import functools
 import inspect
@@ -27,7 +27,7 @@ INNER = optax.adam(0.1)
 
 
 class Torch:
-    """An optimizer object of another kind of library."""
+    """An optimizer object of another library."""
 
     def step(self):
         raise NotImplementedError
@@ -190,7 +190,7 @@ def jitted(optimizer):
 
 
 def train(optimizer, params, steps, state=None):
-    """Go through the given steps, which determine the gradients."""
+    """Make the given steps. The step numbers determine the gradients."""
     state = optimizer.init(params) if state is None else state
     for step in steps:
         updates, state = jitted(optimizer)(make_grads(step, params), state, params)
@@ -522,7 +522,7 @@ UPDATES_AROUND = {
 @pytest.mark.parametrize("sync_period", [2, 0, np.array(2)])
 @pytest.mark.parametrize("around", UPDATES_AROUND)
 def test_apply_gradients_goes_through_what_stands_in_the_place_of_update(around, sync_period):
-    # All numbers are exact but for one addition each, so that no compiler rounds them otherwise.
+    # All numbers are exact except for one addition each, so every compiler rounds them in the same way.
     optimizer = lookahead(optax.sgd(0.5), sync_period, 0.5)
     calls = []
 
@@ -563,7 +563,7 @@ def test_apply_gradients_refuses_another_function_in_the_place_of_update(kind):
 
 
 def restored_as(state):
-    """Return a state as formats restore it that do not know its type."""
+    """Return a state as a format restores it that does not know its type."""
     return {"inner_state": list(state.inner_state), **{name: getattr(state, name) for name in state._fields[1:]}}
 
 

@@ -67,7 +67,7 @@ def by_vmap(function):
 
 
 def by_shard_map(function, mesh=None):
-    """Return a function of trees with an axis of workers, each on its device, or on its part of a mesh."""
+    """Return a function of trees with an axis of workers. Each worker is on its device, or on its part of a mesh."""
 
     def on_worker(*trees):
         results = function(*(jax.tree.map(lambda leaf: leaf[0], tree) for tree in trees))
@@ -112,7 +112,7 @@ def test_all_workers_restart_from_the_outer_step_with_the_mean(way, form, mu, ne
         params, state = step(params, state, stacked(one))
         by_hand.step(one)
         assert_close(params, by_hand.workers)
-        # Bit for bit, also where an addition of updates has rounded the parameters of each worker otherwise.
+        # Bit for bit, even if an addition of updates has rounded the parameters of each worker differently.
         assert_equal_on_all_workers((state.slow_params, state.outer_state))
         shown = way(slow_params)(state, params)
         assert_close(shown, [by_hand.slow] * WORKERS)
@@ -202,7 +202,7 @@ def test_workers_communicate_once_and_in_the_branch_of_the_sync_alone(form, kind
 
 @forms
 def test_slow_weights_in_float32_take_the_mean_of_bfloat16_workers(form):
-    # Only one of four workers moves, by a unit in the last place: the mean is a fourth of it.
+    # Only one of four workers moves, by one unit in the last place. The mean is a quarter of it.
     optimizer = lookahead(optax.sgd(1.0), 1, 0.5, slow_dtype="float32", reduce=mean_over_workers)
     params = {"w": jnp.ones((WORKERS, 3), jnp.bfloat16)}
     state = jax.vmap(optimizer.init)(params)
@@ -216,8 +216,8 @@ def test_slow_weights_in_float32_take_the_mean_of_bfloat16_workers(form):
 
 @pytest.mark.parametrize(("mu", "eta"), [(0.0, 0.5), (0.9, 0.7), (0.6, 1.0)])
 def test_workers_of_other_quadratics_meet_where_the_closed_form_says(mu, eta):
-    # SGD with step g on a (x - c)^2 / 2 leads a cycle of k steps the part q = 1 - (1 - g a)^k of the way to c. The mean
-    # of the ways of all workers is 0 at sum(q c) / sum(q).
+    # SGD with step g on a (x - c)^2 / 2 moves a cycle of k steps by the part q = 1 - (1 - g a)^k of the way to c. The
+    # mean of all workers' moves is 0 at sum(q c) / sum(q).
     curvatures, optima = np.array([1.0, 3.0, 0.5, 2.0]), np.array([1.0, -2.0, 0.25, 3.0])
     momentum = {"slow_momentum": mu} if mu else {}
     optimizer = lookahead(optax.sgd(RATE), PERIOD, eta, reduce=mean_over_workers, **momentum)
@@ -237,8 +237,8 @@ def test_workers_of_other_quadratics_meet_where_the_closed_form_says(mu, eta):
 
 
 def test_the_noise_of_one_worker_is_divided_by_the_number_of_workers():
-    # The loss (x - c)^2 / 2 with c ~ N(0, 1), for many independent x at once. On one worker the variance of the slow
-    # weights is 1.310041384665 of that of SGD, which is step / (2 - step).
+    # The loss (x - c)^2 / 2 with c ~ N(0, 1), for many independent x at once. With one worker the variance of the slow
+    # weights is 1.310041384665 times the variance of SGD, which is step / (2 - step).
     period, count, cycles = 30, 4_000, 120
     optimizer = lookahead(optax.sgd(RATE), period, 0.7, slow_momentum=0.6, reduce=mean_over_workers)
 

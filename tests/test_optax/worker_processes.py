@@ -22,7 +22,7 @@ from tests.test_optax.whole_steps import whole_step
 
 
 def address(path, rank):
-    """Return where the processes meet: the first one finds a free port, and the others read it in a file."""
+    """Return where the processes meet. The first process finds a free port, and the others read it from a file."""
     if rank == 0:
         with socket.socket() as free:
             free.bind(("localhost", 0))
