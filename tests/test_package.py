@@ -47,7 +47,7 @@ def test_the_pytorch_front_end_imports_pytorch_alone():
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
 def test_what_is_for_a_trainer_of_pytorch_imports_what_that_does_and_nothing_more(name):
-    # Both packages of Lightning are there, and the callback is one of either.
+    # Both packages of Lightning are installed, and the callback belongs to both.
     theirs = {
         "lightning": "import lightning.pytorch, pytorch_lightning",
         "transformers": "from transformers import Trainer",
@@ -77,7 +77,7 @@ def test_other_backends_are_refused_by_name():
 
 
 def error_of(code, **environment):
-    """Return what a fresh process prints, which ends with an error."""
+    """Return the output of a fresh process that ends with an error."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
     )
@@ -192,7 +192,7 @@ def test_the_citation_has_the_version_and_the_address_if_there_is_one():
 def test_help_lists_every_target_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
-    # Another `make` runs these tests, and the inner one would tell of its folder.
+    # Another `make` runs these tests, and the inner `make` would report its folder.
     command = ["make", "--no-print-directory", "help"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=60).stdout
     assert {line.split(":")[0] for line in shown.splitlines()} == targets

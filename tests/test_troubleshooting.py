@@ -13,7 +13,7 @@ SHORTEST = 20
 
 
 def template(message):
-    """Return the text of a literal, with a null character for everything in it that varies."""
+    """Return the text of a literal, with a null character for every part that varies."""
     if isinstance(message, ast.JoinedStr):
         return "".join(map(template, message.values))
     return message.value if isinstance(message, ast.Constant) and isinstance(message.value, str) else "\0"

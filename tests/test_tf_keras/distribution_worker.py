@@ -26,11 +26,11 @@ def plain(variables):
 
 
 class History(keras.callbacks.Callback):
-    """Records the fast and the slow weights of every step, and checks that they are the same bits after a sync.
+    """Records the fast and the slow weights of every step, and checks that their bits are the same after a sync.
 
     Args:
-        copies: Function from a list of variables to a list of lists of arrays, one for each device. They must be the
-            same bits everywhere.
+        copies: Function from a list of variables to a list of lists of arrays, a list for each device. Their bits must
+            be the same everywhere.
         start: Number of the first batch.
         skipped: Numbers of batches that a loss scaler skips.
     """
@@ -69,14 +69,14 @@ def fit(model, history, start=0, stop=BATCHES):
 
 
 def replica_step(model, optimizer, x, y):
-    """Make a step on the part of a batch that a replica has."""
+    """Make a step on a replica's part of a batch."""
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum((model(x) - y) ** 2) / BATCH
     optimizer.apply_gradients(zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables))
 
 
 def loop(strategy, model, optimizer, history, graph=True):
-    """Train with a custom loop, each replica on its part of every batch."""
+    """Train with a custom loop. Each replica trains on its part of every batch."""
 
     def step(x, y):
         strategy.run(replica_step, args=(model, optimizer, x, y))
@@ -97,7 +97,7 @@ def loop(strategy, model, optimizer, history, graph=True):
 
 
 def check_slow_weights(model, optimizer):
-    """Check what acts on the slow weights outside of the training steps."""
+    """Check the methods that use the slow weights outside of the training steps."""
     fast, slow = values(model.trainable_variables), slow_of(model, optimizer)
     with optimizer.slow_weights():
         assert all(np.array_equal(one, two) for one, two in zip(values(model.trainable_variables), slow))

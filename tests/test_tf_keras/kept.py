@@ -21,7 +21,7 @@ from tests.test_tf_keras.resuming import data, mlp, slow_of, values
 legacy = keras.optimizers.legacy
 # Every epoch ends in mid-cycle, where fast and slow weights differ.
 BATCHES, SYNC_PERIOD, EPOCHS, KILLED_IN = 7, 5, 4, 2
-# Of another task than the training: the loss on it rises in every epoch.
+# From another task than the training: the loss on this data rises in every epoch.
 VALIDATION = data(40, seed=1)
 
 
@@ -49,7 +49,10 @@ def lookahead_of(model):
 
 
 def callbacks(order, directory, mode="min"):
-    """Return callbacks by their names. "min" stops after the second epoch, the first being the best; "max" never."""
+    """Return callbacks by their names.
+
+    "min" stops after the second epoch, as the first is the best; "max" never stops.
+    """
     best = {"monitor": "val_loss", "mode": mode, "save_best_only": True}
     made = {
         "model": lambda: keras.callbacks.ModelCheckpoint(str(directory / "best.h5"), **best),
@@ -90,7 +93,7 @@ class LastBatch(keras.callbacks.Callback):
 
 
 class Die(keras.callbacks.Callback):
-    """Ends the process in the middle of an epoch, without any clearing up."""
+    """Ends the process in the middle of an epoch, without cleaning up."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch = epoch
@@ -101,7 +104,7 @@ class Die(keras.callbacks.Callback):
 
 
 def scores(directory):
-    # For who has the weights alone, and another optimizer. Keras refuses one of its newer kind.
+    # For a program that has only the weights, and another optimizer. Keras refuses an optimizer of its newer kind.
     model = mlp(seed=3)
     model.compile(legacy.SGD(), loss="mse")
     found = {}

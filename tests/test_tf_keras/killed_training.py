@@ -27,7 +27,7 @@ def main(directory, form):
     for batch in range(begin, resuming.BATCHES):
         resuming.fit(model, begin=batch, end=batch + 1)
         resuming.save(model, directory / str(batch + 1), form)
-        # A file is complete when its mark is there.
+        # A file is complete when its mark exists.
         (directory / f"{batch + 1}.done").touch()
     resuming.write(directory / "last.npz", model)
 

@@ -59,7 +59,7 @@ def weights_of(model):
 
 
 def clipped_with_plateau_and_hdf5(library, directory, clips_inside=False):
-    """The original has no effect of the inner optimizer's `clipnorm`, so that it is recorded with the wrapper's."""
+    """In the original the inner optimizer's `clipnorm` has no effect, so it is recorded with the wrapper's."""
     keras, clipping = library.keras, {"clipnorm": 0.3}
     inner = library.RectifiedAdam(lr=0.02, **(clipping if clips_inside else {}))
     optimizer = library.Lookahead(inner, sync_period=5, slow_step_size=0.5, **({} if clips_inside else clipping))
@@ -194,7 +194,7 @@ PROGRAMS = {
 
 
 def write_those_of_the_original(directory):
-    """Run all programs with TensorFlow Addons, and write what each returns into a file of its name."""
+    """Run all programs with TensorFlow Addons, and write the results of each into a file of its name."""
     import tensorflow_addons as tfa
 
     names = "Lookahead", "RectifiedAdam", "AdamW"

@@ -146,7 +146,7 @@ def make_inputs() -> dict[str, np.ndarray]:
 
 
 def planned_trajectories() -> list[dict]:
-    """Everything that describes the runs, before they are made."""
+    """Return everything that describes the runs, before they are made."""
     plan = []
 
     def add(name, setting, wrapper, inputs="dense", dtype="float32", **config):
@@ -217,7 +217,7 @@ def planned_optimizer_trajectories() -> list[dict]:
                 own, outer = ({}, {**wrapper, **clipping}) if wrapper else (clipping, None)
                 add(*clipping, setting, outer, **own)
                 add(f"{next(iter(clipping))}-sparse", setting, outer, inputs="sparse", **own)
-    # Inside its Lookahead, the original decays what is excluded.
+    # Inside its Lookahead, the original also decays excluded variables.
     add("excluded", "adamw", None, exclude_from_weight_decay=["weight_1", "weight_2:0$"])
     return plan
 
@@ -328,7 +328,7 @@ def snapshot(model: tf.keras.Model) -> dict[str, np.ndarray]:
 
 
 def train_on(model: tf.keras.Model, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The further steps, recorded as in `continuation.npz`, without its `stopped`."""
+    """Return the further steps, recorded as in `continuation.npz`, without its `stopped`."""
     fast, slow = [], []
     for step in range(STOPPED_AFTER, STOPPED_AFTER + FURTHER_STEPS):
         model.train_on_batch(data["x"][step], data["y"][step])
@@ -339,7 +339,7 @@ def train_on(model: tf.keras.Model, data: dict[str, np.ndarray]) -> dict[str, np
 
 
 def save_model(model: tf.keras.Model, folder: Path, every_format: bool) -> dict[str, str]:
-    """Writes the files, and returns their names by kind."""
+    """Write the files, and return their names by kind."""
     files = {"h5": "model.h5", "checkpoint": "ckpt", "config": "optimizer.json"}
     model.save(folder / "model.h5")
     tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(folder / "ckpt"))
@@ -402,7 +402,7 @@ def without_scope(name: str) -> str:
 
 
 def check_resumption(models: dict, recordings: Path = RECORDINGS) -> None:
-    """Holds every file against the continuation, bit for bit."""
+    """Compare every file with the continuation, bit for bit."""
     data = dict(np.load(RECORDINGS / "model_data.npz"))
     for name, entry in models.items():
         for kind, file in entry["files"].items():
@@ -425,7 +425,7 @@ def check_resumption(models: dict, recordings: Path = RECORDINGS) -> None:
 
 
 def json_lines(index: dict) -> str:
-    """JSON with one line for every run."""
+    """Return JSON with one line for every run."""
     parts = []
     for key, value in index.items():
         items = [json.dumps(item) for item in value] if isinstance(value, list) else []

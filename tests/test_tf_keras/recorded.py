@@ -1,6 +1,6 @@
-"""The recordings of TensorFlow Addons, and how they are run again with this package's optimizers.
+"""The recordings of TensorFlow Addons, and functions that run them again with this package's optimizers.
 
-`record_original.py` made them, and describes their format.
+`record_original.py` made the recordings, and describes their format.
 """
 
 import copy
@@ -34,7 +34,7 @@ def flat(arrays):
 def deviation(actual, expected):
     """Return the largest deviation, in units in the last place of the expected dtype.
 
-    For small numbers the unit is that of the numbers in them.
+    A number below 0.001 (0.1 in float16) has the unit of 0.001 (0.1).
     """
     expected = np.asarray(expected)
     floor = 0.1 if expected.dtype == "float16" else 1e-3
@@ -47,7 +47,7 @@ def assert_within(actual, expected, units):
 
 
 def check_trajectory(entry, trajectories, units, graph=False):
-    """Make the steps of an entry of `trajectories`, and hold every weight and all state against the recording.
+    """Make the steps of an entry of `trajectories`, and compare every weight and all state with the recording.
 
     Returns the largest deviation of a weight.
     """
@@ -122,7 +122,7 @@ def from_config_and_checkpoint(entry, path):
     return model
 
 
-# The kinds of files from which the original goes on with the optimizer's state.
+# The kinds of files from which the original continues with the optimizer's state.
 WAYS = [
     ("h5", from_h5),
     ("checkpoint", from_checkpoint),
@@ -133,7 +133,7 @@ WAYS = [
 
 
 def check_training_goes_on(folder, entry, kind, load):
-    """Load a file of the original, and hold the further steps against its own."""
+    """Load a file of the original, and compare the further steps with the original's."""
     continuation = np.load(folder / "continuation.npz")
     model = load(entry, folder / entry["files"][kind])
     wrapped = entry["wrapper"] is not None
@@ -152,7 +152,7 @@ def check_training_goes_on(folder, entry, kind, load):
 
 
 def check_training_starts_anew(folder, entry):
-    """Load the files that have no optimizer's state, and hold the further steps against the original's."""
+    """Load the files without an optimizer's state, and compare the further steps with the original's."""
     expected = np.load(folder / "continuation_without_state.npz")
     with_weights = small_model(entry)
     with_weights.load_weights(folder / entry["files"]["weights_h5"])

@@ -85,13 +85,13 @@ def values(variables):
 
 
 def slow_of(model, lookahead=None):
-    """Return the slow weights of a model in the order of its trainable ones."""
+    """Return the slow weights of a model in the order of its trainable weights."""
     lookahead = lookahead or model.optimizer
     return values(lookahead.get_slot(variable, "slow") for variable in model.trainable_variables)
 
 
 def state(model):
-    """Return all weights, step counts and slots; loaded ones come in another order in `optimizer.get_weights()`."""
+    """Return all weights, step counts and slots. Loaded state has another order in `optimizer.get_weights()`."""
     arrays, optimizer = model.get_weights(), model.optimizer
     while optimizer is not None:
         arrays.append(np.array(optimizer.iterations))

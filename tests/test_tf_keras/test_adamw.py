@@ -1,4 +1,4 @@
-"""`AdamW`: the paper's algorithm, and what the original could not do."""
+"""`AdamW`: the paper's algorithm, and cases in which the original fails."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ WRAPPINGS = pytest.mark.parametrize(
 @WRAPPINGS
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
 def test_excluded_and_listed_variables(wrap, graph):
-    """The original's Lookahead decays what is excluded, and its `minimize` forgets what is listed."""
+    """The original's Lookahead decays excluded variables, and its `minimize` forgets the listed variables."""
     decayed, kept = adamw(START, GRADIENTS, 0.02, 0.05)[-1], adamw(START, GRADIENTS, 0.0, 0.05)[-1]
 
     def step_of(optimizer, kernel, bias, way, listed):

@@ -1,4 +1,4 @@
-"""What the constructor takes, what it refuses and with which message, and which inner optimizers fit."""
+"""Arguments of the constructor: accepted, or refused with which message; and which inner optimizers fit."""
 
 import copy
 import importlib.util

@@ -1,4 +1,4 @@
-"""Callbacks that swap beside each other: the training is that without them, in any order."""
+"""Callbacks that swap beside each other: the training is the same as without them, in any order."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from tests.test_tf_keras.resuming import compiled, data, state
 
 
 class OwnAverage(keras.callbacks.Callback):
-    """Keeps the weights, puts others in for the validation, and restores what it kept."""
+    """Keeps the weights, puts others in for the validation, and restores the kept weights."""
 
     def on_test_begin(self, logs=None):
         self.kept = self.model.get_weights()
@@ -26,7 +26,7 @@ KINDS = {
     "slow on epochs": lambda: SwapSlowWeights(swap_on_epoch=True),
     "own": OwnAverage,
 }
-# Two of a user's own spoil the training by themselves.
+# Two such callbacks of a user spoil the training by themselves.
 PAIRS = [pair for pair in itertools.product(KINDS, KINDS) if pair != ("own", "own")]
 
 
@@ -45,7 +45,7 @@ def trained(*kinds, nested=False):
 @pytest.mark.parametrize("kinds", PAIRS, ids=" and ".join)
 def test_training_with_two_callbacks_that_swap_is_the_training_without(kinds, nested):
     if kinds[0] == "own" and kinds[1] != "own" and not nested:
-        # Each epoch ends with a sync: nobody could tell whether the user's callback has restored the weights.
+        # Each epoch ends with a sync. There nothing tells whether the user's callback has restored the weights.
         with pytest.raises(RuntimeError, match="`SwapSlowWeights` must come before the other callbacks"):
             trained(*kinds)
         return

@@ -19,7 +19,7 @@ FORMATS = ["h5", "weights", "checkpoint_unbuilt", "saved_model"]
 
 
 def load(path, form):
-    """Return the model of a file, or raise what TensorFlow or Keras raises."""
+    """Return the model of a file, or raise the error of TensorFlow or Keras."""
     if form == "h5":
         return keras.models.load_model(f"{path}.h5")
     model = compiled(resuming.momentum(), seed=3)
@@ -52,7 +52,7 @@ def test_a_truncated_file_is_an_error(form, part, tmp_path):
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "h5"])
 def test_a_flipped_bit_in_the_arrays_of_a_checkpoint_is_an_error(form, tmp_path):
-    """Each tensor has a checksum. `.h5` files have none: there a flipped bit is another number."""
+    """Each tensor has a checksum. `.h5` files have none: there a flipped bit gives another number."""
     model = fit(compiled(resuming.momentum()), end=4)
     resuming.save(model, tmp_path / "model", form)
     file, expected = data_file(tmp_path / "model", form), state(model)
@@ -76,7 +76,10 @@ def test_a_flipped_bit_in_the_arrays_of_a_checkpoint_is_an_error(form, tmp_path)
 
 
 def test_loading_an_h5_file_runs_no_code_of_the_optimizers_config(tmp_path):
-    """The config names classes that Keras knows or that are registered. It has no code, and is not imported by name."""
+    """The config names classes that Keras knows or that are registered.
+
+    It has no code, and Keras does not import by name.
+    """
     import json
 
     import h5py
@@ -95,14 +98,14 @@ def test_loading_an_h5_file_runs_no_code_of_the_optimizers_config(tmp_path):
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_run_that_is_killed_at_any_time_resumes_bit_for_bit(form, tmp_path):
-    """SIGKILL, at times from a generator; the last run ends by itself."""
+    """SIGKILL at random times. The last run ends by itself."""
     generator, kills = random.Random(form), 0
     while not (tmp_path / "last.npz").exists():
         process = start(killed_training, tmp_path, form, options=["-W", "ignore"], TF_CPP_MIN_LOG_LEVEL="3")
         if kills < 2:
             before = len(list(tmp_path.glob("*.done")))
             end = time.monotonic() + 60
-            # At some moment while it trains and saves, not while it imports.
+            # At a moment in which it trains or saves, not while it imports.
             while len(list(tmp_path.glob("*.done"))) == before and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.01)
             time.sleep(generator.uniform(0, 0.3))
@@ -116,13 +119,13 @@ def test_a_run_that_is_killed_at_any_time_resumes_bit_for_bit(form, tmp_path):
 
 
 def test_values_of_a_flipped_h5_file_are_those_of_the_file(tmp_path):
-    """The stated limit: HDF5, as Keras 2 writes it, has no checksums."""
+    """A documented limit: HDF5 files of Keras 2 have no checksums."""
     import h5py
 
     model = fit(compiled(resuming.momentum()), end=4)
     resuming.save(model, tmp_path / "model", "h5")
     with h5py.File(tmp_path / "model.h5", "a") as file:
-        # The first one is the count.
+        # The first weight is the count.
         name = file["optimizer_weights"].attrs["weight_names"][1]
         slow = file["optimizer_weights"][name if isinstance(name, str) else name.decode()]
         slow[...] = np.asarray(slow) + 1

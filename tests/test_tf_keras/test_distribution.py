@@ -1,4 +1,4 @@
-"""Keras 2 training on several devices and in several processes is training on one, to rounding."""
+"""Keras 2 training on several devices and in several processes equals training on one device, to rounding."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def free_ports(number):
 
 
 def run_children(tmp_path, run, *arguments, environments=({},)):
-    """Run the worker once per environment, at the same time, and return the arrays they wrote."""
+    """Run the worker once per environment, at the same time, and return the arrays that they wrote."""
     results = [tmp_path / f"result{number}.npz" for number in range(len(environments))]
     logs = [tmp_path / f"log{number}.txt" for number in range(len(environments))]
     children = []
@@ -90,7 +90,7 @@ def copies(variables):
 
 @pytest.fixture(scope="module")
 def strategy():
-    # One for all tests: the collectives of several strategies in a process have the same keys, and mix.
+    # One strategy for all tests: the collectives of several strategies in a process have the same keys, and mix.
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
@@ -161,7 +161,7 @@ def test_mirrored_variables_of_a_list_decay_on_every_replica(wrap, strategy):
 
 def test_mirrored_steps_that_a_loss_scaler_skips_do_not_count(strategy, monkeypatch):
     x, y = worker.data(worker.BATCH * BATCHES)
-    # On both replicas: Keras lets the gradients of the first decide on a skip.
+    # On both replicas, as Keras lets the first replica's gradients decide on a skip.
     y[: worker.BATCH] = y[4 * worker.BATCH : 5 * worker.BATCH] = np.inf
     monkeypatch.setattr(worker, "data", lambda rows: (x, y))
 
@@ -260,7 +260,7 @@ def test_parameter_servers_equal_one_device(tmp_path):
 
 @pytest.mark.parametrize("devices", [("CPU:0", "CPU:1", "CPU:0"), ("CPU:0", "CPU:0", "CPU:1")])
 def test_a_graph_on_two_devices_equals_one_device(devices):
-    """A conditional runs on one device, so that this takes a loop."""
+    """A conditional runs on one device, so a loop is used here."""
 
     def train(first, second, third):
         variables = []
@@ -289,7 +289,7 @@ def test_a_graph_on_two_devices_equals_one_device(devices):
 
 
 class _Interrupt(keras.callbacks.Callback):
-    """Interrupts the third epoch, whose weights before it are in a backup."""
+    """Interrupts the third epoch. A backup has the weights from before it."""
 
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == kept.KILLED_IN:

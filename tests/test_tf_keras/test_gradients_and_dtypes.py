@@ -1,4 +1,4 @@
-"""Every step against the bare inner optimizer and the slow step by hand, and the slow weights on demand."""
+"""Every step compared with the bare inner optimizer and the slow step by hand, and the slow weights on demand."""
 
 import gc
 import weakref
@@ -72,7 +72,7 @@ def make_step(mode, optimizer, variables):
 def assert_lookahead(make_inner, start, steps, mode="eager", constraint=None, assert_same=assert_same_bits):
     """Train twice on the lists of gradients `steps`, with `Lookahead` and bare; compare after every step.
 
-    After a sync the bare run gets the fast weights of the other one, not its state.
+    After a sync the bare run gets the fast weights of the other run, but not its state.
     """
     variables, bare_variables = ([tf.Variable(value, constraint=constraint) for value in start] for _ in range(2))
     lookahead, bare = Lookahead(make_inner(), SYNC_PERIOD, SLOW_STEP_SIZE), make_inner()
@@ -110,7 +110,7 @@ def test_between_syncs_bare_bit_for_bit_and_at_syncs_the_slow_step(setting, mode
     rng = np.random.default_rng(0)
     start = [normal(rng, shape) for shape in SHAPES]
     steps = [[normal(rng, shape) for shape in SHAPES] for _ in range(2 * SYNC_PERIOD + 1)]
-    # In a larger program XLA may join other multiplications and additions; of Nadam's it does on some processors.
+    # In a larger program XLA may fuse other multiplications and additions. On some processors it does so for Nadam.
     assert_same = assert_same_on_xla if (setting, mode) == ("nadam", "xla") else assert_same_bits
     assert_lookahead(SETTINGS[setting], start, steps, mode, assert_same=assert_same)
 
@@ -536,7 +536,7 @@ def test_a_period_set_after_the_first_steps_takes_the_weights_as_they_are_then(w
             switched.sync_period = 2
         optimizer.apply_gradients([(tf.constant([1.0]), variable)])
         path.append(float(variable[0]))
-    # The third step begins at .8, the fourth is one of a sync.
+    # The third step begins at .8. The fourth step is followed by a sync.
     np.testing.assert_allclose(path, [0.9, 0.8, 0.7, 0.7, 0.6], rtol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The inner optimizer keeps what is its own: its methods, its settings, its count; and averaging goes around both."""
+"""The inner optimizer keeps its methods, its settings and its count; and averaging goes around both."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def step(optimizer, variables, times=1):
 
 
 class ClipsInApplyGradients(legacy.SGD):
-    """As `AdamWeightDecay` of TensorFlow's model garden does."""
+    """Clips as `AdamWeightDecay` of TensorFlow's model garden does."""
 
     def apply_gradients(self, grads_and_vars, name=None, **kwargs):
         gradients, variables = zip(*grads_and_vars)
@@ -33,7 +33,7 @@ class ClipsInApplyGradients(legacy.SGD):
 
 
 class ProjectsAfterApplyGradients(legacy.SGD):
-    """Without the argument for aggregation, which older optimizers lack."""
+    """Lacks the argument for aggregation, as older optimizers do."""
 
     def apply_gradients(self, grads_and_vars, name=None):
         pairs = list(grads_and_vars)
@@ -44,7 +44,7 @@ class ProjectsAfterApplyGradients(legacy.SGD):
 
 
 class DecaysSome(legacy.SGD):
-    """As `DecoupledWeightDecayExtension` of TensorFlow Addons does: an argument more, also for `minimize`."""
+    """Takes one more argument, also in `minimize`, as `DecoupledWeightDecayExtension` of TensorFlow Addons does."""
 
     decayed: tuple = ()
 
@@ -92,7 +92,7 @@ class AggregatesItself(legacy.SGD):
 
 
 class Accumulates(legacy.SGD):
-    """Makes an update of every third call's sum; the calls between count nothing."""
+    """Makes an update of the sum of every third call. The calls between do not count."""
 
     def apply_gradients(self, grads_and_vars, name=None, **kwargs):
         pairs = list(grads_and_vars)
@@ -186,7 +186,7 @@ def test_calls_that_the_inner_optimizer_does_not_count_are_no_steps():
     for _ in range(9):
         step(optimizer, [variable])
         path.append(round(float(variable), 5))
-    # Updates of 0.3 after three, six and nine calls, a sync at the second one.
+    # Updates of 0.3 after three, six and nine calls, and a sync at the second update.
     assert path == [1, 1, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.4]
     assert int(optimizer.iterations) == 3
 
@@ -334,7 +334,7 @@ def test_the_slow_weights_of_a_trained_optimizer_start_when_it_is_wrapped():
     step(inner, [variable], 4)
     optimizer = Lookahead(inner, 3, 0.5)
     step(optimizer, [variable], 2)
-    # From 0.5 two steps to 0.25; the sixth update is a sync.
+    # From 0.5 two steps to 0.25. The sixth update is followed by a sync.
     assert float(variable) == 0.375
 
 
@@ -386,7 +386,7 @@ def test_a_count_that_is_set_is_the_inner_optimizers_too():
 
 
 def assert_resumes_bit_for_bit(never_stopped, make, stops, folder):
-    """Save and restore a model that made four steps, `stops` times more before a step, and let both train on."""
+    """Save and restore a model that made four steps, `stops` more times before a step, and let both models train on."""
     model = never_stopped
     for number in range(stops + 1):
         resuming.checkpoint_of(model).write(f"{folder}/{number}")
@@ -402,7 +402,7 @@ def assert_resumes_bit_for_bit(never_stopped, make, stops, folder):
 def test_what_is_restored_and_saved_again_before_a_step_is_the_same_checkpoint(name, stops, tmp_path):
     make = resuming.OPTIMIZERS[name]
     model = never_stopped = fit(compiled(make()), end=4)
-    # Settings are variables, too.
+    # Settings are variables too.
     inner = model.optimizer
     while isinstance(inner, Lookahead):
         inner = inner.inner_optimizer
@@ -422,11 +422,11 @@ def test_the_count_of_applied_steps_is_saved_again_before_a_step(stops, tmp_path
     assert_resumes_bit_for_bit(never_stopped, make, stops, tmp_path)
 
 
-# Averaging around.
+# An averaging wrapper around `Lookahead`.
 
 
 class Averaging(legacy.Optimizer):
-    """In the form of `SWA` and `MovingAverage` of TensorFlow Addons, with what they call of the optimizer inside."""
+    """Has the form of `SWA` and `MovingAverage` of TensorFlow Addons: it calls the same inner methods."""
 
     def __init__(self, optimizer, name="Averaging"):
         super().__init__(name)

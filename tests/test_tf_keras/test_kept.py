@@ -15,7 +15,7 @@ from tests.test_tf_keras import kept, resuming
 from tests.test_tf_keras.resuming import mlp, values
 
 TIMEOUT = 300
-# All orders of the four, with an early stop. Without it the best weights are those of the last epoch.
+# All orders of the four, with an early stop. Without it the best weights would be the last epoch's.
 ORDERS = [
     *(("min", order) for order in itertools.permutations(["weights", "stopping", "backup", "swap"])),
     *(("max", order) for order in itertools.permutations(["model", "stopping", "swap"])),
@@ -38,7 +38,7 @@ def runs(tmp_path_factory):
     for mode, order in ORDERS:
         model.set_weights(weights)
         model.optimizer.set_weights(state)
-        # Keras' `BackupAndRestore` deletes this at the end, and its `fit` needs it.
+        # Keras' `BackupAndRestore` deletes this at the end, but its `fit` needs it.
         model._training_state = None
         path = directory / mode / "-".join(order)
         path.mkdir(parents=True)
@@ -62,7 +62,7 @@ def test_whatever_the_order_of_callbacks_the_scored_weights_are_kept_and_trainin
     assert losses[0] != plain_losses[0]
     # The best checkpoint.
     assert run["score"] == losses[best]
-    # `EarlyStopping(restore_best_weights=True)`. TensorFlow 2.15 has one that restores only if it stops the training.
+    # `EarlyStopping(restore_best_weights=True)`. In TensorFlow 2.15 it restores only if it stops the training.
     restores = mode == "min" or not tf.__version__.startswith("2.15.")
     assert_same_bits(run["end"], last.slow[best] if restores else last.fast[-1])
     assert_same_bits(last.states, plain.states[: len(losses)])
@@ -73,7 +73,7 @@ KILLED = ["backup-stopping-swap-weights", "weights-swap-backup-stopping"]
 
 @pytest.fixture(scope="module")
 def resumed_runs(tmp_path_factory):
-    """Return the directory of trainings that died in mid-epoch and were resumed, each in a process of its own."""
+    """Return the directory of trainings that died in mid-epoch and were resumed, each in its own process."""
     directory = tmp_path_factory.mktemp("resumed")
     processes = [start("killed", directory, order) for order in KILLED]
     for process in processes:
@@ -147,7 +147,7 @@ def test_training_goes_on_from_weights_that_a_callback_puts_into_the_model_at_th
 
 
 def stopped(directory, make=kept.adam, forms=("weights",)):
-    """Return a model in mid-cycle, saved with the slow weights in it, and how its training would go on."""
+    """Return a model in mid-cycle, saved with the slow weights in it, and how its training would continue."""
     model, last = kept.make_model(make), kept.LastBatch()
     kept.fit(model, [last], 2)
     with kept.lookahead_of(model).slow_weights():
@@ -191,7 +191,7 @@ def test_a_file_saved_in_a_block_has_the_slow_weights_and_resumes_with_the_callb
     for form in forms:
         loaded = load(tmp_path, form, make)
         assert_same_bits(loaded.trainable_variables, last.slow[1])
-        # None of this is training: it sees the slow weights, and leaves the fast ones where they are.
+        # None of this is training: it uses the slow weights, and does not move the fast weights.
         with kept.lookahead_of(loaded).slow_weights():
             assert_same_bits(loaded.trainable_variables, last.slow[1])
         assert kept.score(loaded) == loaded.evaluate(

@@ -1,4 +1,4 @@
-"""Every member of TensorFlow Addons' class, as its documentation says it works."""
+"""Every member of TensorFlow Addons' class works as its documentation says."""
 
 import copy
 import json
@@ -44,7 +44,7 @@ def assert_equal(actual, expected):
 
 
 def plain(config):
-    """Return what JSON makes of a config; like every legacy optimizer's, it may have NumPy scalars in it."""
+    """Return the JSON form of a config. Like a config of every legacy optimizer, it may have NumPy scalars in it."""
     return json.loads(json.dumps(config, default=lambda scalar: scalar.item()))
 
 
@@ -283,7 +283,7 @@ def test_minimize_a_tensor_with_its_tape():
 
 
 class InGraph:
-    """Two variables and their loss, the sum of squares over two, in a graph of TensorFlow 1."""
+    """Two variables and their loss, half the sum of squares, in a graph of TensorFlow 1."""
 
     def __enter__(self):
         self.exits = [tf.Graph().as_default(), tf.compat.v1.Session()]
@@ -483,7 +483,7 @@ def test_the_config_makes_the_optimizer_of_a_cloned_model():
 
 @pytest.mark.parametrize("inner", [legacy.SGD, legacy.Adam])
 def test_the_graph_of_a_step_has_at_most_half_as_many_operations_more_beside_two_conditionals(inner):
-    """The capture and the sync."""
+    """The two are the capture and the sync."""
 
     def operations(optimizer):
         variables = [tf.Variable([1.0]) for _ in range(60)]
@@ -493,7 +493,8 @@ def test_the_graph_of_a_step_has_at_most_half_as_many_operations_more_beside_two
     wrapped, bare = operations(Lookahead(inner(0.1))), operations(inner(0.1))
     assert len(wrapped) <= 1.5 * len(bare)
     assert [one.type for one in wrapped].count("If") == 2
-    # With this TensorFlow takes a conditional or loop apart, and passes every weight through its parts at each step.
+    # With this operation TensorFlow takes a conditional or loop apart, and passes every weight through its parts at
+    # each step.
     assert not any("_lower_using_switch_merge" in one.node_def.attr for one in wrapped)
 
 

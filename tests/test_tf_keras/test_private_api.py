@@ -1,4 +1,4 @@
-"""What is used of TensorFlow and Keras 2 that is not public, so that a release which changes it is named here."""
+"""Private parts of TensorFlow and Keras 2 that the package uses: a release that changes a part is named here."""
 
 import inspect
 import operator
@@ -9,14 +9,15 @@ import tensorflow as tf
 from lookahead_optim.tf_keras._keras import keras
 
 Optimizer = keras.optimizers.legacy.Optimizer
-# Of TensorFlow, for Keras 3 too.
+# Parts of TensorFlow, for Keras 3 too.
 MODULES = [
     # No public function says whether XLA compiles the graph under construction.
     "__internal__.get_enclosing_xla_context",
     # The public `ReplicaContext.merge_call` is an error where XLA compiles the step of each GPU for itself.
     "__internal__.distribute.interim.maybe_merge_call",
 ]
-# Of legacy optimizers. A wrapper of one has to override or call what the base class itself goes through.
+# Parts of legacy optimizers. A wrapper of a legacy optimizer must override or call the methods that the base class
+# itself uses.
 METHODS = {
     # One variable's step, and how often the gradients are transformed before.
     "_resource_apply_dense": ("grad", "handle", "apply_state"),

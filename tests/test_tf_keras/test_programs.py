@@ -1,6 +1,6 @@
 """Programs of TensorFlow Addons' users do the same with this package's optimizers.
 
-What the original does in them is recorded; where TensorFlow Addons is installed it is also asked anew.
+The results of the original are recorded. Where TensorFlow Addons is installed, the programs also run with it again.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ OURS = SimpleNamespace(
 INSIDE = partial(programs.clipped_with_plateau_and_hdf5, clips_inside=True)
 RUNS = [pytest.param(name, program, id=name) for name, program in programs.PROGRAMS.items()]
 RUNS += [pytest.param("clipped_with_plateau_and_hdf5", INSIDE, id="clipped_inside_with_plateau_and_hdf5")]
-# Keras 2.16 and later say that HDF5 is old.
+# Keras 2.16 and later warn that HDF5 is old.
 pytestmark = pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file:UserWarning")
 
 
@@ -40,7 +40,7 @@ def test_a_program_does_what_the_original_did(name, program, tmp_path):
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """Where each program of the original, in a process of its own, has left its arrays."""
+    """The folder of the arrays of each program of the original, which ran in its own process."""
     directory = tmp_path_factory.mktemp("originals")
     finish(start(programs, directory, options=("-W", "ignore"), TF_CPP_MIN_LOG_LEVEL="3"), 300)
     return directory

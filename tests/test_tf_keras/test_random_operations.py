@@ -31,14 +31,14 @@ weights = strategies.lists(small, min_size=NUMBER, max_size=NUMBER)
 
 
 class Level:
-    """One `Lookahead`: `slow` has the weights that have a slot."""
+    """One `Lookahead`. `slow` has the weights that have a slot."""
 
     def __init__(self, period, step_size):
         self.period, self.step_size, self.slow, self.state = period, step_size, {}, NEVER
 
 
 class Model:
-    """What is to come out: `levels` from the inside out, `t` applied steps, `calls` with the skipped ones."""
+    """The expected result: `levels` from the inside out, `t` applied steps, and `calls` with the skipped steps."""
 
     def __init__(self, start, rate, momentum, settings):
         self.fast, self.velocity = list(start), {}
@@ -137,7 +137,7 @@ class Keras2(RuleBasedStateMachine):
         self.take()
 
     def take(self):
-        """Take the parts of the network, one that was loaded perhaps."""
+        """Take the parts of the network, perhaps of a loaded network."""
         self.optimizer, self.variables = self.network.optimizer, self.network.trainable_weights
         self.lookahead = self.optimizer.inner_optimizer if self.scaled else self.optimizer
         self.traced = {}
@@ -154,7 +154,7 @@ class Keras2(RuleBasedStateMachine):
         return slots + ([[("momentum", index) for index in indices]] if self.has_slots else [])
 
     def order(self):
-        """Return what is where in the weights."""
+        """Return the weights in the order of their places."""
         known = {}
         inner = self.lookaheads()[0].inner_optimizer
         named = [*enumerate(self.lookaheads()), ("momentum", inner)]
@@ -189,7 +189,7 @@ class Keras2(RuleBasedStateMachine):
         if not trained or all(one is None for one in gradients):
             return
         if traced:
-            # A function synchronises what the optimizer knew when it was traced.
+            # A function synchronises the variables that the optimizer knew when the function was traced.
             known = tuple(sorted(level.slow) for level in self.model.levels)
             if getattr(self, "known", None) != known:
                 self.traced = {}
@@ -216,7 +216,7 @@ class Keras2(RuleBasedStateMachine):
         self.apply([value] * NUMBER, range(NUMBER), traced)
         self.traced = {}
         if traced:
-            # Both branches are traced, the one that makes slots, too.
+            # Both branches are traced, also the branch that makes slots.
             self.model.make_slots([0.0] * NUMBER)
         self.model.calls += 1
 
@@ -244,7 +244,7 @@ class Keras2(RuleBasedStateMachine):
     def set_period(self, outer, period):
         number = -outer
         level = self.model.levels[number]
-        # Variables that are not made yet are all to be captured anyway.
+        # Variables that are not made yet will all be captured anyway.
         if not period:
             level.state = NEVER
         level.period = self.lookaheads()[number].sync_period = period
@@ -338,7 +338,7 @@ class Keras2(RuleBasedStateMachine):
         form, path, content, then, hypers = self.saved[which % len(self.saved)]
         now = self.model
         if form != "list" and not all(len(one.slow) in (0, NUMBER) for one in [*then.levels, *now.levels]):
-            # A limit: a slot that was made before, and is not in the file, is taken for a restored one.
+            # A limit: a slot that was made before and is not in the file counts as restored.
             built, anew = False, True
         if anew:
             self.model = Model(
@@ -375,7 +375,7 @@ class Keras2(RuleBasedStateMachine):
         model.velocity.update(then.velocity)
         for level, former in zip(model.levels, then.levels):
             level.slow.update(former.slow)
-            # Slots that the saved optimizer did not use any more, with a period of 0, are in the file, too.
+            # Slots that the saved optimizer did not use any more, with a period of 0, are in the file too.
             if form == "list" or former.slow:
                 level.state = RESTORED
         if form != "list" and hypers:
@@ -388,7 +388,7 @@ class Keras2(RuleBasedStateMachine):
     @operation()
     def through_h5(self):
         if self.order() != [slot for slots in self.places(range(NUMBER)) for slot in slots]:
-            # Weights in `.h5` files have no name, and the optimizer got to know the variables one by one.
+            # Weights in `.h5` files have no name, and the optimizer met the variables one after the other.
             return
         if any(np.isnan(slow) for level in self.model.levels for slow in level.slow.values()):
             # A limit: such a file does not say that slow weights were not captured yet.
@@ -431,7 +431,7 @@ class Keras2(RuleBasedStateMachine):
             assert int(self.optimizer.iterations) == self.model.calls
             counts = [int(one) for one in self.optimizer.weights if one.dtype == tf.int64]
             if self.lookahead._applied_steps is None:
-                # The first step makes this count, or a checkpoint; reading the other one does not.
+                # The first step or a checkpoint makes this count. Reading the other count does not.
                 assert self.model.t == self.model.calls
                 assert counts == [self.model.calls]
             else:

@@ -1,4 +1,4 @@
-"""What `RectifiedAdam` and `AdamW` of TensorFlow Addons did, step by step, and their files: ours do and read the same.
+"""`RectifiedAdam` and `AdamW` do what TensorFlow Addons' did, step by step, and read the same files.
 
 Bare and inside `Lookahead`. `record_original.py` made the recordings, and describes their format.
 """
@@ -21,7 +21,7 @@ from tests.test_tf_keras.recorded import (
 
 INDEX = json.loads((OPTIMIZERS / "index.json").read_text())
 TRAJECTORIES, MODELS = np.load(OPTIMIZERS / "trajectories.npz"), INDEX["models"]
-# Another processor may round `pow` otherwise, of which the rectification makes much.
+# Another processor may round `pow` differently. The rectification magnifies this.
 EXACT = {"AdamW": 0, "RectifiedAdam": 0} if platform.machine() == "x86_64" else {"AdamW": 4, "RectifiedAdam": 64}
 
 

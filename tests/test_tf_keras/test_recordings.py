@@ -1,4 +1,4 @@
-"""What `tfa.optimizers.Lookahead` did, step by step, and the files that it wrote: this does and reads the same.
+"""`Lookahead` does what `tfa.optimizers.Lookahead` did, step by step, and reads the files that it wrote.
 
 `record_original.py` made the recordings, and describes their format.
 """
@@ -26,8 +26,8 @@ RUNS = [(name, False) for name in TRAJECTORY_OF] + [(name, True) for name in IN_
 @pytest.mark.parametrize(("name", "graph"), RUNS)
 def test_trajectory_is_the_originals(name, graph):
     entry = TRAJECTORY_OF[name]
-    # The original's own eager and graph runs differ by up to 8 units where gradients are sparse. In float16 its slow
-    # step rounds three times, this one once.
+    # The original's own eager and graph runs differ by up to 8 units for sparse gradients. In float16 its slow step
+    # rounds three times, this package's slow step rounds once.
     units = 16 if (entry["sparse"] and graph) or entry["dtype"] == "float16" else 4
     check_trajectory(entry, TRAJECTORIES, units, graph)
 

@@ -1,4 +1,4 @@
-"""`RectifiedAdam`: the paper's algorithm, and what the original could not do."""
+"""`RectifiedAdam`: the paper's algorithm, and cases in which the original fails."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_float16_goes_on_after_65504_steps():
     optimizer = RectifiedAdam(0.02, epsilon=1e-3)
     optimizer.iterations.assign(70_000)
     moved = np.abs(train(optimizer, "float16", np.full((1, 6), 4.0)) - START)
-    # The moments are those of a first step: m = 0.1 * 4, v = 0.001 * 16.
+    # The moments of a first step: m = 0.1 * 4, v = 0.001 * 16.
     np.testing.assert_allclose(moved, 0.02 * 0.4 / (np.sqrt(0.016) + 1e-3), atol=2e-3)
 
 

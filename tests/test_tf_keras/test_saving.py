@@ -1,4 +1,4 @@
-"""Save, load and go on with Keras 2: in new processes, in every format that keeps an optimizer's state, bit for bit."""
+"""Saving, loading and continuing with Keras 2: in new processes, in every format with optimizer state, bit for bit."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ class SaveAt(keras.callbacks.Callback):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Where the runs were saved and resumed, and the final states of those that never stopped."""
+    """The directory where the runs were saved and resumed, and the final states of runs that never stopped."""
     directory = tmp_path_factory.mktemp("saving")
     killed = start("killed", directory)
     try:
@@ -103,7 +103,7 @@ def test_saving_in_mid_cycle_changes_nothing(directory, name):
 @pytest.mark.parametrize("extension", ["keras", "saved_model"])
 @pytest.mark.parametrize("wrap", [lambda inner: inner, lambda inner: Lookahead(inner, 3)], ids=["bare", "wrapped"])
 def test_load_model_on_a_format_without_legacy_optimizer_state_starts_the_optimizer_anew(tmp_path, extension, wrap):
-    """`.keras` and, for `load_model`, SavedModel: they keep the config of a legacy optimizer, wrapped or not."""
+    """`.keras`, and SavedModel for `load_model`. They keep only the config of a legacy optimizer, wrapped or not."""
     model = fit(compiled(wrap(legacy.Adam(0.02))), end=4)
     model.save(tmp_path / f"model.{extension}", save_format="tf" if extension == "saved_model" else None)
     loaded = keras.models.load_model(tmp_path / f"model.{extension}")
@@ -239,7 +239,7 @@ def test_a_loss_scaled_run_resumes_bit_for_bit(tmp_path, form, skipped):
 
 @pytest.mark.parametrize("form", ["set_weights", "weights", "checkpoint_unbuilt"])
 def test_a_state_counted_by_iterations_goes_on_in_mid_cycle_under_a_loss_scaler(tmp_path, form):
-    """Such as one that TensorFlow Addons wrote."""
+    """TensorFlow Addons writes such a state."""
     model = fit(compiled(Lookahead(legacy.Adam(0.02), SYNC_PERIOD)), end=4)
     other, path = loss_scaled(seed=3), f"{tmp_path}/model.{form}"
     if form == "set_weights":

@@ -1,4 +1,4 @@
-"""Which steps count, which weights a sync moves, when slow weights are captured, and syncs at the ends of numbers."""
+"""Which steps count, which weights a sync moves, when slow weights are captured, and syncs of extreme numbers."""
 
 import copy
 
@@ -32,7 +32,7 @@ def make_step(mode, optimizer, variables):
 @pytest.mark.parametrize("loss_scaled", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_step_that_fails_at_the_end_of_a_dataset_does_nothing(nested, loss_scaled):
-    """A dataset of unknown size ends in each epoch, with a step that fails for want of data."""
+    """A dataset of unknown size ends in each epoch with a step that fails because it has no data."""
 
     def run(known):
         x, y = np.ones((80, 4), "float32"), np.ones((80, 1), "float32")
@@ -210,7 +210,7 @@ def test_a_period_switched_off_and_on_captures_anew(mode):
         step = make_step(mode, optimizer, [variable])
         for _ in range(times):
             step()
-    # The fourth update is a sync, of the cycle that begins after three.
+    # The fourth update ends the cycle that begins after three, with a sync.
     assert_same_bits([variable], [np.array([1 - 0.125 * 3.5], "float32")])
 
 
@@ -322,7 +322,7 @@ def test_a_filtered_variable_keeps_what_the_inner_optimizer_made_of_it_in_that_c
     assert [float(variable) for variable in (one, other)] == [0.75, 0.75]
 
 
-# The ends of numbers.
+# Extreme numbers.
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

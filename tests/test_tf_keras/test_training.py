@@ -88,8 +88,8 @@ def assert_slow_step(new, slow, fast, slow_step_size, dtype="float32"):
 def assert_lookahead(make, make_model=mlp, wrap=lambda optimizer: optimizer, counts=None, alpha=0.3, **kwargs):
     """Check every step of a `fit` with `Lookahead` against the bare inner optimizer, bit for bit.
 
-    The bare one is trained on the same batches, with its weights, not its state, set to the slow ones after each sync.
-    `counts` are the applied steps expected after each batch, by default one each.
+    The bare optimizer is trained on the same batches. After each sync its weights, not its state, are set to the slow
+    weights. `counts` are the applied steps expected after each batch, by default one each.
     """
     model, bare_model = make_model(), make_model()
     slow = values(model.trainable_variables)
@@ -178,7 +178,7 @@ def overflowing(*batches):
 
 @pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}], ids=["graph", "eager"])
 def test_steps_that_a_dynamic_loss_scaler_skips_do_not_count(mode):
-    # The first step is skipped, then one right after a sync, then one where a sync would be next.
+    # Skipped are the first step, a step right after a sync, and a step at which a sync would be next.
     model, record = assert_lookahead(
         momentum,
         wrap=lambda optimizer: LossScaleOptimizer(optimizer, initial_scale=64.0, dynamic_growth_steps=100),
@@ -212,7 +212,7 @@ def test_after_skipped_first_steps_the_slow_weights_are_those_before_the_first_a
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_policies_keep_float32_slow_weights(policy):
     keras.mixed_precision.set_global_policy(policy)
-    # Small enough that no gradient overflows.
+    # So small that no gradient overflows.
     model, record = assert_lookahead(adam, y=0.1 * Y)
     assert isinstance(model.optimizer, LossScaleOptimizer) == (policy == "mixed_float16")
     assert {slow.dtype for slow in record.slow[-1]} == {np.dtype("float32")}
@@ -253,7 +253,7 @@ def test_a_classification_is_learnt(make):
 
 @pytest.mark.parametrize("form", ["config", "serialized"])
 def test_an_optimizer_made_by_keras_from_a_config_trains_alike(form):
-    """Keras 2's `compile` takes no dictionary itself."""
+    """Keras 2's `compile` itself takes no dictionary."""
     optimizer = Lookahead(momentum(), 3, 0.3)
     config = {"class_name": "Addons>Lookahead", "config": optimizer.get_config()}
     model, other = mlp(), mlp()

@@ -1,4 +1,4 @@
-"""A Lookahead in the open: what the wrapper must do to any inner optimizer, written next to the bare one."""
+"""Lookahead written out: what the wrapper must do with any inner optimizer, written next to the bare one."""
 
 import torch
 
@@ -17,7 +17,7 @@ class ByHand:
 
     @torch.no_grad()
     def after_step(self):
-        """To be called after each step of the bare optimizer."""
+        """Call this after each step of the bare optimizer."""
         self.steps += 1
         if self.steps % self.sync_period == 0:
             for fast, slow in zip(self.parameters, self.slow):
@@ -33,13 +33,13 @@ class ByHand:
 
 
 def parameters(*shapes, seed=0, dtype=torch.float32, device="cpu"):
-    """Return new parameters with normal random values: the same for the same seed, on every device."""
+    """Return new parameters with normal random values, the same for the same seed, on every device."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype).to(device)) for shape in shapes]
 
 
 def set_gradients(parameters, step):
-    """Give parameters normal random gradients: the same for the same step."""
+    """Give parameters normal random gradients, the same for the same step."""
     generator = torch.Generator().manual_seed(1000 + step)
     for one in parameters:
         one.grad = torch.randn(one.shape, generator=generator, dtype=one.dtype).to(one.device)

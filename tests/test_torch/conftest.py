@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """On small tensors threads mostly wait for each other; and in child processes there is one too."""
+    """Use one thread: on small tensors threads mostly wait for each other. Child processes also have one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

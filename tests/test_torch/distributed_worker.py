@@ -2,8 +2,8 @@
 
     python -m tests.test_torch.distributed_worker RUN DIRECTORY RANK WORLD_SIZE
 
-A run writes what it did to DIRECTORY/RUN-RANK.pt. Weights are gathered, so that they can be compared with those of one
-process; shards are written as such.
+A run writes what it did to DIRECTORY/RUN-RANK.pt. Weights are gathered, so that they can be compared with the weights
+of a single process. Shards are written as shards.
 """
 
 import copy
@@ -38,7 +38,8 @@ def adam_foreach(parameters):
 
 
 OUTER = {"slow_momentum": 0.9, "slow_dtype": torch.float64}
-# The inner optimizer, and for each Lookahead around it, from the innermost one, sync period, slow step size and more.
+# The inner optimizer, and for each Lookahead around it, from the inside to the outside: sync period, slow step size and
+# more.
 OPTIMIZERS = {
     "momentum": (momentum, [(4, 0.5)]),
     "adam": (adam, [(4, 0.8)]),
@@ -96,7 +97,7 @@ def slow_of(model, optimizer, name="slow"):
 
 
 def slow_names(optimizer):
-    """Return the names of the slow weights of all levels, from the innermost one."""
+    """Return the names of the slow weights of all levels, from the inside to the outside."""
     return sorted(key for key in next(iter(optimizer.state.values())) if key.startswith("slow"))
 
 
@@ -140,7 +141,10 @@ def shard_model(model, cut="layers"):
 
 
 def data_parallel(name):
-    """The processes start from different weights, which DistributedDataParallel replaces by those of the first."""
+    """The processes start from different weights.
+
+    DistributedDataParallel replaces them by the first process' weights.
+    """
     model = make_model(seed=dist.get_rank())
     optimizer = make_optimizer(name, model.parameters())
     ddp = torch.nn.parallel.DistributedDataParallel(model)
@@ -148,7 +152,7 @@ def data_parallel(name):
 
 
 def fully_sharded(name):
-    """Train on shards, with a look at every one of them around each step, and an evaluation after it."""
+    """Train on shards, compare every shard around each step, and evaluate after it."""
     from torch.distributed.tensor.debug import CommDebugMode
 
     model = shard_model(make_model())
@@ -211,7 +215,7 @@ def options(kind):
 
 
 def saved(name, directory):
-    """Save in mid-cycle, in several forms, and go on; then load these in the same processes and go on again."""
+    """Save in mid-cycle, in several forms, and continue. Then load these in the same processes and continue again."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict, set_optimizer_state_dict
 
@@ -250,7 +254,7 @@ def saved(name, directory):
 
 
 def loaded(name, directory):
-    """Go on, in as many processes as there are, from what `saved` wrote in two."""
+    """Continue, in as many processes as there are, from the files that `saved` wrote in two processes."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -262,7 +266,7 @@ def loaded(name, directory):
         optimizer = make_optimizer(name, model.parameters())
         model_state, state = get_state_dict(model, optimizer, options=options(kind))
         if kind == "block":
-            # Only what the state dict has is loaded.
+            # Only entries that the state dict has are loaded.
             with optimizer.slow_weights():
                 model_state, state = get_state_dict(model, optimizer)
         with warnings.catch_warnings():
@@ -277,7 +281,7 @@ def loaded(name, directory):
 
 
 def zero_redundancy(form, name):
-    """Train, go on with an optimizer that loads the consolidated state, and then with the first one."""
+    """Train, continue with an optimizer that loads the consolidated state, and then with the first optimizer."""
     # PyTorch's own module uses `torch.jit.script`.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -322,7 +326,7 @@ def zero_redundancy(form, name):
 
 
 def first_steps_of_unequal_optimizers():
-    """Return, for each difference between the processes, the error of this one's first step and whether it moved."""
+    """For each difference between the processes, return the error of this process' first step and whether it moved."""
     rank, outcomes = dist.get_rank(), {}
     for name, change in {
         "nothing": lambda optimizer, _: None,

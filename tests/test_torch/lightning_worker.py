@@ -31,9 +31,9 @@ def batch(seed):
 
 
 def loaders():
-    """Return a loader to train with, on one batch, as Lightning does not resume the order of batches in mid-epoch.
+    """Return two loaders, for training and for validation.
 
-    And one to validate with.
+    The loader for training has one batch, as Lightning does not resume the order of batches in mid-epoch.
     """
     return [torch.utils.data.DataLoader(one, batch_size=None) for one in ([batch(1)] * BATCHES, [batch(2), batch(3)])]
 
@@ -45,7 +45,7 @@ def weights_of(model):
 
 
 class Scored(lightning.LightningModule):
-    """Has a score, the loss of the validation, and notes the weights with which it is trained and validated."""
+    """Has a score, the loss of the validation, and records the weights with which it is trained and validated."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ class Scored(lightning.LightningModule):
 
 
 class Several(Scored):
-    """Two networks, of which one has a bare optimizer, in manual optimization."""
+    """Two networks, one of them with a bare optimizer, in manual optimization."""
 
     automatic_optimization = False
 
@@ -116,7 +116,7 @@ def trainer(folder, *callbacks, **arguments):
 
 
 def scored(directory):
-    """Score each checkpoint, whose folder is named as its module, after loading it in Lightning's two ways."""
+    """Score each checkpoint after loading it in Lightning's two ways. Its folder has the name of its module."""
     scores = {}
     for path in sorted(directory.rglob("*.ckpt")):
         make = MODULES[path.parent.name]

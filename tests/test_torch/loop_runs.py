@@ -1,4 +1,4 @@
-"""The loops of test_kept_by_loops.py, as the docs show them, and the process that finds what they kept.
+"""The loops of test_kept_by_loops.py, as the docs show them, and the process that reads what they kept.
 
 python -m tests.test_torch.loop_runs LOOP FOLDER
 """
@@ -22,7 +22,7 @@ class Plain:
     def __init__(self):
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-        # Too fast: the best epoch is not the last one.
+        # Too large a rate, so that the best epoch is not the last.
         self.optimizer = Lookahead(torch.optim.SGD(self.model.parameters(), lr=0.6, momentum=0.9), PERIOD, SIZE)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=2, gamma=1.3)
         self.losses, self.best_epoch = [], 0
@@ -72,7 +72,7 @@ class Plain:
 
     @staticmethod
     def scores(folder):
-        """Return the losses of what is in a folder, without an optimizer."""
+        """Return the losses of the models in a folder, without an optimizer."""
         run = Plain()
         run.model.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["model"])
         program = torch.export.load(folder / "best.pt2").module()

@@ -6,7 +6,10 @@ from torch import distributed as dist
 
 
 def join(run, directory, rank, world_size, seconds):
-    """Join the processes that meet at the file `directory / run`. What takes longer than `seconds` fails."""
+    """Join the processes that meet at the file `directory / run`.
+
+    An operation that takes longer than `seconds` fails.
+    """
     dist.init_process_group(
         "gloo",
         init_method=(directory / run).as_uri(),

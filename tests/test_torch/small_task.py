@@ -1,8 +1,8 @@
-"""The small network and the optimizers that the tests of other tools train with."""
+"""The small network and the optimizers that the tests of other tools use."""
 
 import torch
 
-# With this slow step size `ByHand` rounds as `torch.lerp` does.
+# With this slow step size `ByHand` rounds like `torch.lerp`.
 PERIOD, SIZE = 3, 0.25
 
 

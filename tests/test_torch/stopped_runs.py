@@ -19,7 +19,7 @@ from lookahead_optim.torch import Lookahead
 STEPS = 15
 SAVED_AFTER = range(9)
 KILLED_IN = 7
-# What is loaded first of a checkpoint.
+# The part of a checkpoint that is loaded first.
 FIRST = "model", "optimizer"
 
 
@@ -129,7 +129,7 @@ def groups_without_settings(model):
 
 
 RUNS = {make.__name__: make for make in (momentum, adam_fused, adam_foreach, nested, outer, lbfgs, groups)}
-# The settings, too, come from the checkpoint.
+# The settings come from the checkpoint too.
 RESUMED_BY = {**RUNS, "groups": groups_without_settings}
 
 

@@ -16,7 +16,7 @@ BATCHES = 5
 
 
 def forget():
-    """Forget Accelerate's settings of the process, as a new process has none."""
+    """Forget Accelerate's settings of the process, as if the process were new."""
     state.AcceleratorState._reset_state(reset_partial_state=True)
     state.GradientState._reset_state()
 
@@ -53,7 +53,7 @@ def train(accelerator, model, optimizer, loader, scheduler, clip=None):
 
 
 def by_hand(inner=adamw, epochs=1, accumulate=1, clip=None, autocast=False):
-    """The same training in the open. Return the network and the `ByHand`."""
+    """The same training by hand. Return the network and the `ByHand`."""
     model = network()
     hand = ByHand(inner(model), PERIOD, SIZE)
     scheduler = torch.optim.lr_scheduler.StepLR(hand.optimizer, step_size=2, gamma=0.7)
@@ -104,7 +104,7 @@ def test_training_is_the_plain_loop(inner, arguments, clip, hand_arguments):
 def test_resumed_in_mid_cycle_is_the_run_that_never_stopped(tmp_path, inner):
     accelerator = accelerate.Accelerator(cpu=True)
     model, optimizer, batches, scheduler = prepared(accelerator, inner)
-    # Step 5 is two steps after a sync and one before the next.
+    # Step 5 is two steps after a sync and one step before the next sync.
     train(accelerator, model, optimizer, batches, scheduler)
     accelerator.save_state(tmp_path)
 

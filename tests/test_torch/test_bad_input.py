@@ -1,4 +1,4 @@
-"""What is refused, with which message, and that a refused call changes nothing."""
+"""Refused arguments and calls, their messages, and that a refused call changes nothing."""
 
 import copy
 import re
@@ -36,7 +36,7 @@ bad_settings = pytest.mark.parametrize(("name", "value", "error", "message"), BA
 
 
 def comparable(value):
-    """Return a copy in which tensors are lists of numbers, their dtype and their shape."""
+    """Return a copy in which each tensor is a list of its numbers, its dtype and its shape."""
     if isinstance(value, torch.Tensor):
         return value.dtype, tuple(value.shape), value.tolist()
     if isinstance(value, dict):
@@ -47,13 +47,13 @@ def comparable(value):
 
 
 class Trained:
-    """A `Lookahead` around Adam in the middle of a cycle, next to the same by hand."""
+    """A `Lookahead` around Adam in the middle of a cycle, next to the same training by hand."""
 
     def __init__(self, nested=False):
         self.fast, expected = (parameters((4,), (2, 3), (3,)) for _ in range(2))
         self.optimizer = Lookahead(self.adam(self.fast), 3, 0.25)
         if nested:
-            # Which never comes to its first sync.
+            # This group never reaches its first sync.
             self.optimizer = Lookahead(self.optimizer, 100)
         self.hand = ByHand(self.adam(expected), 3, 0.25)
         self.train(5)
@@ -183,7 +183,7 @@ def test_a_second_wrapper_of_an_optimizer_is_warned_of_while_the_first_one_is_th
         Lookahead(inner)
     Lookahead(first)
     del first
-    # The second wrapper is gone, too.
+    # The second wrapper is gone too.
     Lookahead(inner)
 
 

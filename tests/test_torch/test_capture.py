@@ -46,7 +46,7 @@ def assert_trains_as_by_hand(optimizer, hand, steps):
 
 
 def twins(sync_period=3, make=sgd):
-    """Return a model under Lookahead and its optimizer, and the same in the open."""
+    """Return a model under Lookahead and its optimizer, and the same by hand."""
     module, expected = model(), model()
     return module, Lookahead(make(module.parameters()), sync_period, 0.25), expected, make(expected.parameters())
 
@@ -121,7 +121,7 @@ def test_slow_weights_in_a_block_follow_a_model_moved_to_another_dtype():
 
 @pytest.fixture
 def parameters_are_kept_on_conversion():
-    """`Module.to("meta")` would make new parameters otherwise, of which no optimizer knows."""
+    """Without this, `Module.to("meta")` would make new parameters, which no optimizer has."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     yield
@@ -170,7 +170,7 @@ def slow_copies(optimizer, fast):
 
 
 def with_replaced_shape(kind, steps, split, nested=False):
-    """Return weights and optimizer before a step that syncs, where the second of three weights has a new shape."""
+    """Return weights and optimizer before a step with a sync. The second of three weights has a new shape."""
     fast = parameters((4,), (2, 3), (2,))
     optimizer = Lookahead(plain_sgd([{"params": [one]} for one in fast] if split else fast), 3, 0.25)
     if nested:

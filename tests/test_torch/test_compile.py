@@ -36,7 +36,7 @@ def nested(weights):
 
 
 class NestedByHand(ByHand):
-    """Around another one: all weights restart from those that this one has synchronised."""
+    """A `ByHand` around another: all weights restart from the outer slow weights."""
 
     def __init__(self, inner, sync_period, slow_step_size):
         super().__init__(inner.optimizer, sync_period, slow_step_size)
@@ -57,7 +57,7 @@ def by_hand(inner, weights):
 
 
 def train(step, weights, after_step=lambda: None, counter=None):
-    """Make steps. With a `counter`, fail if one is compiled after the first cycles."""
+    """Make steps. With a `counter`, fail if a step is compiled after the first cycles."""
     compiled = []
     for index in range(STEPS):
         set_gradients(weights, index)
@@ -163,7 +163,7 @@ def test_what_is_compiled_is_the_graph_of_the_bare_step(inner):
         for index in range(STEPS):
             set_gradients(weights, index)
             step()
-        # The second count makes one graph more of the same operations, in which the count is no constant any more.
+        # The second count makes one more graph of the same operations, in which the count is no constant.
         return {
             tuple(str(one.target) for one in graph.graph.nodes if one.op == "call_function") for graph in counter.graphs
         }

@@ -1,4 +1,4 @@
-"""Checkpoints with flipped bits or cut off: an error, or nothing lost, or a stated limit. Loading runs no code."""
+"""Checkpoints with flipped bits or cut off: an error, no loss, or a documented limit. Loading runs no code."""
 
 import copy
 import io
@@ -60,7 +60,7 @@ def test_a_damaged_file_of_torch_save_is_an_error_that_changes_nothing_or_loads_
         lambda: flat(optimizer.state_dict()) == flat(saved.state_dict()),
     )
     assert found["cut", "error"] == COUNT // 4
-    # The limit that the docs state: no checksum is compared.
+    # The limit that the docs name: no checksum is compared.
     assert found["flip", "changed"] > 0
     assert found["flip", "error"] > found["flip", "changed"]
 
@@ -72,7 +72,10 @@ def states(model, optimizer):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 def test_a_damaged_distributed_checkpoint_is_an_error_if_it_is_cut_off(tmp_path, name):
-    """It is loaded in place, so that after an error the whole must be loaded anew, which then is as saved."""
+    """The checkpoint is loaded in place.
+
+    So after an error it must be loaded again as a whole, and then it is as saved.
+    """
     saved, (model, optimizer) = make(0), make(1)
     dcp.save(states(*saved), checkpoint_id=tmp_path, no_dist=True)
     path = tmp_path / name
@@ -97,7 +100,7 @@ def test_a_damaged_distributed_checkpoint_is_an_error_if_it_is_cut_off(tmp_path,
 
 
 class Call:
-    """Pickled, it is a call that makes a directory when it is loaded."""
+    """When it is unpickled, it makes a call that makes a directory."""
 
     def __init__(self, path):
         self.path = path

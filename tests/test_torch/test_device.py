@@ -1,6 +1,6 @@
 """What could differ on a GPU: implementations of the inner step, dtypes, moves between devices, and waits.
 
-On the CPU, with its implementations, the same tests run.
+The same tests run on the CPU, with its implementations.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from tests.test_torch.by_hand import ByHand, parameters, set_gradients
 pytestmark = pytest.mark.gpu
 
 SHAPES = [(64, 32), (5,), (), (1000, 3)]
-# The lowest step size with which PyTorch's interpolation rounds as `ByHand` does.
+# The smallest step size with which PyTorch's interpolation rounds like `ByHand`.
 PERIOD, SIZE = 3, 0.25
 
 
@@ -31,7 +31,7 @@ def sgd(weights, **options):
 
 
 def adamw(weights, **options):
-    # An epsilon that is more than zero in half precision.
+    # An epsilon that is not zero in half precision.
     return torch.optim.AdamW(weights, 0.05, eps=1e-3, **options)
 
 
@@ -123,7 +123,7 @@ def test_a_run_goes_on_from_a_file_on_the_cpu_and_back_bit_for_bit(inner, option
 
     run = Lookahead(inner(parameters(*SHAPES, device=DEVICE), **options), PERIOD, SIZE)
     train(run, position)
-    # `capturable` is for devices alone, so that the optimizer on the CPU cannot step. It can hold a state.
+    # `capturable` is only for devices, so the optimizer on the CPU cannot step. It can hold a state.
     resumed = move(move(run, make("cpu")), make(DEVICE))
     train(run, 7, position)
     train(resumed, 7, position)
@@ -200,7 +200,7 @@ def test_infinite_and_very_large_weights_that_were_there_at_the_start_go_through
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.filterwarnings("ignore:`slow_step_size` above 1")
 def test_a_sync_of_large_weights_is_the_interpolation_of_pytorch_bit_for_bit(dtype, size):
-    # On a GPU some of these have a kernel of the library.
+    # On a GPU some of these weights have a kernel of this package.
     shapes = [(2300, 2001), (128, 64, 33, 35), (5,), (2048, 4097)]
     weights = [torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=DEVICE)) for shape in shapes]
     weights[1].data = weights[1].data.to(memory_format=torch.channels_last)
@@ -300,7 +300,7 @@ def test_without_triton_large_weights_go_through_the_operations_of_pytorch(monke
 
 def test_a_backward_pass_sees_that_the_kernel_has_changed_a_weight(monkeypatch):
     def run(slow, fast, size):
-        # As a kernel, of which PyTorch knows nothing.
+        # Like a kernel that PyTorch does not know.
         fast.data.mul_(0.5)
 
     monkeypatch.setitem(sys.modules, "lookahead_optim._outer_step_triton", types.SimpleNamespace(outer_step=run))

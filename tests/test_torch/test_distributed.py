@@ -1,4 +1,4 @@
-"""Training in several processes is training in one: replicated, on shards, and from checkpoints made by others."""
+"""Training in several processes equals training in one: replicated, on shards, and from checkpoints made by others."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ SINGLE = [name for name, (_, settings) in OPTIMIZERS.items() if len(settings) ==
 
 
 def run_worker(directory, run, world_size):
-    """Start processes that work together, and return what each of them wrote."""
+    """Start processes that work together, and return what each process wrote."""
     run_together(worker, run, directory, world_size, TIMEOUT)
     return [torch.load(directory / f"{run}-{rank}.pt") for rank in range(world_size)]
 
@@ -39,18 +39,18 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(directory):
-    """What each of two processes did."""
+    """The results of each of two processes."""
     return run_worker(directory, "two", 2)
 
 
 @pytest.fixture(scope="module")
 def loaded(directory, two):
-    """What one process, and each of three, did with the checkpoints of the two."""
+    """The results of one process, and of each of three, with the checkpoints of two processes."""
     return {1: [worker.load(directory)], 3: run_worker(directory, "load", 3)}
 
 
 class ByHands:
-    """One Lookahead, or one inside another, in the open: on the whole batch in one process."""
+    """One Lookahead, or one Lookahead inside another, by hand: on the whole batch in one process."""
 
     def __init__(self, name):
         make, settings = OPTIMIZERS[name]
@@ -82,7 +82,7 @@ class ByHands:
 def in_one_process():
     histories = {name: ByHands(name).history() for name in OPTIMIZERS if name != "outer"}
     model = worker.make_model()
-    # Held to the oracle elsewhere.
+    # Other tests compare it with the oracle.
     return {**histories, "outer": worker.train(model, worker.make_optimizer("outer", model.parameters()))}
 
 
@@ -167,7 +167,7 @@ def test_a_state_dict_of_a_sharded_optimizer_resumes_bit_for_bit(two, kind, name
 
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_a_full_state_dict_of_a_block_is_refused_by_sharded_parameters(two, name):
-    # PyTorch hands the fast weights to the first process alone.
+    # PyTorch gives the fast weights only to the first process.
     assert "Make full state dicts outside of it" in two[0]["saved"][name]["full in a block"]
 
 
@@ -219,7 +219,7 @@ def test_consolidated_state_has_the_slow_weights_and_resumes_bit_for_bit(two, in
 def test_processes_whose_settings_differ_are_told_so_at_the_first_step(two, difference):
     outcomes = [one["unequal"][difference] for one in two]
     refused = [outcome for outcome in outcomes if outcome[0]]
-    # The first process to come leaves its settings, the other one compares.
+    # The first process leaves its settings, and the other process compares.
     assert len(refused) == 1
     (error, has_moved) = refused[0]
     assert not has_moved

@@ -450,7 +450,7 @@ def test_gradients_computed_with_the_slow_weights_are_refused_at_the_first_step(
 
 
 def new_model():
-    """Return a model with weights that no other one has, and its optimizer."""
+    """Return a model with weights that no other model has, and its optimizer."""
     model, optimizer = trained_model(steps=0)
     assign(optimizer, [one + 1 for one in weights(optimizer)])
     return model, optimizer
@@ -466,7 +466,7 @@ def test_the_loaded_fast_weights_wait_for_a_forward_pass_of_their_own_model():
     other.load_state_dict(saved[0])
     other(torch.ones(4, 3))
     assert_same_bits(other.parameters(), fast)
-    # What is loaded later is not touched.
+    # Values that are loaded later are not changed.
     other.load_state_dict(saved[0])
     other(torch.ones(4, 3))
     assert_same_bits([saved[0][name] for name, _ in other.named_parameters()], other.parameters())
@@ -745,7 +745,10 @@ SIZE, COUNT = 2**16, 3
 
 
 def allocations(function, folder):
-    """Return the sizes of what `function` allocates on the CPU and, negative, releases; without small numbers."""
+    """Return the sizes that `function` allocates on the CPU and, as negative numbers, releases.
+
+    Small sizes are left out.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         function()

@@ -24,7 +24,7 @@ def play(steps, wrap):
 
 
 def growth(sync_period, slow_step_size):
-    """The factor of a whole cycle: in the plane of x and y a step is a multiplication by 1 + i STEP_SIZE."""
+    """Return the factor of a whole cycle. In the plane of x and y a step is a multiplication by 1 + i STEP_SIZE."""
     return abs(1 - slow_step_size + slow_step_size * (1 + 1j * STEP_SIZE) ** sync_period)
 
 

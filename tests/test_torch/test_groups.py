@@ -1,4 +1,4 @@
-"""Parameter groups: settings of their own, groups that come later, and parameters that do not always take part."""
+"""Parameter groups: their own settings, groups that are added later, and parameters that do not always take part."""
 
 import copy
 
@@ -504,7 +504,7 @@ def test_checkpoint_loaded_into_the_inner_optimizer_has_the_slow_weights_capture
 
 
 def test_a_group_that_is_switched_off_after_a_frozen_weight_was_synchronised_starts_anew_when_it_is_on_again():
-    """A freeze in one group makes all lists stale; that must not hide a change of another group's period."""
+    """A freeze in one group makes all lists stale. That must not hide that another group's period has changed."""
     first, second = parameters((3,), (3,))
     optimizer = Lookahead(
         torch.optim.SGD([{"params": [first], "sync_period": 2}, {"params": [second], "sync_period": 3}], 0.1)

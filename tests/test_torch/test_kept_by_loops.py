@@ -1,4 +1,4 @@
-"""Loops of one's own, plain and with Accelerate: the file that is saved in a block is the model that was scored."""
+"""Training loops of users, plain and with Accelerate: the file that a block saves is the model that was scored."""
 
 import copy
 
@@ -19,7 +19,7 @@ def test_the_best_file_is_the_model_that_was_scored_and_resumes_the_run(tmp_path
         pytest.importorskip("accelerate")
     run = LOOPS[name]()
     run.run(tmp_path)
-    # Otherwise nothing would tell the best model from the last one, or slow weights from fast ones.
+    # Otherwise the best model would look like the last, or slow weights like fast weights.
     assert run.best_epoch + 1 < EPOCHS
     assert (run.best_epoch + 1) * STEPS % PERIOD
     (tmp_path / "resumed").mkdir()

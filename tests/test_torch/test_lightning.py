@@ -63,7 +63,7 @@ def with_callbacks(*them):
 
 
 def by_hand(inner=adamw, scheduler=None, epochs=1, accumulate=1, clip=None):
-    """The same training in the open. Return the network and the `ByHand`."""
+    """The same training by hand. Return the network and the `ByHand`."""
     model = network()
     optimizer = inner(model)
     hand, schedule = ByHand(optimizer, PERIOD, SIZE), scheduler and scheduler(optimizer)
@@ -139,7 +139,7 @@ def test_resumed_in_mid_cycle_is_the_run_that_never_stopped(tmp_path, inner, wei
         fit.fit(module, loader(), ckpt_path=checkpoint, weights_only=weights_only)
         return list(module.network.parameters()), slow_weights(fit.optimizers[0])
 
-    # The first epoch ends at step 5, two steps after a sync and one before the next.
+    # The first epoch ends at step 5, two steps after a sync and one step before the next sync.
     run(epochs=1)
     fast, slow = run(epochs=3, checkpoint=tmp_path / "epoch=0.ckpt")
     whole = Module(inner, step_lr)
@@ -193,7 +193,7 @@ class SlowWeights(callbacks.Callback):
 
 
 class Validated(Module):
-    """Notes the weights that it is validated with and those right after."""
+    """Records the weights with which it is validated, and the weights right after."""
 
     def __init__(self, inner=adamw):
         super().__init__(inner)
@@ -273,7 +273,7 @@ def adversaries():
 
 
 class Adversarial(pl.LightningModule):
-    """Two optimizers of different periods: the critic makes two steps for one of the generator."""
+    """Two optimizers with different periods: the critic makes two steps for each step of the generator."""
 
     automatic_optimization = False
 

@@ -1,4 +1,4 @@
-"""`lookahead_optim.lightning.SlowWeights`: what is scored is what is saved, and training resumes bit for bit."""
+"""`lookahead_optim.lightning.SlowWeights`: it saves the weights that it scored, and training resumes bit for bit."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ TIMEOUT = 120
 
 
 def by_hand(steps):
-    """Train the network of `Scored` in the open. Return the fast and the slow weights."""
+    """Train the network of `Scored` by hand. Return the fast and the slow weights."""
     model = network()
     hand = ByHand(adamw(model), PERIOD, SIZE)
     for _ in range(steps):
@@ -69,7 +69,7 @@ def keep(folder, **settings):
 
 
 def assert_resumes(folder, path, steps):
-    """Check that a run of `Scored` that is resumed from a checkpoint, without the callback too, has its weights."""
+    """Check that a run of `Scored` that resumes from a checkpoint has its weights, with and without the callback."""
     for use in ([SlowWeights()], []):
         module = Scored()
         trainer(folder, *use, max_epochs=-1, max_steps=steps + 2).fit(module, *loaders(), ckpt_path=path)
@@ -145,7 +145,7 @@ def test_accumulated_gradients_outlast_a_validation(tmp_path):
 
 def test_early_stopping_leaves_the_model_that_was_scored(tmp_path):
     module = Scored()
-    # The second score is never better by so much. It is that of a step in mid-cycle.
+    # The second score is never better by so much. It belongs to a step in mid-cycle.
     stop = callbacks.EarlyStopping("score", min_delta=10, patience=1)
     fit = trainer(tmp_path, SlowWeights(), stop, max_epochs=20)
     fit.fit(module, *loaders())
@@ -185,7 +185,7 @@ def test_saved_after_training_it_resumes_from_its_fast_weights(tmp_path):
         assert_same_bits(torch.load(path, weights_only=True)["state_dict"].values(), slow(2 * BATCHES))
         assert_resumes(tmp_path, path, 2 * BATCHES)
 
-    # It has nothing left to train, and is left with the slow weights too.
+    # It has nothing left to train, and also ends with the slow weights.
     module, fit = Scored(), trainer(tmp_path, SlowWeights(), max_epochs=2)
     fit.fit(module, *loaders(), ckpt_path=tmp_path / "end.ckpt")
     assert module.trained == []
@@ -306,7 +306,7 @@ def test_a_checkpoint_made_without_the_callback_resumes_with_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """The folder in which two processes have trained, and what each of them did."""
+    """The folder in which two processes have trained, and the results of each process."""
     folder = tmp_path_factory.mktemp("two_processes")
     finish(start(worker, "two_processes", folder, OMP_NUM_THREADS="1"), TIMEOUT)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
@@ -315,7 +315,7 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("kind", [make.__name__ for make in worker.STRATEGIES])
 def test_two_processes_validate_on_the_slow_weights_and_resume(two_processes, kind):
     for result in (one[kind] for one in two_processes[1]):
-        # Lightning has PyTorch save and load shards, which loses fast weights that are not in the model.
+        # Lightning lets PyTorch save and load shards. That loses fast weights that are not in the model.
         assert result["warned"] == (kind == "Sharded")
         # Both train on the same batch.
         assert_same_bits(result["trained"], [fast(steps) for steps in range(4)])

@@ -1,4 +1,4 @@
-"""Every optimizer of `torch.optim` as inner one, and every kind of parameter: the bare one and a slow step by hand."""
+"""Every optimizer of `torch.optim`, and every kind of parameter: compared with a bare run and a slow step by hand."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ from lookahead_optim.torch import Lookahead
 from tests.comparison import assert_same_bits
 from tests.test_torch.by_hand import ByHand, parameters, set_gradients
 
-# As a product with a power of two is exact, lerp is slow + a (fast - slow) bit for bit, however it is computed.
+# A product with a power of two is exact. So lerp is slow + a (fast - slow) bit for bit, however it is computed.
 SYNC_PERIOD, SLOW_STEP_SIZE = 3, 0.25
 STEPS = 3 * SYNC_PERIOD + 1
 SHAPES = [(6, 4), (5,), (3, 2, 2)]
@@ -58,7 +58,7 @@ def set_sparse_gradients(parameters, step):
 
 
 def take_step(name, optimizer, parameters, step):
-    """Make one step: LBFGS with a closure for a loss with its minimum at 1, the others with random gradients."""
+    """Make one step: LBFGS with a closure, whose loss has its minimum at 1, all others with random gradients."""
     if name != "lbfgs":
         (set_sparse_gradients if name == "sparse_adam" else set_gradients)(parameters, step)
         return optimizer.step()
@@ -91,7 +91,7 @@ def assert_same_state(actual, expected):
 
 
 def assert_as_by_hand(make_parameters, make_optimizer, take_step=None, steps=STEPS):
-    """Compare after every step. Where the bare optimizer raises an error, the same is expected: `False` is returned."""
+    """Compare after every step. If the bare optimizer raises an error, expect the same error and return `False`."""
     take_step = take_step or random_step
     fast, expected = make_parameters(), make_parameters()
     optimizer = Lookahead(make_optimizer(fast), SYNC_PERIOD, SLOW_STEP_SIZE)
@@ -261,13 +261,13 @@ def test_weights_larger_than_the_cache_are_synchronised_in_parts(name, monkeypat
     slow = [one.detach().clone() for one in fast]
     cut = [one for piece in _pieces_torch.cut(slow, fast) for one in piece.slow]
     assert sum(one.numel() for one in cut) == sum(one.numel() for one in fast)
-    # Also of what is not laid out as it is numbered.
+    # Also for tensors whose memory is not in the order of their elements.
     assert max(one.nbytes for one in cut) <= 2**13
     assert assert_as_by_hand(large_and_small, maker(name))
 
 
 def views_of_one_buffer(*slices, split=False):
-    """Return a buffer, and its slices as parameters in one group or, with `split`, a group for each."""
+    """Return a buffer, and its slices as parameters in one group. With `split`, each slice has a group of its own."""
     (buffer,) = parameters((20,))
     views = [torch.nn.Parameter(buffer.detach()[one]) for one in slices]
     return buffer.detach(), views, [{"params": [one]} for one in views] if split else views

@@ -19,7 +19,7 @@ UNIT = 2**-7  # that of bfloat16 from 1 to 2
 
 
 def moved_by_units(units, slow_step_size, slow_dtype):
-    """Return the slow weight, from 1, after cycles of one step that moves the weight by so many units."""
+    """Return the slow weight, from 1, after cycles of one step that moves the weight by `units` units."""
     weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     optimizer = Lookahead(torch.optim.SGD([weight], lr=1.0), 1, slow_step_size, slow_dtype=slow_dtype)
     for move in units:
@@ -96,7 +96,7 @@ def train(optimizer, stop, start=0):
 def test_wide_slow_weights_of_a_mixed_model_are_those_by_hand(slow_momentum, slow_nesterov, is_shared):
     weights = mixed_weights()
     if is_shared:
-        # Two weights in one memory, beside each other: their pseudo-gradients are all computed before any restart.
+        # Two weights beside each other in one memory: all pseudo-gradients are computed before any restart.
         sizes = [weights[0].numel(), weights[2].numel()]
         memory = torch.cat([weights[0].detach().flatten(), weights[2].detach().flatten()]).split(sizes)
         for weight, part in zip((weights[0], weights[2]), memory):
@@ -105,8 +105,8 @@ def test_wide_slow_weights_of_a_mixed_model_are_those_by_hand(slow_momentum, slo
     optimizer = train(Lookahead(torch.optim.SGD(weights, 0.5), 3, 0.7, **outer, slow_dtype=torch.float32), 9)
     fast, slow, momentum = by_hand(0.7, slow_momentum, slow_nesterov, 9, 3)
     states = [optimizer.state[weight] for weight in weights]
-    # Operations that round otherwise send one in some hundred weights, which lie halfway between two numbers of
-    # bfloat16, to the other one.
+    # Some weights lie halfway between two numbers of bfloat16. For about one weight in some hundred, operations that
+    # round differently give the other number.
     for found, expected in zip([*weights, *(state["slow"] for state in states)], [*fast, *slow]):
         is_close = torch.isclose(found.detach().float(), expected.detach().float(), rtol=1e-5, atol=1e-5)
         assert is_close.float().mean() > 0.98
@@ -249,7 +249,7 @@ def test_a_checkpoint_without_momentum_switches_it_off_until_the_group_is_set_ag
     group["slow_momentum"] = 0.9
     slow = optimizer.state[other]["slow"]
     train(optimizer, 9, 7)
-    # From a momentum of 0 it is now the pseudo-gradient.
+    # The momentum was 0, so now it is the pseudo-gradient.
     moved = 0.5 * (1 + 0.9) * optimizer.state[other]["slow_momentum"]
     assert moved.all()
     torch.testing.assert_close(optimizer.state[other]["slow"], slow - moved)
@@ -481,7 +481,7 @@ def test_a_checkpoint_keeps_what_a_weight_without_gradients_cannot_be_captured_w
     optimizer = Lookahead(torch.optim.AdamW(weights, 0.1), 4, slow_momentum=0.6, slow_dtype=torch.float64)
     set_gradients(weights[:1], 0)
     optimizer.step()
-    # A slow weight that its parameter does not have, though it rounds to it, and a momentum by which it coasts.
+    # A slow weight of more digits than its parameter, and a momentum that would make it coast.
     value = weights[1].detach().double() * (1 + 2**-40) if name == "slow" else torch.ones(2, dtype=torch.float64)
     optimizer.state[weights[1]][name] = value
     assert_same_bits([optimizer.state_dict()["state"][1][name]], [value])
@@ -550,7 +550,7 @@ def test_after_a_checkpoint_without_the_count_since_the_last_sync_a_sync_is_made
         del old["param_groups"][0][name]
     others = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
     other = make(others)
-    # A count of its own, which is not that of the checkpoint.
+    # A count of its own, not the checkpoint's.
     train(other, 4)
     with torch.no_grad():
         others[0].copy_(weights[0])
@@ -572,12 +572,12 @@ def test_a_state_dict_that_lost_its_momentum_begins_with_0(slow_momentum):
         torch.optim.SGD([{"params": others[:1]}, {"params": others[1:]}], 0.1), 3, slow_momentum=slow_momentum
     )
     other.load_state_dict(lost)
-    # What `torch.distributed.checkpoint` does where the optimizer has no momentum.
+    # This is what `torch.distributed.checkpoint` does if the optimizer has no momentum.
     del lost["state"][1]["slow_momentum"]
     other.load_state_dict(lost)
     assert not other.state[others[1]]["slow_momentum"].any()
     train(other, 7, 4)
-    # Older state dicts, and those of the bare optimizer.
+    # Older state dicts, and state dicts of the bare optimizer.
     del lost["param_groups"][1]["slow_momentum"]
     other.load_state_dict(lost)
     other.load_state_dict(torch.optim.SGD(groups, 0.1).state_dict())

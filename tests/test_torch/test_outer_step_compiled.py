@@ -73,7 +73,7 @@ def test_a_compiled_step_with_momentum_is_compiled_in_the_first_cycle_alone(oute
     _, other = start(outer, inner)
     counter = CompileCounterWithBackend("aot_eager")
     compiled_step = torch.compile(optimizer.step, backend=counter)
-    # The other one's inner step is compiled alone.
+    # The inner step of the other optimizer is compiled alone.
     other.inner_optimizer.step = torch.compile(other.inner_optimizer.step, backend="aot_eager")
 
     def training_step(index):
@@ -102,6 +102,6 @@ def test_a_compiled_model_with_momentum_is_compiled_in_the_first_cycle_alone(out
     assert_only_the_first_cycle_compiles(train(training_step, counter))
     assert optimizer.param_groups[0]["lookahead_step"] == CYCLES * PERIOD + 1
     assert all(entries["slow_momentum"].any() for entries in optimizer.state.values())
-    # Nor is anything compiled in a block on the slow weights.
+    # Nothing is compiled in a block on the slow weights either.
     with optimizer.slow_weights(), torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(compiled_model(inputs), copy.deepcopy(model)(inputs))

@@ -1,6 +1,7 @@
 """Slow momentum in each dtype that weights have, in weights of many sizes.
 
-PyTorch's kernels treat whole vectors of a CPU and the rest of a weight in two ways, and float16 and bfloat16 in others.
+PyTorch's kernels treat whole CPU vectors and the rest of a weight differently. They treat float16 and bfloat16 in other
+ways again.
 """
 
 import pytest

@@ -21,7 +21,7 @@ with_each_momentum = pytest.mark.parametrize(
 
 
 class Run:
-    """An optimizer and its oracle, which take the same steps and are compared after each."""
+    """An optimizer and its oracle. They make the same steps and are compared after each."""
 
     def __init__(self, weights, outer, lr=LR, optimizer=None):
         self.weights = weights
@@ -31,7 +31,7 @@ class Run:
         self.steps = 0
 
     def train(self, steps, missing=(), frozen=()):
-        """Make steps, in which the weights of these indices have no gradient. Some of them may be frozen."""
+        """Make steps. The weights of these indices have no gradient. Some of them may be frozen."""
         for _ in range(steps):
             self.steps += 1
             set_gradients(self.weights, self.steps)
@@ -124,7 +124,7 @@ def test_a_group_that_is_added_has_a_count_and_a_momentum_of_its_own(run_of, out
     run.train(position)
     added = parameters((2, 2), (3,), seed=1, dtype=torch.float64)
     run.optimizer.add_param_group({"params": added})
-    # The oracle of the new group begins now. Both share the optimizer, whose step the second one makes.
+    # The oracle of the new group begins now. Both oracles share the optimizer. The second oracle makes its step.
     other = Run(added, outer, optimizer=run.optimizer)
     for step in range(2 * PERIOD + 1):
         for one in (run, other):
@@ -166,7 +166,7 @@ def by_hand(weights, outer, dtypes, steps):
             for weight, s, b in zip(weights, slow, momentum):
                 weight.data.add_(weight.grad, alpha=-LR)
                 if count % PERIOD == 0:
-                    # Measured from the slow weight, rounded to the dtype that the weight has now.
+                    # Measured from the slow weight, rounded to the present dtype of the weight.
                     move = weight.data.float() - s.to(dtype).float()
                     b.mul_(mu).sub_(move)
                     if outer.get("slow_nesterov", True):
@@ -199,7 +199,8 @@ def test_a_model_that_goes_to_float32_and_back_keeps_its_wide_slow_weights_and_m
         assert state["slow"].dtype == state["slow_momentum"].dtype == torch.float32
         for found, wanted in ((state["slow"], expected_slow), (state["slow_momentum"], b), (weight, one)):
             difference = (found.detach().float() - wanted.detach().float()).abs()
-            # Operations that round otherwise may send a weight halfway between two numbers of bfloat16 to the other.
+            # If a weight lies halfway between two numbers of bfloat16, operations that round differently may give the
+            # other number.
             assert (difference > 1e-5).sum() <= 1
             assert difference.max() < 2**-6
 

@@ -1,4 +1,4 @@
-"""Gradients that are not finite: what they do to slow momentum, and the guards that the docs name."""
+"""Gradients that are not finite: their effect on slow momentum, and the guards that the docs name."""
 
 import contextlib
 import math
@@ -30,7 +30,7 @@ def with_scaler(optimizer, weights):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1000)
 
     def step():
-        # What `backward` of a scaled loss leaves.
+        # The result of `backward` of a scaled loss.
         scaler.scale(torch.zeros(()))
         for weight in weights:
             weight.grad *= scaler.get_scale()
@@ -122,7 +122,7 @@ def test_without_a_guard_momentum_is_spoiled_for_good_until_a_reset(bad, value):
     ids=str,
 )
 def test_infinite_weights_that_do_not_move_stay_and_have_no_momentum(dtype, outer, is_shared):
-    """As the -inf of a mask does. All other weights make the steps that they make without a mask beside them."""
+    """A mask has such -inf. All other weights make the same steps as without a mask beside them."""
     value = torch.tensor([-math.inf, 1.0, math.inf, -2.0], dtype=dtype)
     masked, finite = (torch.nn.Parameter(one) for one in (value.clone(), value.nan_to_num(0.0, 0.0, 0.0)))
     for weight in (masked, finite):

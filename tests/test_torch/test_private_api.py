@@ -1,4 +1,4 @@
-"""What the PyTorch front ends use of PyTorch that is not public, so that a release which changes it is named here."""
+"""Private parts of PyTorch that the front ends use: a release that changes a part is named here."""
 
 import inspect
 import operator

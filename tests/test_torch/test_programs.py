@@ -1,4 +1,4 @@
-"""What real programs do with an optimizer's state, groups and methods, as with the bare inner optimizer."""
+"""What real programs do with an optimizer's state, groups and methods: the same works as with the bare optimizer."""
 
 import collections
 import copy
@@ -26,7 +26,7 @@ def train(optimizer, weights, steps):
 
 
 def twins(inner=adam, sync_period=3):
-    """Return weights and the optimizer of two equal runs, the second one made by hand."""
+    """Return weights and the optimizer of two equal runs. The second run is made by hand."""
     fast, expected = (parameters((4,), (2, 3)) for _ in range(2))
     return fast, Lookahead(inner(fast), sync_period, 0.25), expected, ByHand(inner(expected), sync_period, 0.25)
 
@@ -84,7 +84,7 @@ def test_rows_added_removed_and_permuted_as_in_gaussian_splatting(change, at):
     train(hand, expected, range(at))
     fast[1] = change_rows(optimizer)
     expected[1] = hand.parameters[1] = change_rows(hand.optimizer)
-    # A new parameter's slow weight starts from its own value, as all its rows do.
+    # A new parameter's slow weight starts from its own value, and so do all its rows.
     hand.slow[1] = expected[1].detach().clone()
     train(optimizer, fast, range(at, 9))
     train(hand, expected, range(at, 9))
@@ -237,7 +237,7 @@ def test_training_goes_on_without_lookahead_from_its_checkpoint(inner, steps):
     with_gradients(bare_weights, range(steps, 6), bare)
     with_gradients(expected, range(steps, 6), reference)
     assert_same_bits(bare_weights, expected)
-    # And with Lookahead: what the file leaves out is captured again where it was.
+    # With Lookahead too: a slow weight that the file leaves out is captured again where it was.
     resumed_weights, resumed = make()
     resumed = Lookahead(resumed, 3)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -249,7 +249,7 @@ def test_training_goes_on_without_lookahead_from_its_checkpoint(inner, steps):
 
 
 class WithModes(torch.optim.SGD):
-    """Must be told when training begins, as the optimizers of `schedulefree`."""
+    """Must be told when training begins, like the optimizers of `schedulefree`."""
 
     mode = "eval"
 
@@ -278,7 +278,8 @@ def test_other_methods_of_the_inner_optimizer_are_reached_and_mistakes_are_not_h
             setattr(optimizer, name, 3)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = optimizer.nothing
-    # What a `GradScaler` asks for: it would set attributes on the wrapper that the inner optimizer does not see.
+    # A `GradScaler` asks for this attribute. It would set attributes on the wrapper that the inner optimizer does not
+    # see.
     inner._step_supports_amp_scaling = True
     assert not hasattr(optimizer, "_step_supports_amp_scaling")
 
@@ -337,7 +338,7 @@ def test_blocks_in_one_thread_beside_steps_in_another_see_no_mixture_and_lose_no
 
 
 NEAR_THE_END = [
-    # slow, fast, step size, what the formula gives
+    # slow, fast, step size, result of the formula
     (-float("inf"), -float("inf"), 0.5, -float("inf")),
     (float("inf"), float("inf"), 0.3, float("inf")),
     (1.0, float("inf"), 0.5, float("inf")),
@@ -507,7 +508,7 @@ def test_an_attribute_of_the_inner_optimizer_is_set_there():
 
 
 class WithOwnStep(Lookahead):
-    """As users write a subclass that does something more in each step."""
+    """A subclass of a user that does something more in each step."""
 
     def step(self, closure=None):
         return super().step(closure)

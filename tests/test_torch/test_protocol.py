@@ -74,7 +74,7 @@ def saved(optimizer):
 
 
 def assert_same_state(actual, expected):
-    """Everything but the parameters themselves, bit for bit."""
+    """Check everything except the parameters themselves, bit for bit."""
     assert type(actual) is type(expected)
     if isinstance(actual, dict):
         assert sorted(actual, key=str) == sorted(expected, key=str)
@@ -708,7 +708,7 @@ def train_shared(rank, alone, together, counts):
 
 @pytest.fixture(scope="module")
 def trained_in_processes():
-    """Optimizers that two processes have trained, one alone each and one together; what it was, and all counts."""
+    """Optimizers that two processes have trained, one optimizer each and one together; their start, and all counts."""
     alone, together = [shared(wrapped(sgd)), shared(wrapped(adagrad))], shared(wrapped(sgd))
     counts = torch.zeros(2, 2, dtype=torch.int64).share_memory_()
     before = [entry["slow"].clone() for entry in together.state.values()]

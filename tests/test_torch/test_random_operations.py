@@ -1,4 +1,4 @@
-"""Random operations on a `Lookahead`, and on two nested ones, against the same in float64 NumPy."""
+"""Random operations on a `Lookahead`, and on two nested wrappers, compared with the same in float64 NumPy."""
 
 import contextlib
 import copy
@@ -28,12 +28,13 @@ def numbers(seed):
 
 
 class Model:
-    """SGD with momentum and the wrappers' slow weights. Weights 0 and 1 are a group, 2 and 3 another one."""
+    """SGD with momentum and the wrappers' slow weights. Weights 0 and 1 are a group, and so are 2 and 3."""
 
     def __init__(self, fast, settings):
         self.fast, self.momentum = fast.copy(), [None] * COUNT
         self.frozen = [False] * COUNT
-        # For each wrapper, from the inside out, and each group: settings, count, and steps since a sync, from 2 on.
+        # For each wrapper, from the inside to the outside, and each group: settings, count, and steps since a sync,
+        # counted from 2.
         self.settings = [[[*one, 0, 2] for one in settings] for settings in settings]
         self.slow = [[None] * COUNT for _ in settings]
         # Slow momentum; None is 0.
@@ -271,10 +272,10 @@ class Operations(RuleBasedStateMachine):
         if anew:
             self.new_optimizer(seed=0)
         parts = [lambda: self.optimizer.load_state_dict(saved), lambda: self.load_weights(values)]
-        # What was saved in a block, and loaded in the other order, waits for a forward pass.
+        # A state that was saved in a block, and loaded in the other order, waits for a forward pass.
         for load in reversed(parts) if in_block else parts:
             load()
-        # Slow weights that a file leaves out, as nothing has moved them, are captured again at the next step.
+        # Slow weights that a file leaves out, because they did not move, are captured again at the next step.
         for one in range(COUNT):
             others = [self.model.momentum[other] is not None for other in range(one // 2 * 2, one // 2 * 2 + 2)]
             for level, slow in enumerate(self.model.slow):
@@ -333,13 +334,13 @@ class Operations(RuleBasedStateMachine):
         if entries is not None:
             self.optimizer.state[new] = entries
         self.model.fast[one] = self.model.fast[one] + 1
-        # Another one has a slow weight, so this one is known to be new.
+        # Another parameter has a slow weight, so this parameter is known to be new.
         for level, slow in enumerate(self.model.slow):
             if self.slow_of(level, one) is not None:
                 assert not any(other is not None for place, other in enumerate(slow) if place != one)
                 del self.optimizer.state[new]["slow_2" if level else "slow"]
             elif self.momentum_of(level, one) is not None:
-                # That of the parameter before, which the capture drops.
+                # The slow weight of the former parameter. The capture drops it.
                 del self.optimizer.state[new]["slow_momentum_2" if level else "slow_momentum"]
             slow[one] = self.model.b[level][one] = None
         self.compare()

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and resumed in a new process ends bit for bit as one that never stopped."""
+"""A run that is stopped anywhere and resumed in a new process ends bit for bit like a run that never stopped."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def start(command, directory):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, one_thread):
-    """Where the runs were saved and resumed, and the final states of those that never stopped."""
+    """The directory where the runs were saved and resumed, and the final states of runs that never stopped."""
     directory = tmp_path_factory.mktemp("resume")
     killed = start("killed", directory)
     try:
@@ -42,7 +42,7 @@ def read(path):
 
 
 def assert_same_state(actual, expected):
-    """Compare nested state, tensors bit for bit."""
+    """Compare nested state. Tensors are compared bit for bit."""
     assert type(actual) is type(expected)
     if isinstance(actual, dict):
         assert actual.keys() == expected.keys()
@@ -80,7 +80,7 @@ def test_the_model_saved_in_a_block_is_the_model_that_was_scored_there(directory
     saved = read(directory / f"{name}-{step}.block")
     assert torch.equal(read(directory / f"{name}-{step}.score"), saved["score"])
     if step % 12 in (1, 2, 5):
-        # Between syncs of any group, the scored model is another one.
+        # Between syncs of any group the scored model is a different model.
         assert not torch.equal(saved["score"], Run(RUNS[name]).train(step).score())
 
 

@@ -50,7 +50,7 @@ def adam(weights, **kwargs):
 
 
 def pair(inner=sgd, sync_period=3):
-    """Return an optimizer, and the same one by hand, each with its own parameters."""
+    """Return an optimizer and the same optimizer by hand, each with its own parameters."""
     return (
         Lookahead(inner(parameters(*SHAPES)), sync_period, 0.25),
         ByHand(inner(parameters(*SHAPES)), sync_period, 0.25),

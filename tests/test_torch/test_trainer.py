@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Regression(torch.nn.Module):
-    """What the Trainer wants of a model: a loss from the columns of the data."""
+    """Has what the Trainer needs from a model: a loss, computed from the columns of the data."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ def trainer(folder, task=regression, inner=adamw, scheduler=step_lr, kind=transf
 
 
 def by_hand(task=regression, inner=adamw, scheduler=step_lr, steps=2 * BATCHES, accumulate=1, clip=1.0):
-    """The same training in the open. Return the model and the `ByHand`."""
+    """The same training by hand. Return the model and the `ByHand`."""
     model, data = task(), TASKS[task]()
     hand = ByHand(inner(model), PERIOD, SIZE)
     scheduler = scheduler(hand.optimizer)
@@ -153,7 +153,7 @@ def test_training_with_accumulation_and_clipping_is_the_plain_loop(tmp_path, acc
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("inner", [adamw, momentum])
 def test_resumed_in_mid_cycle_is_the_run_that_never_stopped(tmp_path, task, inner):
-    # Step 4 is one step after a sync, in the first epoch, and step 8 one before a sync, in the second.
+    # Step 4 is one step after a sync, in the first epoch. Step 8 is one step before a sync, in the second epoch.
     whole = trainer(tmp_path, task, inner, save_strategy="steps", save_steps=4)
     whole.train()
     for step in (4, 8):

@@ -1,4 +1,4 @@
-"""`SlowWeightsMixin`: the Hugging Face Trainer scores and keeps the slow weights, and resumes with the fast ones."""
+"""`SlowWeightsMixin`: the Hugging Face Trainer scores and keeps the slow weights, and resumes with the fast weights."""
 
 import shutil
 import subprocess
@@ -90,7 +90,7 @@ class Kept(NamedTuple):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, one_thread):
-    """Make all runs, and then let one process score all that they have kept."""
+    """Make all runs, and then let one process score everything that they have kept."""
     folder, runs = tmp_path_factory.mktemp("runs"), {}
     for name, arguments in RUNS.items():
         run = trainer(folder / name, **arguments)
@@ -119,7 +119,7 @@ def test_after_training_the_best_or_last_scored_model_is_there_and_is_saved(runs
     kept = runs[name]
     state, is_best = kept.run.state, kept.run.args.load_best_model_at_end
     step = int(state.best_model_checkpoint.rpartition("-")[2]) if is_best else state.global_step
-    # Otherwise fast and slow weights would be the same, or best and last ones.
+    # Otherwise fast and slow weights would be the same, or the best and the last weights.
     assert step % PERIOD
     assert not is_best or step < state.global_step
     assert kept.score == kept.scores["at the end"] == kept.recorded[f"checkpoint-{step}"]
@@ -129,7 +129,7 @@ def test_after_training_the_best_or_last_scored_model_is_there_and_is_saved(runs
 
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory, one_thread):
-    """What a run of 10 steps had after each of them, and the folder of its checkpoints."""
+    """The state of a run of 10 steps after each of them, and the folder of its checkpoints."""
     folder, recorder = tmp_path_factory.mktemp("unstopped"), Recorder()
     trainer(folder, of_trainer={"callbacks": [recorder]}, **EVERY_TWO_STEPS).train()
     return recorder.after, folder
@@ -247,7 +247,7 @@ def test_each_model_of_a_model_init_has_a_lookahead_of_its_own(tmp_path):
 
 
 class Observer(transformers.TrainerCallback):
-    """Notes at some events between syncs whether the model has the slow weights, and whether it has the fast ones."""
+    """Records at some events between syncs whether the model has the slow weights, and whether the fast weights."""
 
     def __init__(self):
         self.seen = {}

@@ -39,7 +39,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def start_workers(directory, run, world_size):
-    """Start processes that work together, and return what each of them wrote."""
+    """Start processes that work together, and return what each process wrote."""
     run_together(worker, run, directory, world_size, TIMEOUT)
     return [torch.load(directory / f"{run}-{rank}.pt") for rank in range(world_size)]
 
@@ -47,7 +47,8 @@ def start_workers(directory, run, world_size):
 class Workers:
     """Inner optimizers of the oracle, one for each worker.
 
-    The mean of their pseudo-gradients is the slow weight minus the mean of their weights, which are this one's weights.
+    The mean of their pseudo-gradients is the slow weight minus the mean of their weights. This optimizer's weights are
+    that mean.
     """
 
     def __init__(self, inner):
@@ -84,7 +85,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(directory):
-    """What each of two workers did, and each of four."""
+    """The results of each of two workers, and of each of four."""
     return {2: start_workers(directory, "two", 2), 4: start_workers(directory, "four", 4)}
 
 
@@ -111,7 +112,7 @@ def test_all_workers_have_the_same_slow_weights_and_momentum_bit_for_bit(results
             for one, another in zip(first[name], other[name]):
                 for key in one.keys() - {"fast", "moved"}:
                     assert_same_bits(another[key], one[key])
-        # Between syncs the fast weights are each worker's own.
+        # Between syncs each worker has its own fast weights.
         assert not torch.equal(first[name][PERIOD]["fast"][0], others[0][name][PERIOD]["fast"][0])
 
 
@@ -220,9 +221,10 @@ def test_the_mean_is_that_of_all_workers_for_each_kind_of_tensor(results, size, 
 def test_a_sync_takes_no_memory_of_the_size_of_the_weights(results, kind):
     for result in results[2]:
         weights, (first, second, *others) = result["memory"][kind]
-        # The first step captures slow weights and momentum, in memory that is new for the first kind.
+        # The first step captures slow weights and momentum. For the first kind the memory is new.
         assert first > 2 * weights or kind != "float32"
-        # What cannot be sent as it lies there is copied, a bucket at a time. gloo keeps up to four of them.
+        # A tensor that cannot be sent as it lies in memory is copied, a bucket at a time. gloo keeps up to four of
+        # them.
         copies = 0 if kind == "float32" else 4
         assert max(second, *others) < copies * worker.SMALL_BUCKET + 12e6 < weights / 2
 
@@ -266,7 +268,7 @@ def outer_step(models, slow, momentum, eta, mu):
 
 
 def trained_by_hand(models, inner, slow, momentum, steps):
-    """Train a model for each worker, with its inner optimizer and its data. Yield each step after it was made."""
+    """Train a model for each worker, with its inner optimizer and its data. Yield after each step."""
     for step in steps:
         for rank, (model, optimizer) in enumerate(zip(models, inner)):
             optimizer.zero_grad()
@@ -343,7 +345,7 @@ def assert_ends_as_uninterrupted(results, resumed):
 
 @pytest.fixture(scope="module")
 def resumed(directory):
-    """What each of two workers did with the checkpoints of two, of which one was killed in mid-cycle."""
+    """The results of each of two workers with the checkpoints of two workers, one of which was killed in mid-cycle."""
     with (directory / "output.txt").open("w") as output:
         children = [start(worker, "killed", directory, rank, 2, output=output, **ENVIRONMENT) for rank in range(2)]
     try:
@@ -362,7 +364,7 @@ def test_workers_of_which_one_was_killed_resume_from_their_checkpoints_bit_for_b
 
 @pytest.mark.skipif(worker.FORMS == ["plain"], reason="PyTorch 2.6 may hang when restarted processes end")
 def test_torchrun_starts_workers_again_of_which_one_was_killed(results, directory):
-    # The store that torchrun shares keeps the addresses of processes that are gone, where gloo would look for them.
+    # torchrun's shared store keeps the addresses of dead processes, where gloo would look for them.
     new_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     # `python -m torch.distributed.run` is `torchrun`.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
@@ -387,7 +389,7 @@ ETA, MU = 0.7, 0.5
 
 
 class Reduce:
-    """Returns or raises what is next, after it has scaled the pseudo-gradients."""
+    """Scales the pseudo-gradients, and then returns or raises the next result."""
 
     def __init__(self, *outcomes, scale=1.0):
         self.outcomes, self.scale, self.given = list(outcomes), scale, []
@@ -410,7 +412,7 @@ def make(reduce, weights=None, period=3, **settings):
 
 
 class Abandoning:
-    """The outer step of one worker by hand, in float64. Some syncs fail: the fast weights restart alone."""
+    """The outer step of one worker by hand, in float64. Some syncs fail: only the fast weights restart."""
 
     def __init__(self, weights, period=3, scale=1.0):
         self.fast = [one.detach().double().numpy().copy() for one in weights]
@@ -492,7 +494,7 @@ def test_after_a_sync_that_failed_training_resumes_from_the_slow_weights(failure
             optimizer.step()
         if step == 6:
             assert_same_bits(worker.clones(weights), [optimizer.state[one]["slow"] for one in weights])
-            # No step was made since: momentum does not move the weights on.
+            # No step was made since, so momentum does not move the weights.
             optimizer.sync()
         assert_equal_to_hand(weights, optimizer, hand)
         assert [group["lookahead_step"] for group in optimizer.param_groups] == [step]
@@ -662,7 +664,7 @@ def test_a_state_dict_has_nothing_of_reduce():
     assert_same_bits(optimizer.state_dict()["state"], other.state_dict()["state"])
 
 
-# In the loops of others
+# In the training loops of other libraries
 
 
 @pytest.fixture(scope="module")

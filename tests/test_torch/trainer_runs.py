@@ -1,4 +1,4 @@
-"""The runs of test_transformers_slow_weights.py, and the process that finds what they kept.
+"""The runs of test_transformers_slow_weights.py, and the process that reads what they kept.
 
 python -m tests.test_torch.trainer_runs score RESULT FOLDER...     scores the models in folders by a plain Trainer
 python -m tests.test_torch.trainer_runs resume RESULT FOLDER...    resumes runs from the last checkpoints in folders
@@ -23,7 +23,7 @@ class SlowWeightsTrainer(SlowWeightsMixin, transformers.Trainer):
 
 
 class Recorder(transformers.TrainerCallback):
-    """Keeps what model and optimizer have after each step."""
+    """Keeps the state of model and optimizer after each step."""
 
     def __init__(self):
         self.after = {}
@@ -107,13 +107,13 @@ def trainer(folder, kind=SlowWeightsTrainer, model=None, optimizer=None, of_trai
 
 
 def score(folder):
-    """Return the loss of the model in a folder, as one finds it who knows nothing of Lookahead."""
+    """Return the loss of the model in a folder, read by a program that does not know Lookahead."""
     model = transformers.BertForSequenceClassification.from_pretrained(folder)
     return trainer(folder, transformers.Trainer, model).evaluate()["eval_loss"]
 
 
 def resume(folder):
-    """Train on to the end, and return what was there after each step."""
+    """Train to the end, and return the state after each step."""
     recorder = Recorder()
     # The evaluations draw random numbers, as in the run that was saved.
     trainer(folder, of_trainer={"callbacks": [recorder]}, **EVERY_TWO_STEPS).train(resume_from_checkpoint=True)

@@ -1,4 +1,4 @@
-"""Two workers in the training loops of others, which would average gradients: shown how they do not.
+"""Two workers in the training loops of other libraries, which normally average gradients. Here they do not.
 
     python -m tests.test_torch.worker_loops loops DIRECTORY RANK WORLD_SIZE
 
@@ -131,7 +131,10 @@ def in_trainer(directory):
 
 
 def in_keras(directory):
-    """Keras' model with the native front end, in a loop of one's own. On PyTorch a model of Keras is a module."""
+    """Keras' model with the native front end, in a training loop of the user's.
+
+    On PyTorch a model of Keras is a module.
+    """
     import keras
 
     model, start = keras.Sequential([keras.layers.Dense(8, "tanh"), keras.layers.Dense(2)]), network()
@@ -152,10 +155,10 @@ def in_keras(directory):
 
 if __name__ == "__main__":
     run, directory, rank, world_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    # Of the loops' own imports and settings.
+    # Warnings of the loops' own imports and settings.
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    # What torchrun would set. The process group is there already, so that no port is needed.
+    # Variables that torchrun would set. The process group exists already, so no port is needed.
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"}
     address["KERAS_BACKEND"] = "torch"

@@ -76,7 +76,7 @@ def clones(tensors):
 
 
 def trained(name):
-    """Return copies of the weights after each step, and in it before a sync."""
+    """Return copies of the weights after each step, and in each step before a sync."""
     slow_step_size, settings = SETTINGS[name]
     parameters = make_parameters(*[WIDE_DTYPES] if name == "wide" else [])
     inner = torch.optim.SGD(parameters, LEARNING_RATE, momentum=0.9)
@@ -98,7 +98,7 @@ def trained(name):
 
 
 def fixed_points():
-    """Return where the slow weights settle, with one group for each pair of eta and mu."""
+    """Return where the slow weights settle, with a group for each pair of eta and mu."""
     rank = dist.get_rank()
     parameters = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in OUTER]
     groups = [
@@ -118,7 +118,7 @@ def linear_model():
 
 
 def data_parallel(momentum):
-    """Return the weights of DistributedDataParallel, and those of Lookahead at sync period 1 and slow step size 1."""
+    """Return the weights with DistributedDataParallel, and with Lookahead at sync period 1 and slow step size 1."""
     results = []
     for is_ddp in (True, False):
         model = linear_model()
@@ -230,9 +230,9 @@ def changed(change):
 
 
 def in_groups():
-    """Return the error of a process that is in no group, and the weights of two groups of one, each with its settings.
+    """Return the error of a process that is in no group, and the weights of two groups with own settings.
 
-    All processes make all groups.
+    Each group has one process. All processes make all groups.
     """
     groups = [dist.new_group([rank]) for rank in range(2)]
     rank = dist.get_rank()
@@ -301,7 +301,7 @@ def to_average(worker):
         normal(()),
         normal(4, 3, dtype=torch.complex64),
         normal(5, dtype=torch.float64),
-        # Their sum is no number of float16, nor an exact one of bfloat16.
+        # Their sum is no number of float16, and no exact number of bfloat16.
         torch.full((3,), 60000.0 + 32 * worker, dtype=torch.float16),
         torch.tensor([256.0, 1.0 + worker], dtype=torch.bfloat16),
         normal(2, 3, 4, 5).to(memory_format=torch.channels_last),
@@ -340,7 +340,7 @@ def weights_of(kind):
 
 
 def memory(kind):
-    """Return the bytes of the weights, and how many more than before a step with a sync takes for a while."""
+    """Return the bytes of the weights, and the additional peak memory of a step with a sync."""
     parameters = [torch.nn.Parameter(weight) for weight in weights_of(kind)]
     optimizer = Lookahead(torch.optim.SGD(parameters, 0.1), 2, slow_momentum=0.9, reduce=average())
     for parameter in parameters:
@@ -489,7 +489,7 @@ def resumed(directory):
 
 
 def another_number(directory):
-    """Train on from the checkpoints of one of two workers, in all of another number of workers."""
+    """Continue from the checkpoints of one of two workers, in all workers of another number."""
     histories = {}
     for step in LOADED_BY_OTHERS:
         folder = directory / f"{dist.get_world_size()}-from-{step}"
@@ -547,7 +547,7 @@ def replicas(directory):
 
     model, optimizer = make()
     history = train(model, optimizer, 0, KILLED_AFTER)
-    # Each replica has fast weights of its own, under the same names.
+    # Each replica has its own fast weights, under the same names.
     where = {"checkpoint_id": directory / f"replica-{replica}", "process_group": mesh["shard"].get_group()}
     names = ("model", "optimizer")
     dcp.save(dict(zip(names, get_state_dict(model, optimizer))), **where)
@@ -579,14 +579,14 @@ RUNS = {
 if __name__ == "__main__":
     run, directory, *numbers = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
     warnings.simplefilter("error")
-    # PyTorch, of `no_dist=True`.
+    # PyTorch warns of `no_dist=True`.
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
     torch.set_num_threads(1)
     if numbers:
         rank, world_size = numbers
         join(run, directory, rank, world_size, TIMEOUT)
     else:
-        # torchrun gives the rest.
+        # torchrun provides the rest.
         rank = int(os.environ["RANK"])
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
     torch.save(RUNS[run](directory), directory / f"{run}-{rank}.pt")
