@@ -280,7 +280,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
 
     @property
     def slow_momentum(self) -> float:
-        r"""The factor of the slow momentum, $\mu$. It cannot be set: state and compiled steps depend on it."""
+        r"""The factor of the slow momentum, $\mu$. It cannot be set, as state and compiled steps depend on it."""
         return self._slow_momentum
 
     @slow_momentum.setter
@@ -343,7 +343,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
 
     @property
     def iterations(self) -> Any:
-        """The number of applied updates, a scalar integer: the inner optimizer's count, also when it is set."""
+        """The number of applied updates, a scalar integer. It is the inner optimizer's count, also when it is set."""
         counter, calls = counter_of(self.inner_optimizer)
         return counter if calls == 1 else keras.ops.floor_divide(counter, calls)
 
@@ -463,7 +463,7 @@ class Lookahead(Saving, _Tracked, keras.optimizers.Optimizer):
             trainable_variables: List of arrays, the values of these variables.
 
         Returns:
-            Two lists of arrays: the new values of the trainable variables, and of the optimizer's variables.
+            The new values of the trainable variables and of the optimizer's variables, two lists of arrays.
         """
         inner = self.inner_optimizer
         weights, variables = self._trainable_variables, self.variables

@@ -270,7 +270,7 @@ class Lookahead(Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> State:
-        """A live view: for each parameter the inner optimizer's entries and a copy of the slow weight, `"slow"`."""
+        """A live view of the inner optimizer's state, with a copy of each slow weight as the entry `"slow"`."""
         inner, slow, view = self.inner_optimizer.state, self._slow_weights, self.__dict__.get("_state")
         # Return the same object while it shows the optimizer's current state. A view that a program kept still shows
         # the state for which it was made.
@@ -381,7 +381,7 @@ class Lookahead(Optimizer):
             **kwargs: Other arguments of the inner optimizer's `step`.
 
         Returns:
-            The result of the inner optimizer's `step`: the loss if there is a `closure`.
+            The result of the inner optimizer's `step`, which is the loss if there is a `closure`.
 
         Raises:
             TypeError, ValueError: if a group has an invalid setting or count.
