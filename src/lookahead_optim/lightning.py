@@ -40,10 +40,10 @@ class SlowWeights(Callback):
     The slow weights are in the model at these times:
 
     - In each validation of `Trainer.fit`. Afterwards the fast weights are back bit for bit.
-    - In each checkpoint, whether `ModelCheckpoint` saves it, also with `save_weights_only=True`, or
-      `trainer.save_checkpoint`. The checkpoint's `state_dict` has the slow weights, so that `load_from_checkpoint`
-      gives the model that was scored. The optimizers' state in the checkpoint has the fast weights too.
-      `fit(ckpt_path=...)` resumes bit for bit, with or without this callback.
+    - In each checkpoint. `ModelCheckpoint`, also with `save_weights_only=True`, or `trainer.save_checkpoint` may save
+      it. The checkpoint's `state_dict` has the slow weights, so that `load_from_checkpoint` gives the model that was
+      scored. The optimizers' state in the checkpoint has the fast weights too. `fit(ckpt_path=...)` resumes bit for
+      bit, with or without this callback.
     - After `fit`, however it ended. A test, a prediction or an export then uses the slow weights of the last step.
       Training also resumes bit for bit from a checkpoint that is saved then.
 

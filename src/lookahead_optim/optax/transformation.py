@@ -204,7 +204,7 @@ def lookahead(
             the slow weights, and returns their mean over workers. For example, use
             `functools.partial(jax.lax.pmean, axis_name="workers")` in a `jax.shard_map`, or under a `jax.vmap` with
             that axis name. Only a sync calls it. All workers must start with equal parameters and make the same
-            updates. If a worker skips an update, the workers wait for each other forever. Defaults to `None`, one
+            updates. If a worker skips an update, it later waits for workers that do not come. Defaults to `None`, one
             worker.
 
     Returns:

@@ -534,8 +534,9 @@ class Lookahead(Optimizer):
         Parameters that became frozen after the last sync take part. A group with slow momentum, or with `reduce`, is
         left alone if it has made no step since its last sync.
 
-        There is a `UserWarning` for a group in its first cycle without slow momentum: its slow weights are still the
-        weights with which training began, so the sync takes back a part of the training.
+        There is a `UserWarning` for a group in its first cycle, if its slow step size is below 1 and it has no slow
+        momentum. Its slow weights are still the weights with which training began, so the sync takes back a part of the
+        training.
 
         Raises:
             RuntimeError: inside a `slow_weights()` block, or if a parameter has changed its shape.
