@@ -160,12 +160,16 @@ def lookahead(
     `lookahead`, in an `optax.chain`, has changed the updates. The slow weights take the memory of one more copy of the
     parameters. Slow momentum takes the memory of another copy.
 
-    Only applied updates count. These updates do not count: gradients that `optax.MultiSteps` inside only accumulates,
-    gradients that `optax.apply_if_finite` inside finds not to be finite (also gradients that it applies in the end,
-    after too many errors), and the adversarial steps of `optax.contrib.sam`. If `optax.MultiSteps` or
-    `optax.apply_if_finite` is around the `lookahead`, it leaves the state of the `lookahead` alone for such gradients.
-    If such a transformation holds only for a part of the parameters in an `optax.partition`, put a `lookahead` around
-    it inside the `partition`.
+    Only applied updates count. These do not count:
+
+    - gradients that `optax.MultiSteps` inside only accumulates;
+    - gradients that `optax.apply_if_finite` inside finds not to be finite, even if it applies them in the end, after
+      too many errors;
+    - the adversarial steps of `optax.contrib.sam`.
+
+    If `optax.MultiSteps` or `optax.apply_if_finite` is around the `lookahead`, it leaves the state of the `lookahead`
+    alone for such gradients. If such a transformation holds only for a part of the parameters, in an
+    `optax.partition`, put a `lookahead` around it inside the `partition`.
 
     A weight whose update is `None` at a sync is frozen. The sync does not move it. Its slow weight is captured again
     from it, and its slow momentum becomes 0. A weight whose update is 0, for example from `optax.set_to_zero`, takes
