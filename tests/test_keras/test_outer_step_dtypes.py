@@ -17,7 +17,7 @@ every_outer = pytest.mark.parametrize("outer", SETTINGS.values(), ids=SETTINGS)
 # Elsewhere every model is compiled separately.
 IN_FIT = SETTINGS if BACKEND == "torch" else {"nesterov": SETTINGS["nesterov"]}
 in_fit = pytest.mark.parametrize("outer", IN_FIT.values(), ids=IN_FIT)
-UNIT = 2.0**-7  # of bfloat16 from 1 to 2
+UNIT = 2.0**-7  # the spacing of bfloat16 from 1 to 2
 DTYPES = ["bfloat16", "float32", "float16", "bfloat16"]
 NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 

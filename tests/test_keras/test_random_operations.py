@@ -70,7 +70,7 @@ class Model:
                 follower["slow"], follower["is_synchronized"] = copy.deepcopy(self.weights), True
 
     def sync(self):
-        """Do what `sync()` does: with momentum nothing, unless an update was applied since the last sync."""
+        """Make a sync by hand. With momentum it does nothing if no update was applied since the last sync."""
         level = self.levels[-1]
         if level["slow"] is not None and not (level["slow_momentum"] and level["is_synchronized"]):
             self.synchronize(len(self.levels) - 1)

@@ -1,8 +1,8 @@
 """Training programs in the form that users of TensorFlow Addons have them.
 
-Each is a function of `library`, which has the Keras of the process and the three optimizers, TensorFlow Addons' or this
-package's, and of `directory`, for its files. It returns arrays by name. `record_original.py` records what the original
-does in them.
+Each program is a function with two arguments. `library` has the Keras of the process and the three optimizers,
+TensorFlow Addons' or this package's. `directory` is for its files. A program returns arrays by name.
+`record_original.py` records the results with the original.
 
 python tests/test_tf_keras/programs.py DIRECTORY     writes what the original does in them
 """

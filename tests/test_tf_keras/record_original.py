@@ -1,38 +1,38 @@
 """Records what the original, `tfa.optimizers.Lookahead`, computes and saves: the reference of these tests.
 
-To make `recordings/` again: a Python 3.11 environment with
+To make `recordings/` again, use a Python 3.11 environment:
 
     pip install tensorflow==2.15.1 tensorflow-addons==0.23.0
     python tests/test_tf_keras/record_original.py
 
-With `--optimizers` only `recordings/optimizers/` is made: what the original's `RectifiedAdam` and `AdamW` do, bare (an
-entry's `wrapper` is then null, and it has no `slow`) and inside its `Lookahead`, and what the programs of `programs.py`
-do with them. It has the same form, and takes its inputs and batches from the other files.
+With `--optimizers` only `recordings/optimizers/` is made. It records the original's `RectifiedAdam` and `AdamW`, bare
+and inside the original's `Lookahead`, and the programs of `programs.py` with them. (For a bare optimizer an entry's
+`wrapper` is null, and it has no `slow`.) It has the same format. It takes its inputs and batches from the other files.
 
-With `--check` nothing is written, and a new process resumes from the files that are there.
+With `--check` nothing is written. A new process resumes from the existing files.
 
-A list of arrays (weights, or the entries of `get_weights()`) is stored flat: each raveled, then all concatenated.
-`recordings/index.json` describes the runs. An entry of `trajectories` can be run again from data alone:
+A list of arrays (weights, or the entries of `get_weights()`) is stored flat: each array is raveled, then all are
+concatenated. `recordings/index.json` describes the runs. An entry of `trajectories` can be run again from data alone:
 
 - `name`; `inner` (`class_name`, and a `config` for that class' `from_config`); `wrapper` (keyword arguments); `dtype`;
-- `inputs`: arrays `inputs/<inputs>/weight/<i>` of `trajectories.npz` are the initial weights, and
-  `inputs/<inputs>/gradient/<i>` the gradients, their first axis the step. A weight whose number is in `sparse` has
-  `.../gradient/<i>/values` and `.../gradient/<i>/indices` instead, for a `tf.IndexedSlices`;
-- `<name>/fast` and `<name>/slow`: the flat weights after every step, one row for each. `<name>/state`: the flat
+- `inputs`: in `trajectories.npz` the arrays `inputs/<inputs>/weight/<i>` are the initial weights, and the arrays
+  `inputs/<inputs>/gradient/<i>` are the gradients. The first axis of a gradient is the step. A weight whose number is
+  in `sparse` has `.../gradient/<i>/values` and `.../gradient/<i>/indices` instead, for a `tf.IndexedSlices`;
+- `<name>/fast` and `<name>/slow`: the flat weights after every step, a row for each step. `<name>/state`: the flat
   `get_weights()`, in the weights' dtype, after the steps `state_steps` (counted from 1). `state` lists its entries:
   `[name of the variable, shape, dtype]`.
 
-An entry of `models` stands for the folder of that name: a small model, trained by the original for `stopped_after`
-batches, saved in the files that `files` names, and trained on. `model_data.npz` has the batches, `x` and `y`, and the
-initial weights, `initial/<i>`. `continuation.npz` has `fast` and `slow` (a row for every further step), `state` (after
-the last), and `stopped/fast`, `stopped/slow`, `stopped/state` for the moment when the files were written.
+An entry of `models` describes the folder of that name. The original trained a small model for `stopped_after` batches,
+saved it in the files that `files` names, and trained on. `model_data.npz` has the batches, `x` and `y`, and the initial
+weights, `initial/<i>`. `continuation.npz` has `fast` and `slow` (a row for every further step), `state` (after the last
+step), and `stopped/fast`, `stopped/slow`, `stopped/state` for the moment when the files were written.
 
-`continuation_without_state.npz` goes on from the same weights with a new optimizer. That is all the original makes of
-`weights.h5`, which has no optimizer in it, and of `load_model` on a SavedModel: Keras 2 restores no slots of a legacy
-optimizer from there. `load_weights` does, from the SavedModel's `variables/variables`.
+`continuation_without_state.npz` continues from the same weights with a new optimizer. The original can do no more from
+`weights.h5`, which has no optimizer in it, and with `load_model` from a SavedModel: there Keras 2 restores no slots of
+a legacy optimizer. `load_weights` restores them from the SavedModel's `variables/variables`.
 
-After restoring a checkpoint the original lists its weights in another order (so not by name as in `state`), because it
-creates them in the order of the restoration.
+After restoring a checkpoint the original lists its weights in the order of the restoration, in which it creates them.
+So the order is not the order of `state`.
 """
 
 import copy

@@ -15,7 +15,7 @@ from tests.comparison import assert_same_bits
 from tests.test_torch.by_hand import parameters, set_gradients
 
 NAN = float("nan")
-UNIT = 2**-7  # that of bfloat16 from 1 to 2
+UNIT = 2**-7  # the spacing of bfloat16 from 1 to 2
 
 
 def moved_by_units(units, slow_step_size, slow_dtype):
