@@ -22,7 +22,7 @@ class Loaded(NamedTuple):
 
     slow: dict[Tensor, Tensor]
     momentum: dict[Tensor, Tensor]
-    # Not empty only for a state dict that was made in a `slow_weights()` block.
+    # Empty, except for a state dict that was made in a `slow_weights()` block.
     fast: dict[Tensor, Tensor]
 
 

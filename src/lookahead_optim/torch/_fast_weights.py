@@ -107,7 +107,7 @@ class LoadedFastWeights:
             elif any(parameter in loaded.by_parameter for parameter in module.parameters()) and loaded.put_back():
                 loaded.forget()
 
-        # This hook runs before the hooks of FSDP2, which gather the weights. A hook of a tensor would not.
+        # This hook runs before the hooks of FSDP2, which gather the weights. Tensors have no such hook.
         hook = self._hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
 
 

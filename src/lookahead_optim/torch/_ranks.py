@@ -17,7 +17,7 @@ _compared: collections.Counter[str] = collections.Counter()
 def check_equal_on_all_ranks(groups: list[Group], names: Names) -> None:
     """Raise `RuntimeError` if another process has an optimizer like this one, with other settings or counts.
 
-    All that is known of the processes is that they belong to one run. Each may have another part of a model, or make
+    The processes belong to one run. Nothing else is known about them: each may have another part of a model, or make
     its first step much later. So there is no collective operation, which would wait for all processes. Instead each
     process asks the run's key-value store once, under a key made of its parameters' shapes. The first process stores
     its settings there. The other processes compare their settings with the stored settings.

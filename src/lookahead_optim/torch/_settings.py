@@ -17,7 +17,7 @@ Group: TypeAlias = dict[str, Any]
 NONE_UNSYNCED = 2
 # The name of a fast weight, beside the slow weight, in a state dict that was made in a `slow_weights()` block.
 FAST = "lookahead_fast"
-# Counts are smaller than this number, so that they fit into an int64. Other tools may store them so.
+# Counts are smaller than this number, so that other tools can store them as int64.
 _LARGEST_COUNT = 2**63
 
 
