@@ -280,7 +280,7 @@ class Swapping:
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._is_scored = False
-        # A callback after this callback may still put the slow weights back. By the first batch it has.
+        # A callback after this callback may still put the slow weights back. It has done so before the first batch.
         self._swap_out(is_last=False)
         # Only now has every callback loaded its files, in `on_train_begin`.
         self._lookahead()._take_loaded_fast_weights()
