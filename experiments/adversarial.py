@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ WAYS = {
     "k = 5, two optimizers": ((5,), "each"),
     "k = 500, generator alone": ((500,), "generator"),
 }
+# Ways whose steps are timed: without a sync, with the most, with few, and nested.
+TIMED = ("bare", "k = 5", "k = 500", "k = 5 in k = 500")
 # Quality is measured so many times in a run, and compared in the mean over the last quarter. Most runs have a sync
 # then, so that the fast weights are those of a step before.
 TIMES = 20
@@ -231,6 +234,22 @@ def trained(steps, seeds, task):
     return {"way": way, "rate": rate, "curves": {weights: [one[weights] for one in found] for weights in found[0]}}
 
 
+def seconds(ways, steps, turns):
+    """Return the seconds of each turn of so many steps, for each way; in each turn all ways have theirs one by one."""
+    images, key, rate = jnp.asarray(real()["images"]), jax.random.key(0), 1e-3
+    carried, found = {}, {way: [] for way in ways}
+    for turn in range(-1, turns):
+        for way in ways:
+            begin, train = compiled(way)
+            start = time.perf_counter()
+            carried[way] = train(rate, carried.get(way) or begin(rate, 0), images, key, 0, steps)
+            jax.block_until_ready(carried[way])
+            # The first turn compiles.
+            if turn >= 0:
+                found[way].append(round(time.perf_counter() - start, 5))
+    return found
+
+
 def best_rates(tuning):
     """Return the ways with the learning rates that are best for any weights of theirs, each once."""
     weights_of = {one["way"]: list(one["curves"]) for one in tuning}
@@ -247,11 +266,15 @@ def run(quick):
     if quick:
         steps, ways, rates, seeds_to_tune, seeds = 200, ("bare", "k = 5"), RATES[2:3], (0,), (10, 11)
     each = (lambda function, tasks: list(map(function, tasks))) if quick else in_processes
+    timed = {
+        "steps": min(steps, 500),
+        "of_turns": seconds(TIMED[: 2 if quick else None], min(steps, 500), 2 if quick else 15),
+    }
     tuning = each(functools.partial(trained, steps, seeds_to_tune), list(itertools.product(ways, rates)))
     runs = each(functools.partial(trained, steps, seeds), best_rates(tuning))
     references = {name: round(real()[name], 3) for name in ("accuracy", "of_training_images", "of_gaussian")}
     settings = {"steps": steps, "rates": rates, "seeds_to_tune": seeds_to_tune, "seeds": seeds}
-    return {**settings, **references, "tuning": tuning, "runs": runs}
+    return {**settings, **references, "seconds": timed, "tuning": tuning, "runs": runs}
 
 
 def at_end(curves):
@@ -293,6 +316,17 @@ def end(results, way, weights):
     return at_end(chosen(results, way, weights)[1])
 
 
+def times(results):
+    """Return rows with the seconds of a training for each way that was timed, and their ratio to bare, by turns."""
+    of_turns = {way: np.array(one) for way, one in results["seconds"]["of_turns"].items()}
+    rows = []
+    for way, one in of_turns.items():
+        low, ratio, high = np.quantile(one / of_turns["bare"], (0.25, 0.5, 0.75))
+        whole = np.median(one) / results["seconds"]["steps"] * results["steps"]
+        rows.append([way, f"{whole:.1f}", "" if way == "bare" else f"{ratio:.2f} ({low:.2f} to {high:.2f})"])
+    return rows
+
+
 def tables(results):
     """Return the tables of the experiment's page."""
     rows, over_rates = [], []
@@ -319,6 +353,7 @@ def tables(results):
             ["", "weights", "rate", "distance", "minus bare", "minus EMA 0.999", "best in training", "failed"], rows
         ),
         "rates": markdown(["", "weights", *(f"{rate:g}" for rate in results["rates"])], over_rates),
+        "seconds": markdown(["", "seconds of a training", "divided by bare"], times(results)),
         "references": f"The classifier is right on {results['accuracy']:.1f}% of the held-out images. The distance is "
         f"{results['of_training_images']:.2f} for the training images themselves, and {results['of_gaussian']:.2f} for "
         "images from a Gaussian in the space of pixels.\n",

@@ -33,7 +33,7 @@ OPTIMIZERS = ("AdamW", *OUTER)
 LOWEST = {2: 2.5e-4, 8: 5e-4, 32: 1e-3}
 LADDERS = {batch: tuple(rate * 2**power for power in range(6)) for batch, rate in LOWEST.items()}
 PIECES = 240 * 32
-SEEDS, SEED_TO_TUNE = (0, 1, 2), 100
+SEEDS, SEED_TO_TUNE = (0, 1, 2, 3, 4), 100
 
 load_once = functools.cache(load)
 

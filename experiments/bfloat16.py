@@ -32,7 +32,7 @@ DTYPES = {
     "bfloat16": ("bfloat16", "bfloat16", "bfloat16"),
 }
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-SEEDS, SEED_TO_TUNE = (0, 1, 2), 100
+SEEDS, SEED_TO_TUNE = (0, 1, 2, 3, 4), 100
 
 load_once = functools.cache(load)
 

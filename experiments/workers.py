@@ -7,6 +7,7 @@ end.
 
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import socket
@@ -29,7 +30,8 @@ from transformer import CONTEXT, initial_params, loss_of, starts_of_pieces
 WORKERS, PERIODS, BATCH = (1, 2, 4), (1, 10, 50), 32
 # Slow step size and slow momentum. With the first, a sync takes the mean of the workers' weights.
 OUTER = {"mean": (1.0, 0.0), "momentum 0.6": (0.7, 0.6), "momentum 0.9": (0.7, 0.9)}
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+# The learning rate is looked for by factors of two from here.
+FIRST_RATE = 4e-3
 SEEDS, SEED_TO_TUNE = (0, 1, 2), 100
 # The loss is measured so many times in a run, each time right after a sync.
 TIMES = 8
@@ -41,10 +43,15 @@ def way(workers, period, outer):
 
 
 def ways(workers=WORKERS, periods=PERIODS, outers=tuple(OUTER)):
-    """Return all ways to train. The first is AdamW alone: one worker, whose slow weights copy its weights."""
+    """Return all ways to train. The first is AdamW alone: one worker, whose slow weights copy its weights.
+
+    Several workers that sync after every step are there with the mean alone, to tell what a period does from what the
+    workers' own moments do.
+    """
     bare = way(1, 1, "mean")
-    others = itertools.product(workers, periods, outers)
-    return [bare, *(way(*one) for one in others if one[0] > 1 or one[2] != "mean")]
+    several = [one for one in itertools.product(workers, periods, outers) if one[1] > 1 and one[::2] != (1, "mean")]
+    each_step = [(one, 1, "mean") for one in workers if one > 1 and 1 in periods]
+    return [bare, *itertools.starmap(way, each_step + several)]
 
 
 def optimizer(one, rate, steps):
@@ -112,10 +119,26 @@ def losses(one, rate, seed, steps):
     return found
 
 
-def tuned(steps, rates, seeds, one):
-    """Return a way with the losses at all rates with one seed, and at the best rate with other seeds."""
-    tuning = [losses(one, rate, SEED_TO_TUNE, steps)[-1] for rate in rates]
-    rate = rates[int(np.nanargmin(tuning))]
+def search(loss_at, rate):
+    """Return losses by learning rate: by factors of two, until the best rate has a worse one on both sides."""
+    found = {rate: loss_at(rate)}
+    while True:
+        best = min(found, key=found.get)
+        missing = [one for one in (2 * best, best / 2) if one not in found]
+        if not missing:
+            return dict(sorted(found.items()))
+        found[missing[0]] = loss_at(missing[0])
+
+
+def tuned(steps, seeds, one):
+    """Return a way with the losses at the learning rates tried with one seed, and at the best rate with other seeds."""
+
+    def loss_at(rate):
+        loss = losses(one, rate, SEED_TO_TUNE, steps)[-1]
+        return math.inf if math.isnan(loss) else loss
+
+    tuning = search(loss_at, FIRST_RATE)
+    rate = min(tuning, key=tuning.get)
     return {**one, "tuning": tuning, "rate": rate, "curves": [losses(one, rate, seed, steps) for seed in seeds]}
 
 
@@ -208,17 +231,16 @@ def run(quick):
     # Two processes share the cores.
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     few = {"workers": (2,), "periods": (10,), "outers": ("momentum 0.6",)}
-    steps, rates, seeds, which = (16, (4e-3,), (0,), few) if quick else (400, RATES, SEEDS, {})
+    steps, seeds, which = (16, (0,), few) if quick else (400, SEEDS, {})
     *texts, digest = load()
     return {
         "text": described(*texts, digest),
         "steps": steps,
-        "rates": rates,
         "seeds": seeds,
         "size": 4 * sum(leaf.size for leaf in jax.tree.leaves(initial_params(0))),
         "processes": compare_with_processes(2, 20 if quick else 50),
         # New processes take longer than a few steps.
-        "ways": list((map if quick else in_processes)(functools.partial(tuned, steps, rates, seeds), ways(**which))),
+        "ways": list((map if quick else in_processes)(functools.partial(tuned, steps, seeds), ways(**which))),
     }
 
 
