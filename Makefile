@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick test-python test-latest fuzz test-lowest test-tf215 lint types docs gpu bench bench-quick bench-report experiments peers clean
+.PHONY: help setup demo test test-quick test-python test-latest fuzz test-lowest test-tf215 wheels support lint types docs gpu bench bench-quick bench-report experiments peers clean
 PYTHON ?= python3
 BACKENDS := tensorflow jax torch
 # The development environment, and the versions in it.
@@ -7,6 +7,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 DEV := $(VENV)/bin/
 PYTEST_ARGS ?= --quiet --numprocesses 2 --dist loadfile
+# With RECORD=docs/support test runs write what they tested, with which versions; `make support` draws it.
+export RECORD
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 help:  ## List the targets.
@@ -58,13 +60,19 @@ endef
 
 test: $(VENV)/.installed  ## Run all tests.
 	@$(share-compiled-programs); failed=; \
-	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py tests/test_experiments.py tests/test_troubleshooting.py docs/*.md docs/experiments/*.md \
+	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py tests/test_experiments.py tests/test_troubleshooting.py tests/test_support.py docs/*.md docs/experiments/*.md \
 	    $(addprefix src/lookahead_optim/,torch optax tf_keras lightning.py transformers.py) || failed="package"; \
 	$(call run-native-tests,$(DEV)python,,tests/test_optax tests/test_tf_keras); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md docs/keras.md)
 
 test-python:  ## Run all tests on another Python, PYTHON=python3.12 for example, with the versions in constraints.
 	$(MAKE) test VENV=.venv-$(notdir $(PYTHON)) CONSTRAINTS=constraints/$(notdir $(PYTHON)).txt
+
+wheels: $(VENV)/.installed  ## Install the wheel with each extra in a fresh environment, and run its example there.
+	$(DEV)python tests/wheels.py --constraints $(CONSTRAINTS) $(ARGS)
+
+support: $(VENV)/.installed  ## Write the page on tested versions and the classifiers from the records of test runs.
+	$(DEV)python tests/support.py
 
 test-latest:  ## Run all tests with the newest versions that there are.
 	$(MAKE) test VENV=.venv-latest CONSTRAINTS=/dev/null

@@ -43,3 +43,11 @@ pytest_collect_file = Sybil(
     setup=_enter_folder,
     teardown=_leave_folder,
 ).pytest()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Write records of what was tested, if `RECORD` names a folder for them."""
+    if os.environ.get("RECORD"):
+        from tests import support
+
+        support.record(terminalreporter.stats, os.environ["RECORD"])
