@@ -1,4 +1,4 @@
-"""Tables and plots from the results that `run.py` wrote, and from nothing else.
+"""Make tables and plots from the results of `run.py`. They contain nothing else.
 
 python benchmarks/report.py docs/benchmarks benchmarks/results/*.json
 """
@@ -19,38 +19,41 @@ from cases import ARRAYS, MODELS, MODES, SHAPES, full
 from timing import limit, quartiles, ratios
 
 OURS = "lookahead-optim"
-# Ratios to the bare step that this library aims at, at period 6, by inner optimizer: of ten large weights, of four
-# hundred small ones, and of a training step. They are what the designs that were tried allow, and no more.
+# Aims, by inner optimizer. The time of a step with Lookahead, divided by the time of the bare step, should be at most
+# this at period 6. They are for ten large weights, for four hundred small weights, and for a training step. No design
+# that was tried reaches stricter aims everywhere.
 LARGE_AIMS = {"SGD": 1.40, "Adam": 1.10}
 SMALL_AIMS = {
     "call by call": {"SGD": 1.40, "Adam": 1.10},
     "a graph of TensorFlow": {"SGD": 1.60, "Adam": 1.20},
-    # There a copy that is only passed to a step and back costs nearly that much.
+    # Merely passing a second copy of the weights to the step and back costs nearly as much.
     "compiled by XLA": {"SGD": 2.00, "Adam": 1.55},
 }
 TRAINING_AIM = 1.02
-# How many times as long a step of TensorFlow Addons takes.
+# Aims: the time of a step of TensorFlow Addons divided by the time of a step of this library, at least.
 ADDONS_AIMS = {"SGD": 4.00, "Adam": 2.00}
-# Tables that the docs have of machines other than the last one.
+# Tables that the docs show for every machine. The other tables are for the machine of the last run alone.
 EARLIER = ("about", "aims", "training_aims", "memory", "scaling", "every_step", "training")
-# What a peer does otherwise, so that its time is not that of the same work.
+# Programs whose names in results need more words in a table.
+NAMES = {"bare, one more copy carried": "bare, passing a second copy", "optax": "optax.lookahead"}
+# Where a peer does different work, so that times are not quite comparable.
 NOTES = {
-    "timm": "the first sync only captures; weights without a gradient are left out",
-    "pytorch_optimizer": "weights without a gradient are left out",
+    "timm": "the first sync only captures; weights without a gradient are not synced",
+    "pytorch_optimizer": "weights without a gradient are not synced",
     "torch_optimizer": "syncs at steps 1, k + 1, 2k + 1",
-    "tensorflow_addons": "weights without a gradient are left out",
-    "bare, one more copy carried": "no Lookahead: what it costs to pass slow parameters to a step",
-    "optax": "pairs of parameters in place of parameters",
+    "tensorflow_addons": "weights without a gradient are not synced",
+    "bare, one more copy carried": "no Lookahead: only passes a second copy of the parameters to the step",
+    "optax": "works on pairs of parameters, `LookaheadParams`",
 }
 
 
 def of_kind(run, kind):
-    """Return the results of one kind that have figures."""
+    """Return the results of one kind of case, without cases that failed."""
     return [one for one in run["results"] if one["case"]["kind"] == kind and "result" in one]
 
 
 def ratio_of(result, name):
-    """Return the quartiles of a program's ratio to the bare one."""
+    """Return the quartiles of a program's time divided by the bare program's time."""
     return quartiles(ratios(result[name]["seconds"], result["bare"]["seconds"]))
 
 
@@ -63,13 +66,18 @@ def what(case):
     return f"{case['model']}, {case['loop']}" if case["model"] else f"{case['weights']} x {case['side']}²"
 
 
+def shown_name(name):
+    """Return a program's name as tables show it."""
+    return NAMES.get(name, name)
+
+
 def form(name):
-    """Return what of a program's name tells it from others of its mode."""
-    return "" if name == OURS else f": {name.removeprefix(OURS + ', ')}"
+    """Return what follows the mode in a label: nothing for `OURS`, or for example ": apply_gradients" or ": timm"."""
+    return "" if name == OURS else f": {shown_name(name.removeprefix(OURS + ', '))}"
 
 
 def step_rows(run, kind="step"):
-    """Return header and rows of the table of steps: one row for each program that wraps."""
+    """Return header and rows of the table of steps: one row for each program, without the bare programs."""
     rows = []
     for one in of_kind(run, kind):
         case, result = one["case"], one["result"]
@@ -79,8 +87,10 @@ def step_rows(run, kind="step"):
         for name in result:
             if name != "bare":
                 row = [case["mode"], case["inner"], what(case), str(case["period"]), f"{bare:.2f}", bound]
-                rows.append([*row, name, shown(ratio_of(result, name))])
-    return ["mode", "inner", "weights", "period", "bare, ms", "limit: separate, fused", "program", "over bare"], rows
+                rows.append([*row, shown_name(name), shown(ratio_of(result, name))])
+    measured = "model, loop" if kind == "training" else "weights"
+    limits = "limit: separate sync, fused sync"
+    return ["mode", "inner optimizer", measured, "period", "bare, ms", limits, "program", "time / bare time"], rows
 
 
 def print_table(run):
@@ -89,7 +99,7 @@ def print_table(run):
     for kind, title in titles.items():
         header, rows = step_rows(run, kind)
         if rows:
-            table = Table(*header, title=f"{title}: median over bare, quartiles in brackets")
+            table = Table(*header, title=f"{title}: time divided by bare time, median and quartiles")
             for row in rows:
                 table.add_row(*row)
             Console(width=None if Console().is_terminal else 160).print(table)
@@ -102,7 +112,7 @@ def markdown(header, rows):
 
 
 def wide_steps(run, shape, period):
-    """Return the table of one shape and period: modes and programs down, inner optimizers across."""
+    """Return the table of one shape and period: a row for each program, a column for each inner optimizer."""
     weights, side = SHAPES[shape]
     figures = {}
     for one in of_kind(run, "step"):
@@ -116,26 +126,27 @@ def wide_steps(run, shape, period):
         for kind in ("separate", "fused")
     ]
     for (mode, name), by_inner in figures.items():
-        rows.append([mode, name, *(by_inner.get(inner, "") for inner in ARRAYS), NOTES.get(name, "")])
-    return markdown(["mode", "program", *ARRAYS, "differs"], rows)
+        rows.append([mode, shown_name(name), *(by_inner.get(inner, "") for inner in ARRAYS), NOTES.get(name, "")])
+    return markdown(["mode", "program: time / bare time", *ARRAYS, "what it does differently"], rows)
 
 
 def outer_table(run):
-    """Return the table of the forms of the outer step: cases down, programs across."""
+    """Return the table of the forms of the outer step: a row for each case, a column for each program."""
     outer = of_kind(run, "outer")
     programs = list(dict.fromkeys(name for one in outer for name in one["result"] if name != "bare"))
     rows = []
     for one in outer:
         case, result = one["case"], one["result"]
-        # A sync with momentum moves six arrays, where the plain one moves four.
+        # A sync with momentum moves six arrays. A sync without momentum moves four.
         bounds = [f"{1 + moved / (ARRAYS[case['inner']] * case['period']):.2f}" for moved in (4, 6)]
         shows = [shown(ratio_of(result, name)) if name in result else "-" for name in programs]
         rows.append([case["mode"], case["inner"], case["dtype"], str(case["period"]), ", ".join(bounds), *shows])
-    return markdown(["mode", "inner", "weights", "period", "limit: plain, momentum", *programs], rows)
+    header = ["mode", "inner optimizer", "dtype", "period", "limit: without, with momentum"]
+    return markdown([*header, *programs], rows)
 
 
 def design_table(run):
-    """Return the table of designs: modes and designs down, shapes and inner optimizers across."""
+    """Return the table of designs: a row for each design, a column for each shape and inner optimizer."""
     figures = {}
     for one in of_kind(run, "design"):
         case, result = one["case"], one["result"]
@@ -143,27 +154,32 @@ def design_table(run):
             if name != "bare":
                 figures.setdefault((case["mode"], name), {})[what(case), case["inner"]] = shown(ratio_of(result, name))
     columns = list(dict.fromkeys(column for row in figures.values() for column in row))
-    rows = [[*labels, *(row.get(column, "-") for column in columns)] for labels, row in figures.items()]
-    return markdown(["mode", "design", *(f"{shape} {inner}" for shape, inner in columns)], rows)
+    rows = [
+        [mode, shown_name(name), *(row.get(column, "-") for column in columns)] for (mode, name), row in figures.items()
+    ]
+    return markdown(["mode", "design: time / bare time", *(f"{shape} {inner}" for shape, inner in columns)], rows)
 
 
 def verdict(figures, count, aim, at_least=False):
-    """Return the median beside an aim, and whether it is met: open if the aim is as near as the median is uncertain.
+    """Return the median, the aim, and "yes", "no" or "open": whether the aim is met.
+
+    "open" means that the aim lies in a 95% interval of the median.
 
     Args:
         figures: Quartiles.
-        count: Of how many values.
-        aim: The most that the median should be, or with `at_least` the least.
+        count: The number of values.
+        aim: The largest acceptable median, or the smallest if `at_least` is true.
     """
     low, median, high = figures
-    # Half of a 95% interval of the median of normal values: 1.96 times 1.253 standard errors of the mean.
+    # Half of a 95% interval of the median. For normal values the standard error of a median is 1.253 times the standard
+    # error of a mean, and the distance of the quartiles is 1.349 standard deviations: 1.96 * 1.253 / 1.349 = 1.82.
     uncertainty = 1.82 * (high - low) / math.sqrt(count)
     met = "open" if abs(median - aim) < uncertainty else "yes" if (median <= aim) != at_least else "no"
     return f"{median:.2f} / {aim:.2f} {met}"
 
 
 def addons_over_ours(run):
-    """Return the verdicts on how much longer a step of TensorFlow Addons takes, in one process, by column of `aims`."""
+    """Return verdicts on a step of TensorFlow Addons compared with a step of this library, by column of `aims`."""
     cells = {}
     for one in of_kind(run, "step"):
         case, result = one["case"], one["result"]
@@ -182,7 +198,7 @@ def addons_over_ours(run):
 
 
 def aims(run):
-    """Return the table of aims for steps: rows of modes and forms, columns of shapes and inner optimizers."""
+    """Return the table of aims for steps: a row for each program, a column for each shape and inner optimizer."""
     rows = {}
     for one in of_kind(run, "step"):
         case, result = one["case"], one["result"]
@@ -192,7 +208,7 @@ def aims(run):
                     aim = (LARGE_AIMS if case["side"] >= 1024 else small_aims(case["mode"]))[case["inner"]]
                     column = what(case), case["inner"]
                     rows.setdefault(case["mode"] + form(name), {})[column] = verdict_of(result, name, aim)
-    rows["TensorFlow Addons over ours, at least"] = addons_over_ours(run)
+    rows["TensorFlow Addons / lookahead-optim, at least"] = addons_over_ours(run)
     return verdicts(rows, [f"{weights} x {side}²" for weights, side in SHAPES.values()], LARGE_AIMS)
 
 
@@ -204,13 +220,13 @@ def small_aims(mode):
 
 
 def training_aims(run):
-    """Return the table of aims for training steps: rows of modes, loops and forms, columns of models and optimizers."""
+    """Return the table of aims for training steps: a row for each program, a column for each model and optimizer."""
     rows = training_rows(run, lambda result, name: verdict_of(result, name, TRAINING_AIM))
     return verdicts(rows, MODELS, LARGE_AIMS)
 
 
 def training_rows(run, figure):
-    """Return `figure(result, name)` of training steps at period 6: rows of modes, columns of models and optimizers."""
+    """Return `figure(result, name)` of training steps at period 6, by program, then by model and optimizer."""
     rows = {}
     for one in of_kind(run, "training"):
         case, result = one["case"], one["result"]
@@ -227,17 +243,19 @@ def verdict_of(result, name, aim):
 
 
 def verdicts(rows, *columns):
-    """Return a table of verdicts by name of a row and by column."""
+    """Return the table of verdicts. Its last row counts them."""
     columns = [*itertools.product(*columns)]
     cells = [[label, *(row.get(column, "-") for column in columns)] for label, row in rows.items()]
     words = ("yes", "open", "no")
     met = [[row[column].split()[-1] for row in rows.values() if column in row] for column in columns]
-    cells.append([f"**{', '.join(words)}**", *(", ".join(str(one.count(word)) for word in words) for one in met)])
-    return markdown(["median / aim, met", *(" ".join(column) for column in columns)], cells)
+    cells.append(
+        [f"**count of {', '.join(words)}**", *(", ".join(str(one.count(word)) for word in words) for one in met)]
+    )
+    return markdown(["median / aim, met?", *(" ".join(column) for column in columns)], cells)
 
 
 def memory(run):
-    """Return the table of memory, in copies of the weights more than the bare optimizer."""
+    """Return the table of memory above the bare optimizer's, in copies of the weights."""
     planned = {
         one["case"]["mode"]: one["result"]
         for one in of_kind(run, "step")
@@ -254,12 +272,13 @@ def memory(run):
             plans = [planned.get(case["mode"], {}).get(program, {}).get("bytes_planned") for program in ("bare", name)]
             for index in (0, 1):
                 row.append(f"{(plans[1][index] - plans[0][index]) / copy:.2f}" if all(plans) else "-")
-            rows.append([case["mode"], name, *row])
-    return markdown(["mode", "program", "steady", "peak", "planned by the compiler", "of it temporary"], rows)
+            rows.append([case["mode"], shown_name(name), *row])
+    header = ["mode", "program", "after a sync", "peak", "planned by the compiler", "temporary part of the plan"]
+    return markdown(header, rows)
 
 
 def graphs(run):
-    """Return the table of first calls and graph sizes, of steps of small weights with SGD."""
+    """Return the table of first calls and graph sizes, for steps of small weights with SGD."""
     rows = []
     for one in of_kind(run, "step"):
         case, result = one["case"], one["result"]
@@ -267,20 +286,20 @@ def graphs(run):
             bare = result["bare"]
             for name, figures in result.items():
                 size = str(figures["graph_size"] or "-")
-                rows.append([case["mode"], name, f"{figures['first_call']:.2f}", size])
+                rows.append([case["mode"], shown_name(name), f"{figures['first_call']:.2f}", size])
                 if bare["graph_size"]:
                     rows[-1][-1] += f" ({figures['graph_size'] / bare['graph_size']:.2f})"
-    return markdown(["mode", "program", "first call, s", "operations (over bare)"], rows)
+    return markdown(["mode", "program", "first call, s", "operations (divided by bare)"], rows)
 
 
 def extra_seconds(result):
-    """Return what a step takes longer than the bare one, in seconds, at the median."""
+    """Return how much longer a step takes than the bare step: the median, in seconds."""
     ours, bare = (result[name]["seconds"] for name in (OURS, "bare"))
     return statistics.median(one - other for one, other in zip(ours, bare))
 
 
 def scaling_points(run, mode):
-    """Return points (x, seconds a step more) for numbers of parameters, and for numbers of weights."""
+    """Return points (x, extra seconds per step) for numbers of parameters, and for numbers of weights."""
     by_size, by_number = [], []
     for one in of_kind(run, "scaling"):
         case = one["case"]
@@ -294,7 +313,7 @@ def scaling_points(run, mode):
 
 
 def exponent(points):
-    """Return the slope of the least-squares line through the logarithms, of those points that have one."""
+    """Return the slope of the least-squares line through the logarithms of all points with a positive `y`."""
     points = [(math.log(x), math.log(y)) for x, y in points if y > 0]
     if len(points) < 2:
         return None
@@ -302,7 +321,7 @@ def exponent(points):
 
 
 def fitted(points):
-    """Return the exponent, and of how many points."""
+    """Return the exponent and the number of points."""
     slope = exponent(points)
     return "-" if slope is None else f"{slope:.2f} ({sum(y > 0 for _, y in points)} points)"
 
@@ -314,7 +333,7 @@ def scaling(run):
         by_size, by_number = scaling_points(run, mode)
         if not by_size:
             continue
-        # A round number of square weights is not exactly a round number of parameters.
+        # Weights are square, so numbers of parameters are only nearly round.
         large = [point for point in by_size if point[0] >= 0.99 * 10**6]
         largest = large[-1] if large else None
         row = [mode, fitted(large)]
@@ -323,7 +342,8 @@ def scaling(run):
         row.append(fitted(most))
         row.append(f"{most[-1][1] / most[-1][0] * 1e6:.2f} (at {most[-1][0]:,})" if most else "-")
         rows.append(row)
-    header = ["mode", "exponent, parameters", "ns a parameter", "exponent, weights", "µs a weight"]
+    header = ["mode"]
+    header += ["exponent in parameters", "extra ns per parameter", "exponent in weights", "extra µs per weight"]
     return markdown(header, rows)
 
 
@@ -333,18 +353,19 @@ def reason(text):
 
 
 def failures(run):
-    """Return the cases without a figure, and why."""
+    """Return the table of cases that failed, with the reason."""
     rows = []
     for one in run["results"]:
         case = one["case"]
         if "failed" in one:
             row = [case["mode"], case["kind"], case["inner"], what(case), str(case["period"]), reason(one["failed"])]
             rows.append(row)
-    return markdown(["mode", "kind", "inner", "weights", "period", "why"], rows) if rows else "None.\n"
+    header = ["mode", "kind", "inner optimizer", "weights", "period", "reason"]
+    return markdown(header, rows) if rows else "None.\n"
 
 
 def about(run):
-    """Return what is to be said on the machine, the versions and the runs."""
+    """Return a text about the machine and the versions, and the table of runs."""
     machine, versions = run["machine"], {}
     for one in run["results"]:
         versions |= one.get("versions", {}) if "2.15" not in one["case"]["mode"] else {}
@@ -359,11 +380,11 @@ def about(run):
     threads = {name: count for one in run["results"] for name, count in one.get("threads", {}).items()}
     text += f". Threads: {', '.join(f'{name} {count}' for name, count in threads.items())}" if threads else ""
     header = ["command", "date", "commit", "system"]
-    return text + "; otherwise as many as the framework takes by itself.\n\n" + markdown(header, run["runs"])
+    return text + "; other frameworks use their default.\n\n" + markdown(header, run["runs"])
 
 
 def plot_steps(run, path):
-    """Draw the ratios at period 6: a panel for each shape and inner optimizer, quartiles as bars."""
+    """Draw the ratios at period 6: a panel for each shape and inner optimizer, a bar between the quartiles."""
     from matplotlib.figure import Figure
 
     inners = ("SGD", "Adam")
@@ -395,12 +416,12 @@ def plot_steps(run, path):
         if side >= 1024:
             axes.axvline(limit(ARRAYS[inner], 6), color="C2", linestyle="--", linewidth=1)
         axes.set_title(f"{inner}, {shape}", fontsize=9)
-        axes.set_xlabel("step over bare, period 6", fontsize=8)
+        axes.set_xlabel("step time / bare step time, period 6", fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
 
 def plot_training(run, path):
-    """Draw the ratios of training steps: a panel for each model and inner optimizer, quartiles as bars."""
+    """Draw the ratios of training steps: a panel for each model and optimizer, a bar between the quartiles."""
     from matplotlib.figure import Figure
 
     columns = [*itertools.product(MODELS, LARGE_AIMS)]
@@ -416,32 +437,32 @@ def plot_training(run, path):
         axes.axvline(1, color="0.7", linewidth=0.8)
         axes.axvline(TRAINING_AIM, color="C2", linestyle="--", linewidth=1)
         axes.set_title(", ".join(column), fontsize=9)
-        axes.set_xlabel("training step over bare, period 6", fontsize=8)
+        axes.set_xlabel("step time / bare time, period 6", fontsize=8)
     axes.invert_yaxis()
     figure.savefig(path, metadata={"Date": None})
 
 
 def plot_scaling(run, path):
-    """Draw the seconds that a step takes longer, against parameters and against weights."""
+    """Draw extra seconds per step against the number of parameters and against the number of weights."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for mode in MODES:
         for axes, points in zip((left, right), scaling_points(run, mode)):
-            # A difference can be below zero where noise is larger than it is.
+            # Noise can make a small difference negative.
             points = [(x, y) for x, y in points if y > 0]
             if points:
                 axes.loglog(*zip(*points), "o-", markersize=3, linewidth=1, label=mode)
-    left.set(xlabel="parameters, in ten weights", ylabel="seconds a step more than bare")
-    right.set(xlabel="weights of 32 x 32", ylabel="seconds a step more than bare")
+    left.set(xlabel="parameters, in ten weights", ylabel="extra seconds per step")
+    right.set(xlabel="weights of 32 x 32", ylabel="extra seconds per step")
     if left.lines:
         left.legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})
 
 
 def write(run, folder, names=None):
-    """Write tables and plots into a folder: all, or those of some names."""
+    """Write tables and plots into a folder: all of them, or the tables in `names`."""
     import matplotlib as mpl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -463,7 +484,7 @@ def write(run, folder, names=None):
     for name, text in tables.items():
         if names is None or name in names:
             (folder / f"{name}.md").write_text(text)
-    # Text stays text, so that a change of a figure is a line in a diff.
+    # Text stays text in the SVG, so that a diff shows which figure changed.
     with mpl.rc_context({"svg.hashsalt": "lookahead-optim", "svg.fonttype": "none"}):
         if names is None:
             plot_steps(run, folder / "steps.svg")
@@ -473,7 +494,10 @@ def write(run, folder, names=None):
 
 
 def by_machine(runs):
-    """Return one run for each machine, that of the last run first, as their times do not belong in one table."""
+    """Return one merged run for each machine, the machine of the last run first.
+
+    Times of two machines do not belong in one table.
+    """
     groups = {}
     for run in reversed(runs):
         hardware = tuple(run["machine"][name] for name in ("processor", "cores", "accelerator"))
@@ -482,14 +506,14 @@ def by_machine(runs):
 
 
 def key(case):
-    """Return what tells a case from others: it is the same however often it was timed."""
+    """Return a key that is the same for two measurements of one case, with any number of cycles."""
     told = {name: value for name, value in case.items() if name not in ("cycles", "placements")}
-    # Results from before there was another dtype do not name it.
+    # Older results have no dtype.
     return json.dumps(told | {"dtype": told.get("dtype", "float32")})
 
 
 def merged(runs):
-    """Return runs as one, in which a case has its last result, and cases are in the order of the suite."""
+    """Return several runs as one. The last result of a case counts, and cases are in the order of the suite."""
     results = dict.fromkeys(key(dataclasses.asdict(case)) for case in full())
     for run in runs:
         results |= {key(one["case"]): one for one in run["results"]}
@@ -498,19 +522,19 @@ def merged(runs):
 
 
 def _is_design_of(one):
-    """Sort designs, which the suite has no more, behind all else and by mode."""
+    """Return a sort key that puts designs last, by mode. The suite no longer has designs."""
     case = one["case"]
     return [*MODES].index(case["mode"]) if case["kind"] == "design" else -1
 
 
 def read(paths):
-    """Return the runs in files, the oldest first."""
+    """Return the runs in the files, the oldest first."""
     runs = itertools.chain.from_iterable(json.loads(path.read_text()) for path in paths)
     return sorted(runs, key=lambda run: (run["date"], run["time"]))
 
 
 def written(runs, by_line="results"):
-    """Return runs as JSON, each in lines of its own: a line for each element of its entry `by_line`."""
+    """Return runs as JSON, with one line for each element of the entry `by_line` of a run."""
     texts = []
     for run in runs:
         elements = ",\n".join(json.dumps(one, separators=(",", ":")) for one in run[by_line])
@@ -523,7 +547,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Where to write Markdown tables and SVG plots.")],
     results: Annotated[list[Path], typer.Argument(help="JSON files of `run.py`.", exists=True)],
 ) -> None:
-    """Make tables and plots of results: in the folder those of the last run's machine, below it those of others."""
+    """Make tables and plots of results. Earlier machines have subfolders; the last run's machine has the folder."""
     last, *others = by_machine(read(results))
     write(last, folder)
     for number, run in enumerate(others, start=1):

@@ -1,4 +1,4 @@
-"""Tables and a plot from the results that `gpu.py` wrote, and from nothing else.
+"""Make tables and a plot from the results of `gpu.py`. They contain nothing else.
 
 python benchmarks/report_gpu.py docs/benchmarks_gpu benchmarks/results/gpu_*.json
 """
@@ -12,20 +12,21 @@ import typer
 
 from cases import ARRAYS
 from gpu import PARTS, label
-from report import OURS, markdown
+from report import OURS, markdown, shown_name
 from timing import limit
 
 PEERS = ("timm", "pytorch_optimizer")
+# Inner optimizers that move exactly the arrays of `ARRAYS`, so that they have a limit.
 INNER_ARRAYS = {"SGD, foreach": "SGD", "AdamW, fused": "Adam"}
 
 
 def read(paths):
-    """Return the runs in files, each a dictionary of what is said on a run and its `parts`."""
+    """Return the runs in the files: dictionaries with the results in `parts`, and entries about the run."""
     return list(itertools.chain.from_iterable(json.loads(path.read_text()) for path in paths))
 
 
 def cases_of(runs, part):
-    """Return the last result of each case of a part that did not fail, by name, and of each program in it."""
+    """Return the results of a part, by case, without failures. The last result of each program counts."""
     found = {}
     for run in runs:
         for one in run["parts"]:
@@ -44,7 +45,7 @@ def milliseconds(figures):
 
 
 def about(runs):
-    """Return what is to be said on the machine, the versions and the runs."""
+    """Return a text about the machine and the versions, and the table of runs."""
     machine, versions = runs[-1]["machine"], {}
     for one in itertools.chain.from_iterable(run["parts"] for run in runs):
         versions |= one["result"] if one["case"] == "versions" else one["result"].get("versions", {})
@@ -57,7 +58,7 @@ def about(runs):
 
 
 def tests(runs):
-    """Return the table of tests: the last run of each part."""
+    """Return the table of tests, from the last run of each part."""
     found = {}
     for run in runs:
         for one in run["parts"]:
@@ -80,7 +81,7 @@ def training(runs):
         for form in (OURS, f"{OURS}, apply_gradients"):
             row = [f"Optax, {name}{form.removeprefix(OURS)}", milliseconds(result["bare"]["seconds"])]
             rows.append([*row, shown(result[form]["ratio"]), shown(result["bare, again"]["ratio"])])
-    return markdown(["training step", "bare, ms", "over bare", "bare again, over bare"], rows)
+    return markdown(["training step", "bare, ms", "time / bare time", "bare again / bare"], rows)
 
 
 def steps(runs):
@@ -92,7 +93,8 @@ def steps(runs):
         bound = f"{limit(ARRAYS[arrays], period):.2f}" if arrays else "-"
         row = [weights, inner, str(period), milliseconds(result["bare, seconds"]), bound]
         rows.append([*row, *(shown(result[one]) if one in result else "-" for one in (OURS, *PEERS))])
-    return markdown(["weights", "inner", "period", "bare, ms", "limit", OURS, *PEERS], rows)
+    header = ["weights", "inner optimizer", "period", "bare, ms", "limit"]
+    return markdown([*header, *(f"{one} / bare" for one in (OURS, *PEERS))], rows)
 
 
 def optax_steps(runs):
@@ -103,16 +105,9 @@ def optax_steps(runs):
                 share = figures["share of a step after which the host continues"]["median"]
                 bare = milliseconds(result["bare"]["seconds"])
                 size = f"{figures['gigabytes, as planned']:.3g}"
-                rows.append([name, bare, program, shown(figures["ratio"]), f"{share:.2f}", size])
-    header = [
-        "weights, inner",
-        "bare, ms",
-        "program",
-        "over bare",
-        "share after which the host continues",
-        "GB planned",
-    ]
-    return markdown(header, rows)
+                rows.append([name, bare, shown_name(program), shown(figures["ratio"]), f"{share:.2f}", size])
+    header = ["weights, inner optimizer", "bare, ms", "program", "time / bare time"]
+    return markdown([*header, "host continues after (share of the step)", "GB that XLA plans to move"], rows)
 
 
 def syncs(runs):
@@ -151,7 +146,7 @@ def optax_designs(runs):
             if program.endswith("in place") and inner in found:
                 ratios.setdefault("conditional of all, conditional", {})[inner] = shown(figures["ratio"])
     rows = [[design, *(cells.get(inner, "-") for inner in found)] for design, cells in ratios.items()]
-    return markdown(["capture, restart", *(f"{inner}, over bare" for inner in found)], rows)
+    return markdown(["capture, restart", *(f"{inner}: time / bare time" for inner in found)], rows)
 
 
 def memory(runs):
@@ -164,9 +159,9 @@ def memory(runs):
         for program in dict.fromkeys(key.split(": ")[0] for key in result if ": " in key):
             if program != "bare" and "in place" not in program:
                 more = [result[f"{program}: {one}"] - result[f"bare: {one}"] for one in ("held", "peak")]
-                rows.append([f"Optax, {name}", program, *(f"{one:.3f}" for one in more), "-", "-"])
-    header = ["optimizer, weights", "program", "held", "peak of a cycle", "a sync adds", "a block holds"]
-    return markdown(header, rows)
+                rows.append([f"Optax, {name}", shown_name(program), *(f"{one:.3f}" for one in more), "-", "-"])
+    header = ["inner optimizer, weights", "program", "held", "peak of a cycle", "a sync adds"]
+    return markdown([*header, "a `slow_weights()` block adds"], rows)
 
 
 def waits(runs):
@@ -178,13 +173,13 @@ def waits(runs):
         for kind, steps_in_it in (("5 steps", 5), ("the step with a sync", 1)):
             for program in ("bare", OURS):
                 counts = result[program][kind]
-                # One wait is the profiler's own.
+                # The profiler itself waits once.
                 stops = sum(number for call, number in counts.items() if "Synchronize" in call) - 1
                 launches = sum(number for call, number in counts.items() if "Launch" in call)
-                row.append(f"{launches / steps_in_it:g}, {stops}")
+                row.append(f"launches: {launches / steps_in_it:g}, waits: {stops}")
         rows.append(row)
-    header = ["inner", "between syncs: bare", OURS, "with a sync: bare", OURS]
-    return markdown(header, rows)
+    kinds = "step between syncs", "step with a sync"
+    return markdown(["inner optimizer", *(f"{kind}: {name}" for kind in kinds for name in ("bare", OURS))], rows)
 
 
 def graphs(runs):
@@ -193,24 +188,24 @@ def graphs(runs):
         for key, figures in result.items():
             if key.endswith("ratio"):
                 rows.append([name, key.removesuffix(", ratio"), shown(figures)])
-    return markdown(["what", "how", "over bare"], rows)
+    return markdown(["what", "how", "time / bare time"], rows)
 
 
 def missing(runs):
-    """Return which parts were cut off in the last run that had them, or never ran to their end."""
+    """Return the table of parts that never ran to their end, with the reason in the last run that had them."""
     ends = {}
     for run in runs:
         for one in run["parts"]:
-            ends.setdefault(one["part"], "the run was cut short in it")
+            ends.setdefault(one["part"], "the run was cut short during this part")
             if one["case"] == "end":
                 ends[one["part"]] = (one["result"].get("failed", "").strip().splitlines() or [""])[-1]
-    reasons = {label(part): ends.get(label(part), "it was not begun") for part in PARTS}
+    reasons = {label(part): ends.get(label(part), "this part never started") for part in PARTS}
     rows = [[part, reason] for part, reason in reasons.items() if reason]
-    return markdown(["part", "why it has no end"], rows) if rows else "None.\n"
+    return markdown(["part", "why it is incomplete"], rows) if rows else "None.\n"
 
 
 def plot_steps(runs, path):
-    """Draw the ratios of PyTorch's optimizer steps at period 6, with quartiles, beside peers and limit."""
+    """Draw the ratios of PyTorch's optimizer steps at period 6, with quartiles, peers and the limit."""
     from matplotlib.figure import Figure
 
     found = {name: one for name, one in cases_of(runs, "torch_steps").items() if name.endswith("period 6")}
@@ -235,7 +230,7 @@ def plot_steps(runs, path):
         axes.set_xticks(ticks, map(str, ticks), fontsize=8)
         axes.minorticks_off()
         axes.set_title(inner, fontsize=9)
-        axes.set_xlabel("step over bare, period 6", fontsize=8)
+        axes.set_xlabel("step time / bare step time, period 6", fontsize=8)
     panels[0].invert_yaxis()
     handles = dict(zip(*reversed(panels[0].get_legend_handles_labels())))
     panels[-1].legend(handles.values(), handles.keys(), fontsize=7)
