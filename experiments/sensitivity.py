@@ -58,34 +58,40 @@ def of_characters(results):
         yield task("characters", f"{schedule}, Lookahead(5, 0.5)", results["rates"], 0.1, "nats", *last.values())
 
 
-def of_workers(results):
-    """Return the tasks of `workers`, whose ladders have one seed. With one worker and period 1 AdamW is bare."""
-    found = {(one["workers"], one["period"], one["outer"]): one["tuning"] for one in results["ways"]}
-    for way in ((1, 10, "momentum 0.6"), (1, 10, "momentum 0.9"), (4, 10, "mean"), (4, 10, "momentum 0.6")):
-        sides = (-np.array(found[key], "float64")[None, :, None] for key in ((1, 1, "mean"), way))
-        name = f"{way[0]} worker{'s' if way[0] > 1 else ''}, k = {way[1]}, {way[2]}"
-        yield task("workers", name, results["rates"], 0.1, "nats", *sides)
-
-
 def of_batch_sizes(results):
     """Return the tasks of `batch_sizes`, whose ladders have one seed."""
     found = {
         (one["optimizer"], one["batch"]): -np.array(one["tuning"], "float64")[None, :, None] for one in results["runs"]
     }
     for batch, rates in results["ladders"].items():
-        for name in ("Lookahead(6, 0.5)", "slow momentum 0.6"):
+        for name in dict.fromkeys(name for name, _ in found if name != "AdamW"):
             sides = found["AdamW", int(batch)], found[name, int(batch)]
             yield task("batch sizes", f"{batch} pieces, {name}", rates, 0.1, "nats", *sides)
 
 
+def of_bfloat16(results):
+    """Return the tasks of `bfloat16` in float32, whose ladders have one seed."""
+    found = {
+        one["optimizer"]: -np.array(one["tuning"], "float64")[None, :, None]
+        for one in results["runs"]
+        if one["dtypes"] == "float32"
+    }
+    for name in dict.fromkeys(found):
+        if name != "AdamW":
+            yield task("batches of 8, longer", name, results["rates"], 0.1, "nats", found["AdamW"], found[name])
+
+
 def of_adversarial(results):
-    """Return the tasks of `adversarial`: logarithms of distances, means over the last quarter of each run."""
+    """Return the tasks of `adversarial` with Lookahead on both players.
+
+    Scores are logarithms of distances, each a mean over the last quarter of a run.
+    """
     ends = {
         (one["way"], weights, one["rate"]): np.array(curves, "float64")[:, -len(curves[0]) // 4 :].mean(axis=1)
         for one in results["tuning"]
         for weights, curves in one["curves"].items()
     }
-    for way in ("k = 5", "k = 500"):
+    for way in ("k = 5", "k = 50", "k = 500", "k = 2000", "k = 5 in k = 500"):
         sides = (("bare", "bare"), (way, "slow"))
         scores = ([[-np.log(ends[(*side, rate)]) for rate in results["rates"]]] for side in sides)
         yield task("adversarial", way, results["rates"], 0.25, "of ln distance", *scores)
@@ -95,8 +101,8 @@ SOURCES = {
     "digits": of_digits,
     "label_noise": of_label_noise,
     "characters": of_characters,
-    "workers": of_workers,
     "batch_sizes": of_batch_sizes,
+    "bfloat16": of_bfloat16,
     "adversarial": of_adversarial,
 }
 

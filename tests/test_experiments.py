@@ -230,6 +230,23 @@ def test_settings_are_chosen_in_validation_and_reported_in_test():
     assert test.tolist() == [5.0, 7.0]
 
 
+def test_workers_search_until_the_best_rate_has_a_worse_one_on_both_sides():
+    search = importlib.import_module("workers").search
+    tried = []
+
+    def loss_at(rate):
+        tried.append(rate)
+        return abs(np.log2(rate))
+
+    assert search(loss_at, 4.0) == {0.5: 1.0, 1.0: 0.0, 2.0: 1.0, 4.0: 2.0, 8.0: 3.0}
+    assert tried == [4.0, 8.0, 2.0, 1.0, 0.5]
+    results = json.loads((FOLDER / "results" / "workers.json").read_text())["results"]
+    for one in results["ways"]:
+        rates = sorted(map(float, one["tuning"]))
+        assert rates[0] < one["rate"] < rates[-1]
+        assert one["tuning"][str(one["rate"])] == min(one["tuning"].values())
+
+
 def test_workers_in_processes_make_the_steps_of_simulated_ones(quick):
     results = results_of(quick, "workers")
     processes = results["processes"]
@@ -296,6 +313,13 @@ def test_the_character_model_learns(quick):
     for name in ("bare", "fast", "slow"):
         (curve,) = results["constant"][name][0]
         assert curve[-1] < curve[0] < np.log(96) + 1
+
+
+def test_a_seed_of_the_character_model_has_the_rate_that_the_other_seeds_choose():
+    at_the_best_rate = importlib.import_module("characters").at_the_best_rate
+    # Seed 1 alone would choose the second rate for all.
+    losses = np.array([[1.0, 9.0, 1.0], [2.0, 2.0, 2.0]])
+    assert at_the_best_rate(losses).tolist() == [2.0, 9.0, 2.0]
 
 
 def trained_by_pytorch(name, setting, params, batches, smoothing):
