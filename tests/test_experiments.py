@@ -520,8 +520,6 @@ def test_the_caption_of_the_first_picture_has_the_distances_of_its_results():
     slow, bare = (np.linalg.norm(results[name][-1]) for name in ("slow", "bare"))
     words = f"After 30 steps the slow weights are at a distance of {slow:.2f} from the optimum. SGD without "
     words += f"Lookahead is at {bare:.2f}."
-    )
-    words += f"at {bare:.2f}."
     assert len(results["bare"]) == 31
     for page in ("README.md", "docs/index.md"):
         assert words in " ".join((ROOT / page).read_text().split()), page
