@@ -22,8 +22,8 @@ EXTRAS = {
     "torch": ("torch", ["import torch"], []),
     "optax": ("optax", ["import optax"], []),
     "tf-keras": ("tf_keras", ["lookahead_optim.tf_keras"], ["tensorflow"]),
-    "lightning": ("torch", ["def start", "lookahead_optim.lightning"], []),
-    "transformers": ("torch", ["def start", "lookahead_optim.transformers"], []),
+    "lightning": ("torch", ["import torch", "def start", "lookahead_optim.lightning"], []),
+    "transformers": ("torch", ["import torch", "def start", "lookahead_optim.transformers"], []),
 }
 
 
