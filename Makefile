@@ -60,7 +60,7 @@ endef
 
 test: $(VENV)/.installed  ## Run all tests.
 	@$(share-compiled-programs); failed=; \
-	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py tests/test_experiments.py tests/test_troubleshooting.py tests/test_support.py docs/*.md docs/experiments/*.md \
+	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py tests/test_experiments.py tests/test_troubleshooting.py tests/test_support.py tests/test_recipes.py docs/*.md docs/experiments/*.md \
 	    $(addprefix src/lookahead_optim/,torch optax tf_keras lightning.py transformers.py) || failed="package"; \
 	$(call run-native-tests,$(DEV)python,,tests/test_optax tests/test_tf_keras); \
 	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md docs/keras.md)
