@@ -34,13 +34,13 @@ def variance_sgd(rate, noise=1.0):
 
 
 def variance_slow(rate, period, step_size):
-    """Return the stationary variance of the slow weights over that of SGD."""
+    """Return the stationary variance of the slow weights divided by the variance of SGD."""
     power = (1 - rate) ** period
     return step_size * (1 + power) / (2 - step_size * (1 - power))
 
 
 def variance_fast(rate, period, step_size, steps):
-    """Return the variance of the fast weights, so many steps after a sync, over that of SGD."""
+    """Return the variance of the fast weights, `steps` steps after a sync, divided by the variance of SGD."""
     power = (1 - rate) ** (2 * steps)
     return power * variance_slow(rate, period, step_size) + 1 - power
 
@@ -280,7 +280,7 @@ def _variance_plot(found):
                 axes.plot(*zip(*((str(one["period"]), one[kind]) for one in line)), marker, color=color, label=label)
         axes.set(title=f"γa = {rate:g}", xlabel="k", ylim=(0, 1.08))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7)
-    figure.axes[0].set_ylabel("variance over SGD's")
+    figure.axes[0].set_ylabel("variance divided by SGD's")
     return figure
 
 

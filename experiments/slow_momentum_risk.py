@@ -1,4 +1,4 @@
-"""Slow momentum on the noisy quadratic, against SGD, heavy ball and plain Lookahead: risk over time at the same risk.
+"""Slow momentum on the noisy quadratic, against SGD, heavy ball and plain Lookahead at the same final risk.
 
 Mean and covariance of slow weight and momentum follow an exact recursion from sync to sync. From it come the loss that
 stays, the learning rate with which a given loss stays, and the updates until the loss has settled, for settings of
@@ -84,7 +84,7 @@ def stationary(matrix, direction, variance):
 
 
 def risk(way, learning_rate, problem="1/i"):
-    """Return the expected loss that stays with one worker, infinite if the means do not converge."""
+    """Return the expected loss that remains with one worker, infinite if the means do not converge."""
     with np.errstate(over="ignore"):
         found = cycle(way, learning_rate, problem)
     trace, determinant = np.trace(found[0], axis1=1, axis2=2), np.linalg.det(found[0])
