@@ -19,7 +19,7 @@ from rich.progress import track
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from common import BARE, SLOW, command, markdown
+from common import BARE, SLOW, command, in_words, markdown, paired
 from lookahead_optim.optax import lookahead, slow_params
 
 BATCH = 64
@@ -188,12 +188,14 @@ def tables(results):
     measures = ("median", "within 2 of best", "diverged")
     tuned, robust = [], []
     for case, found in results["inner"].items():
-        cells, settings = [], []
+        cells, settings, accuracies_of = [], [], {}
         for kind, weights in (("bare", "bare"), ("wrapped", "fast"), ("wrapped", "slow")):
             (rate, momentum), test = chosen(found[kind], weights)
+            accuracies_of[weights] = test
             cells.append(spread(test))
             settings.append(f"{results['rates'][rate]:g}, {results['momenta'][momentum]:g}")
-        tuned.append([case, *(f"{cell} ({setting})" for cell, setting in zip(cells, settings))])
+        difference = in_words(paired(accuracies_of["slow"], accuracies_of["bare"]), digits=1)
+        tuned.append([case, *(f"{cell} ({setting})" for cell, setting in zip(cells, settings)), difference])
         row = [case]
         for kind, weights in (("bare", "bare"), ("wrapped", "slow")):
             means = np.array(found[kind][f"{weights}, test"]).mean(axis=-1)
@@ -210,7 +212,14 @@ def tables(results):
             outer.append([case, period, *cells])
     return {
         "tuned": markdown(
-            ["test accuracy in % (learning rate, momentum)", "bare", "Lookahead, fast", "Lookahead, slow"], tuned
+            [
+                "test accuracy in % (learning rate, momentum)",
+                "bare",
+                "Lookahead, fast",
+                "Lookahead, slow",
+                "slow minus bare",
+            ],
+            tuned,
         ),
         "robust": markdown(
             ["over the whole grid", *(f"{kind}: {what}" for kind in ("bare", "slow") for what in measures)], robust

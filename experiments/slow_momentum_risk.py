@@ -244,7 +244,7 @@ def tables(results):
                 cells = [f"{one[0]} ({described(kind, one[1:])})" for kind, one in row["best"].items()]
                 best.append([problem, f"{row['risk']:.3f}", row["ways"]["SGD"], *cells])
         for name, values in changes(rows).items():
-            worst = "never" if np.isnan(values).any() else f"{max(values) - 1:+.0%}"
+            worst = "not settled" if np.isnan(values).any() else f"{max(values) - 1:+.0%}"
             ranges.setdefault(name, [name]).append(f"{np.nanmin(values) - 1:+.0%} to {worst}")
     deviations = [
         [
