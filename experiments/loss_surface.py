@@ -57,7 +57,7 @@ def plots(results):
     axes.contourf(x, y, np.sqrt(loss(x, y)), levels=14, cmap="Greys_r", alpha=0.55)
     bare, fast, slow = (np.array(results[name]) for name in ("bare", "fast", "slow"))
     period = results["period"]
-    axes.plot(*bare.T, color=BARE, linewidth=0.9, alpha=0.8, label="SGD, bare")
+    axes.plot(*bare.T, color=BARE, linewidth=0.9, alpha=0.8, label="SGD without Lookahead")
     for start in range(0, len(fast) - 1, period):
         # The last fast weights of a cycle, before the sync, follow from the slow step, half of the way to them.
         end = slow[start] + 2 * (slow[min(start + period, len(slow) - 1)] - slow[start])
