@@ -48,10 +48,6 @@ define run-keras-tests
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 endef
 
-# TensorFlow and then Triton, which PyTorch imports where it is installed, crash a process. So on TensorFlow the README,
-# which has PyTorch too, is not run, and no modules of other backends are imported. They have no examples.
-OTHER_BACKENDS := --ignore-glob='*/keras/_on_*' --ignore-glob='*/_outer_step_*'
-
 # Two processes test side by side; threads of PyTorch beyond the cores wait for each other.
 test test-quick test-lowest test-tf215: export OMP_NUM_THREADS ?= 1
 
@@ -67,7 +63,7 @@ test: $(VENV)/.installed  ## Run all tests.
 	KERAS_BACKEND=jax $(DEV)python -m pytest $(PYTEST_ARGS) --doctest-modules tests/test_demo.py tests/test_package.py tests/test_benchmarks.py tests/test_experiments.py tests/test_troubleshooting.py tests/test_support.py tests/test_recipes.py docs/*.md docs/experiments/*.md \
 	    $(addprefix src/lookahead_optim/,torch optax tf_keras lightning.py transformers.py) || failed="package"; \
 	$(call run-native-tests,$(DEV)python,,tests/test_optax tests/test_tf_keras); \
-	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras $(OTHER_BACKENDS) $$(test $$backend = tensorflow || echo README.md) docs/keras.md)
+	$(call run-keras-tests,$(DEV)python,--doctest-modules src/lookahead_optim/keras README.md docs/keras.md)
 
 test-python:  ## Run all tests on another Python, PYTHON=python3.12 for example, with the versions in constraints.
 	$(MAKE) test VENV=.venv-$(notdir $(PYTHON)) CONSTRAINTS=constraints/$(notdir $(PYTHON)).txt

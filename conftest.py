@@ -8,6 +8,10 @@ from sybil import Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
+with contextlib.suppress(ImportError):
+    # TensorFlow and then Triton, which PyTorch imports, crash a process. In this order they do not.
+    import triton  # noqa: F401
+
 
 def _enter_folder(namespace):
     namespace["_home"], namespace["_folder"] = os.getcwd(), tempfile.TemporaryDirectory()
