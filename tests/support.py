@@ -123,8 +123,8 @@ def page(records):
         "The first table counts the test runs in which no test failed. A version that is not here may work, but no\n"
         "test shows it. `tests/support.py` draws this page from records, which test runs write.\n\n"
         f"{head}{lines(summary)}\n"
-        "Each run, with the number of tests: those of the front end and of the conformance suite. Runs with the\n"
-        "oldest versions leave out some tests.\n\n"
+        "Each run. The tests counted are the tests of the front end and the conformance suite. Runs with the oldest\n"
+        "versions leave out some tests, and so do some runs on other Pythons than 3.11.\n\n"
         f"{details}{lines(rows)}"
     )
 
