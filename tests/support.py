@@ -27,9 +27,7 @@ FRONT_ENDS = {
     "Optax": ("test_optax", "Optax", None, ("optax", "jax")),
     "Keras 2": ("test_tf_keras", "TfKeras", None, ("tf_keras", "tensorflow")),
 }
-NAMES = {"keras": "Keras", "tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch", "optax": "Optax"} | {
-    "tf_keras": "tf_keras"
-}
+NAMES = {"keras": "Keras", "tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch", "optax": "Optax"}
 
 
 # --- A record
@@ -87,7 +85,7 @@ def number(text):
 
 def in_words(versions):
     """Return names and versions of packages."""
-    named = ((NAMES[package], one) for package, one in versions.items())
+    named = ((NAMES.get(package, package), one) for package, one in versions.items())
     return ", ".join(f"{name} {one}" for name, one in named if one)
 
 
@@ -109,7 +107,7 @@ def page(records):
         for package in packages:
             found = sorted({one["versions"][package] for one in passed if one["versions"][package]}, key=number)
             if found:
-                cells.append(f"{NAMES[package]} {' to '.join(dict.fromkeys((found[0], found[-1])))}")
+                cells.append(f"{NAMES.get(package, package)} {' to '.join(dict.fromkeys((found[0], found[-1])))}")
         pythons = sorted({".".join(one["python"].split(".")[:2]) for one in passed}, key=number)
         systems = sorted({f"{one['system']} {one['machine']}" for one in passed})
         summary.append([front_end, ", ".join(cells), ", ".join(pythons), ", ".join(systems)])
